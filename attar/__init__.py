@@ -1,0 +1,1 @@
+"""attar: make generative vision models small and fast."""
