@@ -1,0 +1,104 @@
+"""How large a model is: on disk, in its safetensors files, and in memory. All sizes in bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attar.errors import AttarError
+
+
+def model_size(source: str | Path | nn.Module | Any) -> dict[str, int]:
+    """Bytes of weights by part, of a diffusers folder, a pipeline object or one module.
+
+    A folder is read from the headers of its safetensors files ({"transformer": …, "vae": …}), a pipeline from
+    its components' parameters and buffers, a module gives {"model": …}. Raises AttarError where nothing is found.
+    """
+    if isinstance(source, nn.Module):
+        return {"model": module_bytes(source)}
+    if isinstance(source, (str, Path)):
+        return safetensors_bytes(source)
+    components = getattr(source, "components", None)
+    if not isinstance(components, dict):
+        raise AttarError(f"cannot measure a {type(source).__name__}", fix="Give a folder, a pipeline or a module")
+    sizes = {name: module_bytes(part) for name, part in components.items() if isinstance(part, nn.Module)}
+    if not sizes:
+        raise AttarError(f"the {type(source).__name__} has no component with weights")
+    return sizes
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers (packed layers keep their codes in buffers); shared tensors count once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
+
+
+def folder_bytes(folder: str | Path) -> dict[str, int]:
+    """Bytes on disk of every file, by first-level subfolder; files beside them are under ".".
+
+    Links are followed, because a hub cache is made of them. Raises AttarError if `folder` is no folder.
+    """
+    root = _folder(folder)
+    sizes: Counter[str] = Counter()
+    for parent, _, files in os.walk(root, followlinks=True):
+        relative = Path(parent).relative_to(root)
+        part = relative.parts[0] if relative.parts else "."
+        sizes[part] += sum((Path(parent) / name).stat().st_size for name in files)
+    return dict(sizes)
+
+
+def safetensors_bytes(folder: str | Path) -> dict[str, int]:
+    """Bytes of tensors in a folder's safetensors files, by first-level subfolder ("." for files at the top).
+
+    Only headers are read. Raises AttarError if there is no such file, or if one is truncated or malformed.
+    """
+    root = _folder(folder)
+    sizes: Counter[str] = Counter()
+    for path in sorted(root.rglob("*.safetensors")):
+        relative = path.relative_to(root)
+        sizes[relative.parts[0] if len(relative.parts) > 1 else "."] += _tensor_bytes(path)
+    if not sizes:
+        raise AttarError("no safetensors file found", where=str(root), fix="Give a diffusers model folder")
+    return dict(sizes)
+
+
+def format_bytes(count: float) -> str:
+    """Human-readable size in decimal units, as on model pages: 999 B, 1.5 kB, 2.63 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.3g} {unit}"
+
+
+def _folder(folder: str | Path) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise AttarError("no such folder", where=str(folder), fix="Give the folder of a saved model")
+    return root
+
+
+def _tensor_bytes(path: Path) -> int:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("header longer than the file")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        total = max(ends, default=0)
+        if 8 + length + total > size:
+            raise ValueError("tensor data missing")
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise AttarError(
+            f"not a whole safetensors file: {error}", where=str(path), fix="Save or download it again"
+        ) from error
+    return total
