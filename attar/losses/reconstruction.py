@@ -1,0 +1,38 @@
+"""Plain reconstruction losses over the output streams of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from attar.errors import AttarError
+
+
+def mse(pred: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    """Mean squared error over all elements of all streams.
+
+    pred, target: stream → (B, N_stream, d). Returns a float32 scalar.
+    Raises AttarError when the streams differ.
+    """
+    if not pred or set(pred) != set(target):
+        raise AttarError(f"block outputs {sorted(pred)} but its targets are {sorted(target)}")
+    total, count = None, 0
+    for name, output in pred.items():
+        squared = (output.float() - target[name].float()).square().sum()
+        total = squared if total is None else total + squared
+        count += output.numel()
+    assert total is not None
+    return total / count
+
+
+def relative_error(
+    pred: Mapping[str, Tensor], target: Mapping[str, Tensor], source: Mapping[str, Tensor]
+) -> Tensor:
+    """Squared error relative to the block's own update ‖y − x‖²: 1 is as bad as no block at all.
+
+    pred, target, source: stream → (B, N_stream, d), source being the block's input. Returns a scalar.
+    """
+    error = sum((pred[name].float() - target[name].float()).square().sum() for name in pred)
+    update = sum((target[name].float() - source[name].float()).square().sum() for name in pred)
+    return error / update  # type: ignore[operator, return-value]
