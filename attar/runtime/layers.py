@@ -1,0 +1,276 @@
+"""The deployed form of a quantized linear layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.runtime.float32 import KeepsBufferDtype
+from attar.runtime.packing import pack, packed_width, unpack
+from attar.runtime.reference import dequantize, integer_linear, integer_range, quantize_tokens
+from attar.runtime.transforms import Transform, as_module_list, restore_weight, transform_from_config
+
+
+class PackedLinear(KeepsBufferDtype, nn.Linear):
+    """A linear layer that keeps its weight as packed integer codes.
+
+    x (..., in) -> transforms -> per-token quantization -> integer matmul -> scales and bias -> (..., out),
+    in x.dtype. With `act_bits` None activations stay floating point and the weight is dequantized to x.dtype.
+
+    Buffers: `codes` uint8 (out, ceil(in·bits/8)); `weight_scale` float32 (out, 1), or (out, in/group_size);
+    `act_clip` float32 (2,) = (f_lo, f_hi) or None; `transforms`, the activation side of the equivalent
+    transforms, float32. `bias` is a Parameter in the dtype of the model, or None. There is no `weight`
+    Parameter: the property gives the dequantized weight in the original basis, in the dtype of the model.
+
+    Gradients flow to the input (straight-through), so adapters beside or before the layer can be trained.
+    """
+
+    is_attar_packed = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        weight_bits: int = 4,
+        act_bits: int | None = None,
+        act_clip: bool = False,
+        group_size: int | None = None,
+        transforms: Iterable[Transform] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer to load a checkpoint into; `from_codes` makes one with content."""
+        nn.Module.__init__(self)
+        _check_scheme(weight_bits, act_bits, act_clip, group_size, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        groups = 1 if group_size is None else in_features // group_size
+        width = packed_width(in_features, weight_bits)
+        self.register_buffer("codes", torch.zeros(out_features, width, dtype=torch.uint8, device=device))
+        self.register_buffer(
+            "weight_scale", torch.ones(out_features, groups, dtype=torch.float32, device=device)
+        )
+        clip = torch.ones(2, dtype=torch.float32, device=device) if act_clip else None
+        self.register_buffer("act_clip", clip)
+        self.transforms = as_module_list(transforms)
+        empty = torch.zeros(out_features, dtype=self.compute_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bits: int,
+        bias: Tensor | None = None,
+        act_bits: int | None = None,
+        act_clip: Tensor | tuple[float, float] | None = None,
+        transforms: Iterable[Transform] = (),
+        group_size: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> PackedLinear:
+        """A layer from integer codes (out, in) and scales (out, 1) or (out, in/group_size).
+
+        codes · scale is the weight in the transformed basis, W̃ = W T^{-T}. `compute_dtype`, the dtype of the
+        model, defaults to the bias's, else float32.
+        Raises AttarError for codes out of range, scales that are not finite and positive, wrong shapes.
+        """
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise AttarError(f"codes must be an integer matrix, found {codes.dtype} {tuple(codes.shape)}")
+        out_features, in_features = codes.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bias is not None,
+            weight_bits=bits,
+            act_bits=act_bits,
+            act_clip=act_clip is not None,
+            group_size=group_size,
+            transforms=transforms,
+            device="meta",
+            dtype=compute_dtype or (bias.dtype if bias is not None else torch.float32),
+        )
+        weight_scale = weight_scale.detach().to(torch.float32, copy=True).contiguous()
+        if weight_scale.shape != layer.weight_scale.shape:
+            raise AttarError(
+                f"weight_scale has shape {tuple(weight_scale.shape)}, "
+                f"expected {tuple(layer.weight_scale.shape)}"
+            )
+        if not bool((torch.isfinite(weight_scale) & (weight_scale > 0)).all()):
+            raise AttarError("weight_scale must be finite and positive")
+        layer.codes, layer.weight_scale = pack(codes, bits), weight_scale
+        if act_clip is not None:
+            clip = torch.as_tensor(act_clip, dtype=torch.float32, device=codes.device).detach().clone()
+            if clip.shape != (2,) or not bool(torch.isfinite(clip).all()):
+                raise AttarError("act_clip must be two finite factors (f_lo, f_hi)")
+            layer.act_clip = clip
+        if bias is not None:
+            if bias.shape != (out_features,):
+                raise AttarError(f"bias has shape {tuple(bias.shape)}, expected {(out_features,)}")
+            bias = bias.detach().to(device=codes.device, dtype=layer.compute_dtype, copy=True)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        for transform in layer.transforms:
+            transform.to(codes.device)
+        return layer
+
+    @classmethod
+    def from_scheme(
+        cls,
+        scheme: dict[str, Any],
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str = "meta",
+        dtype: torch.dtype | None = None,
+    ) -> PackedLinear:
+        """An empty layer of a checkpoint's scheme (see `scheme`)."""
+        return cls(
+            in_features,
+            out_features,
+            bias,
+            weight_bits=scheme["weight_bits"],
+            act_bits=scheme["act_bits"],
+            act_clip=scheme["act_clip"],
+            group_size=scheme["group_size"],
+            transforms=[transform_from_config(t, in_features, device) for t in scheme["transforms"]],
+            device=device,
+            dtype=dtype,
+        )
+
+    def scheme(self) -> dict[str, Any]:
+        """How the layer is quantized, as JSON-able values: with the widths, all that loading needs."""
+        return {
+            "weight_bits": self.weight_bits,
+            "act_bits": self.act_bits,
+            "act_clip": self.act_clip is not None,
+            "group_size": self.group_size,
+            "transforms": [transform.config() for transform in self.transforms],
+        }
+
+    def forward(self, input: Tensor) -> Tensor:
+        with _full_precision(input.device):  # autocast would round the integers and the scales
+            if self.act_bits is None:
+                return self._weight_only(input)
+            if torch.is_grad_enabled() and input.requires_grad:
+                return _StraightThrough.apply(input, self)
+            return self._integer(input)
+
+    def unpacked(self) -> Tensor:
+        """The integer codes, int8 (out, in)."""
+        return unpack(self.codes, self.weight_bits, self.in_features)
+
+    def dequantized(self) -> Tensor:
+        """codes · scale: the weight in the transformed basis, float32 (out, in)."""
+        codes = self.unpacked()
+        if self.group_size is None:
+            return dequantize(codes, self.weight_scale)
+        return dequantize(codes.unflatten(1, (-1, self.group_size)), self.weight_scale[..., None]).flatten(1)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight (out, in) in the original basis and the model's dtype. Read-only."""
+        weight = self.dequantized()
+        if len(self.transforms):
+            weight = restore_weight(self.transforms, weight)
+        return weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
+
+    def extra_repr(self) -> str:
+        acts = "float" if self.act_bits is None else f"{self.act_bits} bits per token"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
+            f"weight={self.weight_bits} bits per {'row' if self.group_size is None else self.group_size}, "
+            f"activation={acts}"
+        )
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+    def _integer(self, x: Tensor) -> Tensor:
+        codes, scale = quantize_tokens(self._transformed(x), self.act_bits, self.act_clip)
+        weight = self.unpacked(), self.weight_scale
+        return integer_linear(
+            codes, scale, *weight, self.bias, x.dtype, bits_x=self.act_bits, bits_w=self.weight_bits
+        )
+
+    def _weight_only(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(self._transformed(x).to(x.dtype), self.dequantized().to(x.dtype), bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # Without a weight Parameter, a layer with no bias would forget the dtype that its model was cast to.
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))
+        super()._apply(fn, recurse)
+        self.compute_dtype = probe.dtype
+        return self
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Integer forward; backward as if the layer were the floating-point linear of its dequantized weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._integer(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.layer.weight.to(grad.dtype), None
+
+
+class _ReadOnlyWeight(torch.Tensor):
+    """A computed weight: writing to its `.data`, as merging a LoRA does, would be lost without a word."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise AttarError(
+            "the weight of a packed layer cannot be written",
+            fix="Keep the LoRA unfused, or fuse it into the full-precision model before compressing",
+        )
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed layer of `model` by its dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _check_scheme(
+    weight_bits: int, act_bits: int | None, act_clip: bool, group_size: int | None, in_features: int
+) -> None:
+    packed_width(in_features, weight_bits)
+    if act_bits is None:
+        if act_clip:
+            raise AttarError("activation clipping needs activation quantization", fix="Set act_bits")
+    else:
+        if act_bits > 8:
+            raise AttarError(f"cannot run {act_bits}-bit activations", fix="Choose between 2 and 8 bits")
+        integer_range(act_bits)
+    if group_size is not None:
+        if group_size < 1 or in_features % group_size:
+            raise AttarError(f"group size {group_size} does not divide the input width {in_features}")
+        if act_bits is not None:
+            raise AttarError(
+                "group scales cannot be combined with activation quantization",
+                fix="Use one scale per output channel, or keep the activations in floating point",
+            )
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -1,0 +1,106 @@
+"""Symmetric uniform quantization in plain PyTorch: the exact definition that every faster backend must match.
+
+    delta = max|x| / (2^(N-1) - 1),   q = clamp(round(x / delta), -2^(N-1), 2^(N-1) - 1),   x_hat = delta * q
+
+Rounding is half to even. Scales and codes are computed in float32 whatever the dtype of the model (float64
+tensors stay float64), because a bfloat16 scale alone costs more than an 8-bit rounding step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attar.errors import AttarError
+
+MIN_ABSMAX = 1e-5  # an all-zero row or token gets this range instead of a division by zero
+_EXACT_FLOAT32 = 2**24  # integers up to here, and their sums, are exact in float32
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of `bits`-bit two's complement: (-2^(N-1), 2^(N-1) - 1)."""
+    if not 2 <= bits <= 16:
+        raise AttarError(f"cannot quantize to {bits} bits", fix="Choose between 2 and 16 bits")
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
+    """Step size Δ of the symmetric quantizer for the range [-absmax, absmax]: float32, shaped like `absmax`.
+
+    `absmax` is raised to 1e-5, so that constant-zero rows keep a finite positive scale. NaN passes through.
+    """
+    return wide(absmax).clamp(min=MIN_ABSMAX) / integer_range(bits)[1]
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes of `x` for a scale that broadcasts against it: int8, or int16 above 8 bits."""
+    low, high = integer_range(bits)
+    codes = torch.round(wide(x) / scale).clamp(low, high)
+    return codes.to(torch.int8 if bits <= 8 else torch.int16)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes · scale in float32 (float64 if the scale is)."""
+    return codes.to(wide(scale).dtype) * wide(scale)
+
+
+def quantize_tokens(
+    x: Tensor, bits: int, clip: Tensor | tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Dynamic per-token quantization of activations x (..., d) -> codes (..., d), scale (..., 1).
+
+    `clip` = (f_lo, f_hi) are the learned clipping factors of a layer: a token is clamped to
+    [f_lo · min, f_hi · max] and Δ = max(|f_lo · min|, f_hi · max) / (2^(N-1) - 1).
+    A token with NaN or infinity gets a non-finite scale, hence a NaN result; other tokens are untouched.
+    """
+    x = wide(x)
+    if clip is None:
+        scale = symmetric_scale(x.abs().amax(-1, keepdim=True), bits)
+    else:
+        low_factor, high_factor = clip[0], clip[1]
+        low = x.amin(-1, keepdim=True) * low_factor
+        high = x.amax(-1, keepdim=True) * high_factor
+        scale = symmetric_scale(torch.maximum(low.abs(), high), bits)
+        x = torch.minimum(torch.maximum(x, low), high)
+    return quantize(x, scale, bits), scale
+
+
+def integer_matmul(codes_x: Tensor, codes_w: Tensor, bits_x: int = 8, bits_w: int = 8) -> Tensor:
+    """Exact accumulation codes_x (..., in) · codes_w (out, in)ᵀ -> (..., out), integers held in floats.
+
+    Floating-point units do integer arithmetic without error while every partial sum stays below 2^24
+    (float32) or 2^53 (float64), and BLAS is much faster than torch's integer matmul.
+    """
+    largest = codes_w.shape[-1] << (bits_x - 1 + bits_w - 1)
+    dtype = torch.float32 if largest <= _EXACT_FLOAT32 else torch.float64
+    return F.linear(codes_x.to(dtype), codes_w.to(dtype))
+
+
+def integer_linear(
+    codes_x: Tensor,
+    scale_x: Tensor,
+    codes_w: Tensor,
+    scale_w: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    bits_x: int = 8,
+    bits_w: int = 8,
+) -> Tensor:
+    """y = (codes_x · codes_wᵀ) · scale_x · scale_wᵀ + bias.
+
+    codes_x (..., in) with scale_x (..., 1); codes_w (out, in) with scale_w (out, 1); bias (out,) or None.
+    The sum over `in` is exact; scaling is done in float32 (float64 when `out_dtype` is float64). `bits_x`
+    and `bits_w` bound the codes and so decide whether float32 can accumulate them exactly.
+    """
+    wide_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    y = integer_matmul(codes_x, codes_w, bits_x, bits_w).to(wide_dtype)
+    y = y * scale_x.to(wide_dtype) * scale_w.to(wide_dtype).reshape(-1)
+    if bias is not None:
+        y = y + bias.to(wide_dtype)
+    return y.to(out_dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged when it is float64."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)

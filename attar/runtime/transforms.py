@@ -1,0 +1,266 @@
+"""Equivalent transforms of a linear layer: what is applied to the activation and undone in the weight.
+
+    x Wᵀ = [x T] [W T^{-T}]ᵀ,    x̃ = x T  at run time,    W̃ = W T^{-T}  once, offline
+
+(FlatQuant, SmoothQuant, QuaRot.) Several transforms compose in the order in which they are listed: the first
+one acts on x first. Run-time arithmetic is float32 (float64 for a float64 input), the weight side float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.runtime.float32 import KeepsBufferDtype
+from attar.runtime.hadamard import base_order, hadamard_base, walsh_hadamard
+from attar.runtime.reference import wide
+
+
+class Transform(KeepsBufferDtype):
+    """x (..., d) -> x T (..., d). Subclasses give `kind`, forward, weight_side and inverse_weight_side."""
+
+    kind: str
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs, beside the width, to make a transform with the same buffers' shapes."""
+        return {"kind": self.kind}
+
+    def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """W (out, d) -> W T^{-T} (out, d) in `dtype`."""
+        raise NotImplementedError
+
+    def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """W̃ (out, d) -> W̃ Tᵀ (out, d) in `dtype`: undoes `weight_side`."""
+        raise NotImplementedError
+
+
+class ChannelScale(Transform):
+    """Per-channel scaling, T = diag(1/c): x / c and W · c (SmoothQuant, eq. 3). `scale` c (d,), positive."""
+
+    kind = "channel_scale"
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise AttarError("a channel scale must be finite and positive", where="ChannelScale")
+        self.register_buffer("scale", _float32(scale).reshape(-1))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> ChannelScale:
+        _only(config, "kind")
+        return cls(torch.ones(d, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = wide(x)
+        return x / self.scale.to(x.dtype)
+
+    def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.to(dtype) * self.scale.to(dtype)
+
+    def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.to(dtype) / self.scale.to(dtype)
+
+
+class Hadamard(Transform):
+    """Randomised Hadamard rotation, T = diag(signs) · Hᵀ / √block (QuaRot).
+
+    d = K·2^m gives one rotation of the whole width. For other d, H is block-diagonal with the largest
+    power-of-two block that divides d. `signs` (d,) of ±1; `order` is K, `block` the width of one H.
+    """
+
+    kind = "hadamard"
+
+    def __init__(self, signs: Tensor, order: int | None = None, block: int | None = None) -> None:
+        super().__init__()
+        d = signs.numel()
+        if block is None:
+            whole = base_order(d)
+            block = d if whole is not None else d & -d
+        order = base_order(block) if order is None else order
+        if order is None or block < 2 or d % block or block % order or (block // order).bit_count() != 1:
+            raise AttarError(
+                f"no Hadamard rotation of width {d} (block {block}, base order {order})",
+                fix="Use a Kronecker or dense rotation for this layer",
+            )
+        if not signs.is_meta and not bool((signs.abs() == 1).all()):
+            raise AttarError("the signs of a Hadamard rotation must be +1 or -1", where="Hadamard")
+        self.block, self.order = block, order
+        self.register_buffer("signs", signs.to(torch.int8).reshape(-1))
+        # Stored with the checkpoint (K² bytes), so that a file never depends on how a table is built.
+        base = hadamard_base(order).to(signs.device) if order > 1 else None
+        self.register_buffer("base", base)
+
+    @classmethod
+    def random(
+        cls, d: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Hadamard:
+        """Hadamard rotation of width d with random signs drawn from `generator`."""
+        where = generator.device if generator is not None else None
+        signs = torch.randint(0, 2, (d,), generator=generator, device=where) * 2 - 1
+        return cls(signs.to(device) if device is not None else signs)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Hadamard:
+        _only(config, "kind", "order", "block")
+        signs = torch.ones(d, dtype=torch.int8, device=device)
+        return cls(signs, config.get("order"), config.get("block"))
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "order": self.order, "block": self.block}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = wide(x)
+        return self._rotate(x * self.signs.to(x.dtype), transpose=False)
+
+    def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self._rotate(weight.to(dtype) * self.signs.to(dtype), transpose=False)
+
+    def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self._rotate(weight.to(dtype), transpose=True) * self.signs.to(dtype)
+
+    def _rotate(self, x: Tensor, transpose: bool) -> Tensor:
+        """x (..., d) -> x Hᵀ/√block, or x H/√block: (..., blocks, K, 2^m), Walsh-Hadamard, then the base."""
+        y = walsh_hadamard(x.reshape(-1, self.order, self.block // self.order))
+        if self.base is not None:
+            base = self.base.to(x.dtype)
+            y = (base.T if transpose else base) @ y
+        return (y * self.block**-0.5).reshape(x.shape)
+
+
+class Kronecker(Transform):
+    """T = left ⊗ right with left (l, l), right (r, r), d = l·r: n·d·(l + r) multiplications (FlatQuant)."""
+
+    kind = "kronecker"
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        _check_invertible(left, "Kronecker.left")
+        _check_invertible(right, "Kronecker.right")
+        self.register_buffer("left", _float32(left))
+        self.register_buffer("right", _float32(right))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Kronecker:
+        _only(config, "kind", "left", "right")
+        left, right = config.get("left", 0), config.get("right", 0)
+        if left * right != d:
+            raise AttarError(f"a Kronecker transform of {left} x {right} does not fit a layer of width {d}")
+        return cls(torch.eye(left, device=device), torch.eye(right, device=device))
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "left": self.left.shape[0], "right": self.right.shape[0]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = wide(x)
+        return _apply_kronecker(x, self.left.to(x.dtype), self.right.to(x.dtype))
+
+    def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        left, right = _inverse(self.left).T.to(dtype), _inverse(self.right).T.to(dtype)
+        return _apply_kronecker(weight.to(dtype), left, right)
+
+    def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return _apply_kronecker(weight.to(dtype), self.left.T.to(dtype), self.right.T.to(dtype))
+
+
+class Dense(Transform):
+    """T = an invertible matrix (d, d): the most general transform and the dearest, n·d² multiplications."""
+
+    kind = "dense"
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        _check_invertible(matrix, "Dense")
+        self.register_buffer("matrix", _float32(matrix))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Dense:
+        _only(config, "kind")
+        return cls(torch.eye(d, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = wide(x)
+        return x @ self.matrix.to(x.dtype)
+
+    def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.to(dtype) @ _inverse(self.matrix).T.to(dtype)
+
+    def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.to(dtype) @ self.matrix.T.to(dtype)
+
+
+TRANSFORMS: dict[str, type[Transform]] = {c.kind: c for c in (ChannelScale, Hadamard, Kronecker, Dense)}
+
+
+def transform_from_config(config: dict[str, Any], d: int, device: Any = "meta") -> Transform:
+    """An empty transform of width d as described by `config`; AttarError for an unknown kind or field."""
+    kind = config.get("kind") if isinstance(config, dict) else config
+    if kind not in TRANSFORMS:
+        raise AttarError(f"unknown transform {kind!r}", fix="Update attar, or compress the model again")
+    return TRANSFORMS[kind].from_config(config, d, device)  # type: ignore[attr-defined]
+
+
+def transform_weight(
+    transforms: Iterable[Transform], weight: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Weight side of all `transforms` in their order: W (out, d) -> W̃ (out, d)."""
+    weight = weight.to(dtype)
+    for transform in transforms:
+        weight = transform.weight_side(weight, dtype)
+    return weight
+
+
+def restore_weight(
+    transforms: Iterable[Transform], weight: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Undoes `transform_weight`: W̃ (out, d) -> W (out, d)."""
+    weight = weight.to(dtype)
+    for transform in reversed(list(transforms)):
+        weight = transform.inverse_weight_side(weight, dtype)
+    return weight
+
+
+def _apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    y = x.reshape(-1, left.shape[0], right.shape[0]) @ right  # (n, l, r)
+    return (left.T @ y).reshape(x.shape)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    return torch.linalg.inv(matrix.to(torch.float64))
+
+
+def _float32(x: Tensor) -> Tensor:
+    # A copy: a transform must not share memory with the parameter it was baked from.
+    return x.detach().to(torch.float32, copy=True).contiguous()
+
+
+def _check_invertible(matrix: Tensor, where: str) -> None:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise AttarError(f"a transform matrix must be square, found {tuple(matrix.shape)}", where=where)
+    if matrix.is_meta:
+        return
+    if not bool(torch.isfinite(matrix).all()):
+        raise AttarError("a transform matrix must be finite", where=where)
+    if not bool(torch.isfinite(torch.linalg.inv_ex(matrix.detach().to(torch.float64))[0]).all()):
+        raise AttarError("a transform matrix must be invertible", where=where)
+
+
+def _only(config: dict[str, Any], *fields: str) -> None:
+    unknown = sorted(set(config) - set(fields))
+    if unknown:
+        raise AttarError(
+            f"unknown field {unknown[0]!r} of transform {config.get('kind')!r}",
+            fix="Update attar, or compress the model again",
+        )
+
+
+def as_module_list(transforms: Iterable[Transform] | nn.ModuleList) -> nn.ModuleList:
+    """The transforms as a ModuleList, checked to be runtime transforms."""
+    found = list(transforms)
+    for transform in found:
+        if not isinstance(transform, Transform):
+            raise AttarError(f"{type(transform).__name__} is not a run-time transform")
+    return nn.ModuleList(found)
