@@ -1,0 +1,200 @@
+"""The comparison report: one self-contained page, `index.html`, and the same figures as `report.json`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import math
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from attar.errors import AttarError
+from attar.evaluate import charts
+from attar.evaluate.report_data import (
+    Accuracy,
+    AttentionMass,
+    BlockError,
+    ChosenSample,
+    Generation,
+    ModelFacts,
+    PlanRow,
+    ReportData,
+    Selection,
+    Summary,
+    TimestepError,
+    VideoPair,
+    summarise,
+)
+from attar.evaluate.size import format_bytes
+from attar.evaluate.video import to_data_uri
+
+__all__ = [
+    "Accuracy",
+    "AttentionMass",
+    "BlockError",
+    "ChosenSample",
+    "Generation",
+    "ModelFacts",
+    "PlanRow",
+    "ReportData",
+    "Selection",
+    "Summary",
+    "TimestepError",
+    "VideoPair",
+    "build_report",
+    "summarise",
+]
+
+_PIXEL_WIDTH = 128  # videos up to this wide are shown with square pixels
+
+
+def build_report(data: ReportData, out_dir: str | Path) -> Path:
+    """Write `index.html` (no network needed, videos inside) and `report.json` into `out_dir`; return the page's path.
+
+    Each file is written whole or not at all. In `report.json` video paths are relative to `out_dir`, and the
+    summary is filled in. Raises AttarError for data that contradict themselves, a video that is missing or no mp4,
+    and a folder that cannot be written.
+    """
+    data.check()
+    out = Path(out_dir)
+    videos = [
+        (_video(pair.reference, f"pairs[{k}].reference"), _video(pair.compressed, f"pairs[{k}].compressed"))
+        for k, pair in enumerate(data.pairs)
+    ]
+    data = dataclasses.replace(data, summary=data.summary or summarise(data.pairs))
+    page = environment().get_template("report.html.j2").render(**_context(data), videos=videos)
+    pairs = [
+        dataclasses.replace(pair, reference=_relative(pair.reference, out), compressed=_relative(pair.compressed, out))
+        for pair in data.pairs
+    ]
+    write_text(out / "report.json", dataclasses.replace(data, pairs=pairs).to_json() + "\n")
+    write_text(out / "index.html", page)
+    return out / "index.html"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises AttarError if it cannot be written."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that others cannot read
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise AttarError(
+            f"cannot write the file: {error.strerror}", where=str(path), fix="Check the folder and the free space"
+        ) from error
+
+
+@cache
+def environment() -> Environment:
+    """The jinja environment of the templates; only HTML templates are escaped."""
+    env = Environment(
+        loader=PackageLoader("attar.evaluate"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    env.filters.update(
+        bytes=format_bytes,
+        figure=_figure,
+        percent=lambda share: f"{100 * share:.1f}".removesuffix(".0"),
+        signed=lambda value, digits: f"{value:+.{digits}f}".replace("-", "−"),
+    )
+    return env
+
+
+def _context(data: ReportData) -> dict[str, Any]:
+    summary, reference, compressed = data.summary, data.reference, data.compressed
+    assert summary is not None
+    parts = list(dict.fromkeys([*reference.parts, *compressed.parts]))
+    before, after = reference.total_bytes, compressed.total_bytes
+    accuracy = summary.accuracy
+    curves = [row for row in data.attention if len(row.curve) > 1]
+    weights = [row for row in data.attention if row.weights]
+    selection = data.selection
+    return {
+        "data": data,
+        "summary": summary,
+        "infinity": math.inf,
+        "size_ratio": before / after if before and after else None,
+        "size_rows": [(part, reference.parts.get(part), compressed.parts.get(part)) for part in parts],
+        "largest": max(before, after),
+        "headline": accuracy.get("all") or next(iter(accuracy.values()), None),
+        "speed": _speed(reference.seconds_per_video, compressed.seconds_per_video),
+        "pixels": data.generation.width <= _PIXEL_WIDTH,
+        "pool": sum(len(row) for row in selection.scores) if selection else 0,
+        "percentiles": _outer_percentiles(weights),
+        "plan_parameters": any(row.parameters is not None for row in data.plan),
+        "plan_reasons": any(row.reason for row in data.plan),
+        "notes": _notes(data),
+        "charts": {
+            "selection": charts.selection_map(selection) if selection else None,
+            "blocks": charts.block_errors(data.block_errors) if data.block_errors else None,
+            "steps": charts.timestep_errors(data.timestep_errors) if data.timestep_errors else None,
+            "curves": charts.mass_curves(curves) if curves else None,
+            "weights": charts.weight_ranges(weights) if weights else None,
+        },
+    }
+
+
+def _notes(data: ReportData) -> list[str]:
+    """What a reader must know to judge the figures: who computed them, and where."""
+    notes = []
+    for model, kind in ((data.reference, "Original"), (data.compressed, "Compressed")):
+        if model.backend:
+            notes.append(f"{kind} model ran on: {model.backend.rstrip('.')}.")
+    times = [(m.bits, m.seconds_per_video, m.hardware) for m in (data.reference, data.compressed)]
+    for bits, seconds, hardware in times:
+        if seconds is not None:
+            notes.append(f"{bits}: {_figure(seconds, 2)} s for a video on {hardware or 'unnamed hardware'}.")
+    return [*notes, *data.notes]
+
+
+def _speed(before: float | None, after: float | None) -> str | None:
+    if after is None:
+        return None
+    if not before or not after:
+        return "original not measured"
+    ratio = before / after
+    verdict = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+    return f"{verdict} than {_figure(before, 2)} s"
+
+
+def _outer_percentiles(rows: list[AttentionMass]) -> str:
+    return f"{min(rows[0].weights)} – {max(rows[0].weights)}" if rows else ""
+
+
+def _figure(value: float, digits: int) -> str:
+    return "∞" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def _relative(video: str, out: Path) -> str:
+    return video if video.startswith("data:") else Path(os.path.relpath(video, out)).as_posix()
+
+
+def _video(source: str, where: str) -> str:
+    """The data URI of a video, after a look at its first bytes: an mp4 begins with an `ftyp` box."""
+    uri = source if source.startswith("data:") else to_data_uri(source)
+    try:
+        start = base64.b64decode(uri.partition(",")[2][:16], validate=True)
+    except binascii.Error as error:
+        raise AttarError("not a video", where=where, fix="Give the path or the bytes of an mp4 file") from error
+    if start[4:8] != b"ftyp":
+        name = "" if source.startswith("data:") else f" {source}"
+        raise AttarError("not an mp4 file", where=f"{where}{name}", fix="Write it with save_video")
+    return uri
