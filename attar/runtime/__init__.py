@@ -1,7 +1,18 @@
 """Packed layers, their exact reference arithmetic, the checkpoint format and its loading by diffusers."""
 
 from attar.runtime.backend import backend_description, backend_name
+from attar.runtime.checkpoint import quantization_config_of, replace_linears
+from attar.runtime.integrity import verify_folder
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.size import packed_size
 
-__all__ = ["PackedLinear", "backend_description", "backend_name", "packed_layers", "packed_size"]
+__all__ = [
+    "PackedLinear",
+    "backend_description",
+    "backend_name",
+    "packed_layers",
+    "packed_size",
+    "quantization_config_of",
+    "replace_linears",
+    "verify_folder",
+]

@@ -1,0 +1,140 @@
+"""The checkpoint format: an ordinary diffusers folder whose config.json has a `quantization_config`.
+
+    {"quant_method": "attar", "format_version": 1, "attar_version": "...", "recipe": "s2q-vdit",
+     "schemes": [{"weight_bits": 4, "act_bits": 6, "act_clip": true, "group_size": null,
+                  "transforms": [{"kind": "channel_scale"},
+                                 {"kind": "hadamard", "order": 12, "block": 1536}]}],
+     "layers": {"blocks.0.attn1.to_q": 0, ...},
+     "modules_to_not_convert": ["proj_out", ...]}
+
+The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
+it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+from attar.errors import AttarError
+from attar.runtime.layers import PackedLinear, packed_layers
+
+QUANT_METHOD = "attar"
+FORMAT_VERSION = 1
+_FIELDS = {
+    "quant_method": str,
+    "format_version": int,
+    "attar_version": str,
+    "recipe": str,
+    "schemes": list,
+    "layers": dict,
+    "modules_to_not_convert": list,
+}
+_SCHEME_FIELDS = {"weight_bits", "act_bits", "act_clip", "group_size", "transforms"}
+
+
+def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str, Any]:
+    """The `quantization_config` of a model that holds packed layers.
+
+    Raises AttarError when there is none, or when a LoRA is still wrapped around one.
+    """
+    layers = packed_layers(model)
+    if not layers:
+        raise AttarError("the model has no packed layer", where=type(model).__name__, fix="Compress it first")
+    schemes: list[dict[str, Any]] = []
+    index: dict[str, int] = {}
+    for name, layer in layers.items():
+        if name.endswith("base_layer"):
+            raise AttarError(
+                "a LoRA is attached to the packed model", where=name, fix="Unload it before saving"
+            )
+        scheme = layer.scheme()
+        if scheme not in schemes:
+            schemes.append(scheme)
+        index[name] = schemes.index(scheme)
+    kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "attar_version": attar_version(),
+        "recipe": recipe,
+        "schemes": schemes,
+        "layers": index,
+        "modules_to_not_convert": kept,
+    }
+
+
+def check_config(config: Mapping[str, Any], where: str = "quantization_config") -> dict[str, Any]:
+    """The config as a plain dict, once every field of it is known to be understood; else AttarError."""
+    update = "Update attar, or compress the model again"
+    found = config.get("format_version")
+    if not isinstance(found, int) or found < 1:
+        raise AttarError(f"format_version is {found!r}, not a version of the attar format", where=where)
+    if found > FORMAT_VERSION:
+        raise AttarError(
+            f"the checkpoint has format version {found}, this attar reads up to {FORMAT_VERSION}",
+            where=where,
+            fix="Update attar",
+        )
+    unknown = sorted(set(config) - set(_FIELDS))
+    if unknown:
+        raise AttarError(f"unknown field {unknown[0]!r}", where=where, fix=update)
+    for field, kind in _FIELDS.items():
+        if not isinstance(config.get(field), kind):
+            raise AttarError(f"field {field!r} is missing or not a {kind.__name__}", where=where)
+    if config["quant_method"] != QUANT_METHOD:
+        raise AttarError(f"quant_method is {config['quant_method']!r}, not {QUANT_METHOD!r}", where=where)
+    for position, scheme in enumerate(config["schemes"]):
+        if not isinstance(scheme, Mapping) or set(scheme) != _SCHEME_FIELDS:
+            raise AttarError(f"scheme {position} is not one that this attar knows", where=where, fix=update)
+    for name, position in config["layers"].items():
+        if not isinstance(position, int) or not 0 <= position < len(config["schemes"]):
+            raise AttarError(f"layer {name!r} names scheme {position!r}, which is not listed", where=where)
+    return {**config, "quant_method": QUANT_METHOD}
+
+
+def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """Puts empty packed layers, on the meta device, in the place of the linears listed in `config`.
+
+    In place. No memory is allocated: a model on the meta device never has its float weights in memory.
+    Raises AttarError for an unknown scheme, a layer that the model lacks, a layer that is not a linear.
+    """
+    config = check_config(config)
+    replacements = {}
+    for name, position in config["layers"].items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear) or isinstance(linear, PackedLinear):
+            state = "has no layer" if linear is None else f"has a {type(linear).__name__}, not a Linear, as"
+            raise AttarError(
+                f"{type(model).__name__} {state} {name!r}, which the checkpoint quantizes",
+                fix="The checkpoint belongs to another model class or configuration",
+            )
+        try:
+            replacements[name] = PackedLinear.from_scheme(
+                config["schemes"][position],
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                dtype=linear.weight.dtype,
+            )
+        except AttarError as error:
+            raise AttarError(error.what, where=name, fix=error.fix) from error
+        except (TypeError, ValueError) as error:
+            raise AttarError(f"scheme {position} cannot be read: {error}", where=name) from error
+    for name, layer in replacements.items():
+        model.set_submodule(name, layer)
+    return model
+
+
+def attar_version() -> str:
+    """Version of the installed package; "unknown" in an uninstalled source tree."""
+    try:
+        return version("attar")
+    except PackageNotFoundError:
+        return "unknown"

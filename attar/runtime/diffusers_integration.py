@@ -1,0 +1,195 @@
+"""Loading and saving of packed models by diffusers itself: `from_pretrained`, `save_pretrained`.
+
+diffusers has no call to register a quantizer; `register` adds ours to the two tables of its loader.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import ModelMixin
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor
+
+from attar.errors import AttarError
+from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
+from attar.runtime.integrity import checksum_metadata, verify_files
+from attar.runtime.layers import packed_layers
+
+
+class AttarMethod(str, Enum):
+    """The name of the method, in the form that diffusers expects."""
+
+    ATTAR = QUANT_METHOD
+
+
+class AttarConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json as the object that diffusers passes around."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = AttarMethod.ATTAR
+        self.fields = check_config({"quant_method": QUANT_METHOD, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.fields)
+
+    def __repr__(self) -> str:
+        return f"AttarConfig(recipe={self.fields['recipe']!r}, layers={len(self.fields['layers'])})"
+
+
+class AttarQuantizer(DiffusersQuantizer):
+    """Puts packed layers into the empty model before the weights are read, and checks the result."""
+
+    requires_calibration = True  # a float model cannot be quantized while it is loaded
+    use_keep_in_fp32_modules = True  # the float layers keep the dtypes that they have in the original model
+
+    def __init__(self, quantization_config: AttarConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.modules_to_not_convert = quantization_config.fields["modules_to_not_convert"]
+        self._buffers: set[str] = set()
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+            raise AttarError(
+                "a packed model cannot be offloaded to disk: float32 scales would be rounded",
+                fix="Use device_map without disk, enable_model_cpu_offload or group offloading",
+            )
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        verify_files(checkpoint_files)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
+        replace_linears(model, self.quantization_config.to_dict())
+        self._buffers = {
+            f"{name}.{buffer}"
+            for name, layer in packed_layers(model).items()
+            for buffer in layer.state_dict()
+        } - {f"{name}.bias" for name in packed_layers(model)}
+
+    def check_if_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: dict[str, Any],
+        **kwargs: Any,
+    ) -> bool:
+        return param_name in self._buffers
+
+    def check_quantized_param_shape(self, param_name: str, expected: Tensor, found: Tensor) -> bool:
+        if expected.shape != found.shape:
+            raise AttarError(
+                f"{param_name!r} has shape {tuple(found.shape)}, the model needs {tuple(expected.shape)}",
+                fix="The checkpoint belongs to another model configuration",
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        # `param_value` was already cast to torch_dtype; the state dict still has the scale as it was saved.
+        value = state_dict[param_name]
+        expected = model.get_buffer(param_name).dtype
+        if value.dtype != expected:
+            raise AttarError(f"{param_name!r} is {value.dtype}, must be {expected}")
+        set_module_tensor_to_device(model, param_name, target_device, value=value)
+
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
+        if missing_keys:
+            raise AttarError(
+                f"tensor {min(missing_keys)!r} is missing from the checkpoint",
+                where=type(model).__name__,
+                fix="Copy or download the checkpoint again",
+            )
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
+        for name, layer in packed_layers(model).items():
+            scale = layer.weight_scale
+            if scale.dtype != torch.float32:
+                raise AttarError(f"the scales were cast to {scale.dtype} while loading", where=name)
+            if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise AttarError("the weight scales are not finite and positive", where=name)
+            if layer.bias is not None:
+                layer.bias.requires_grad_(False)
+                layer.compute_dtype = layer.bias.dtype
+        # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
+        model.is_quantized = False
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if any(".base_layer." in name for name in state_dict):
+            raise AttarError("a LoRA is attached to the packed model", fix="Unload it before saving")
+        return state_dict, checksum_metadata(state_dict)
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters beside the packed layers
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Makes diffusers recognise `quant_method: attar`. Called by `import attar`; repeating it is harmless."""
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AttarQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AttarConfig
+
+
+def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
+    """Tells a diffusers model that its layers are packed, so that `save_pretrained` writes a full checkpoint.
+
+    In place; call it again after changing layers. Raises AttarError when no layer is packed.
+    """
+    config = AttarConfig(**quantization_config_of(model, recipe))
+    model.hf_quantizer = AttarQuantizer(config, pre_quantized=True)
+    model.quantization_method = config.quant_method
+    kept = {
+        key: value for key, value in model.config.items() if key != "_name_or_path"
+    }  # may be a private path
+    model._internal_dict = type(model.config)({**kept, "quantization_config": config})
+    return model
+
+
+def save_transformer(
+    model: ModelMixin, folder: str | os.PathLike[str], recipe: str | None = None, max_shard_size: str = "10GB"
+) -> Path:
+    """Saves a packed model as a diffusers folder: complete under its name, or not there at all.
+
+    `recipe` defaults to the name that the model already carries. An existing folder is replaced at the end.
+    """
+    folder = Path(folder)
+    if recipe is None:
+        quantizer = getattr(model, "hf_quantizer", None)
+        recipe = quantizer.quantization_config.fields["recipe"] if quantizer is not None else "custom"
+    mark_compressed(model, recipe)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, max_shard_size=max_shard_size)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    return folder
