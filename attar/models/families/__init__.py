@@ -1,0 +1,16 @@
+"""What must be known of a family of models and cannot be derived: one small module for each, keyed by class name.
+
+A family module may define `token_grid(config, call) -> (frames, height, width)`, in tokens of the main stream.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from attar.models.families import cogvideox, flux, ltx
+
+FAMILIES: dict[str, ModuleType] = {
+    "CogVideoXTransformer3DModel": cogvideox,
+    "FluxTransformer2DModel": flux,
+    "LTXVideoTransformer3DModel": ltx,
+}

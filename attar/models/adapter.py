@@ -1,0 +1,269 @@
+"""What the toolkit knows of a diffusion transformer: its blocks, linears, attentions, streams and token grid.
+
+Found from what diffusers already declares (`_repeated_blocks`, `_no_split_modules`), from the names of layers,
+and from watching one forward (`ModelAdapter.observe`). Files in `families/` add only what none of these tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.models import roles
+from attar.models.block import BlockCall, signature_of
+from attar.models.families import FAMILIES
+from attar.models.joint import find_joint_order
+from attar.models.tree import map_tensors
+from attar.models.wiring import watch
+
+SECOND_STREAM = ("encoder_hidden_states", "context", "txt", "encoder_hidden_state")
+
+
+@dataclass(eq=False)
+class Block:
+    """One transformer block. `outputs` and `streams` are known once the adapter has observed a call."""
+
+    name: str  # "blocks.3"
+    module: nn.Module
+    index: int
+    _outputs: tuple[str | None, ...] = ()
+    _streams: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str | None, ...]:
+        """The stream that each output is, in order; None for an output that is no stream."""
+        return self._observed(self._outputs)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The arguments that are carried from block to block."""
+        return self._observed(self._streams)
+
+    def _observed(self, value: tuple) -> tuple:
+        if not value:
+            raise AttarError(
+                "the streams of the block are not known yet",
+                where=self.name,
+                fix="Call adapter.observe with the arguments of one transformer call first",
+            )
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear layer: its full dotted name from the transformer, the module, and what it is for."""
+
+    name: str
+    module: nn.Linear
+    role: str
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention module of a block; kind is "self", "cross" or "joint" (text and video in one sequence)."""
+
+    name: str
+    module: nn.Module
+    kind: str
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The tokens of one transformer call: a grid of frames x height x width, and the text beside it."""
+
+    frames: int
+    height: int
+    width: int
+    text_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+class ModelAdapter:
+    """Answers what must be known of one transformer. Make it with `ModelAdapter.of(transformer)`."""
+
+    def __init__(self, transformer: nn.Module, blocks: list[Block]) -> None:
+        self.transformer = transformer
+        self.blocks = blocks
+        self._segments: list[list[Block]] = []
+        self._joint_orders: dict[type, tuple[str, ...] | AttarError] = {}
+
+    @classmethod
+    def of(cls, transformer: nn.Module) -> ModelAdapter:
+        """The adapter of a diffusers transformer, found generically.
+
+        Raises AttarError when the class declares no repeated blocks, when no list of such blocks is found, or
+        when the blocks hold no linear layer.
+        """
+        where = type(transformer).__name__
+        declared = [n for a in ("_repeated_blocks", "_no_split_modules") for n in getattr(transformer, a, None) or ()]
+        if not declared:
+            raise AttarError("the class declares neither _repeated_blocks nor _no_split_modules", where=where)
+        found: list[Block] = []
+        for name, module in transformer.named_modules():
+            if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+                continue
+            if any(name.startswith(f"{block.name}.") for block in found):
+                continue  # a list inside a block
+            if len(module) and all(type(child).__name__ in declared for child in module):
+                children = enumerate(module.children(), len(found))
+                found += [Block(f"{name}.{i - len(found)}", child, i) for i, child in children]
+        if not found:
+            names = ", ".join(dict.fromkeys(declared))
+            raise AttarError(f"no list of transformer blocks found (looked for {names})", where=where)
+        if not any(isinstance(m, nn.Linear) for block in found for m in block.module.modules()):
+            raise AttarError("the transformer blocks hold no linear layers", where=where)
+        return cls(transformer, found)
+
+    # -- what can be said without running the model
+
+    def attentions(self, block: Block) -> list[Attention]:
+        """The attention modules of a block, in order, with their kind."""
+        paths = [(p, m) for p, m in block.module.named_modules() if p and roles.is_attention(m)]
+        two_streams = any(name in signature_of(block.module).parameters for name in SECOND_STREAM)
+        return [
+            Attention(f"{block.name}.{path}", m, _attention_kind(path, m, two_streams and len(paths) == 1))
+            for path, m in paths
+        ]
+
+    def linears(self, block: Block) -> list[Linear]:
+        """The linear layers of a block with their roles; layers that are already packed are left out."""
+        attentions = [(a.name.removeprefix(f"{block.name}."), a) for a in self.attentions(block)]
+        found = []
+        for path, module in _open_linears(block.module):
+            inside = next(((p, a) for p, a in attentions if path.startswith(f"{p}.")), None)
+            role = roles.attention_role(path.removeprefix(f"{inside[0]}."), inside[1].kind) if inside else None
+            found.append(Linear(f"{block.name}.{path}", module, role or roles.block_role(path, module)))
+        return found
+
+    def outside_linears(self) -> list[Linear]:
+        """The linear layers that are in no block: embeddings, conditioning, refiners, head."""
+        prefixes = tuple(f"{block.name}." for block in self.blocks)
+        return [
+            Linear(path, module, roles.outside_role(path))
+            for path, module in _open_linears(self.transformer)
+            if not path.startswith(prefixes)
+        ]
+
+    def token_grid(self, call: Mapping[str, Any]) -> TokenGrid:
+        """The token grid of one transformer call, given its keyword arguments.
+
+        Latents are read as (B, C, F, h, w) for videos and (B, C, h, w) for images, divided by the patch size of
+        the model's config, unless the family says otherwise. Raises AttarError when the grid cannot be told.
+        """
+        config = self.transformer.config
+        family = FAMILIES.get(type(self.transformer).__name__)
+        latents, text = call.get("hidden_states"), call.get("encoder_hidden_states")
+        text_tokens = text.shape[1] if isinstance(text, Tensor) else 0
+        if family is not None:
+            return TokenGrid(*family.token_grid(config, call), text_tokens)
+        patch = config.get("patch_size")
+        if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or patch is None:
+            raise AttarError("the token grid cannot be told from the call", where=type(self.transformer).__name__)
+        if isinstance(patch, int):
+            patch = (config.get("patch_size_t") or 1, patch, patch)
+        patch = tuple(patch)[-3:] if len(patch) >= 3 else (1, *patch)
+        size = latents.shape[2:] if latents.ndim == 5 else (1, *latents.shape[2:])
+        return TokenGrid(*(s // p for s, p in zip(size, patch, strict=True)), text_tokens)
+
+    # -- what one forward tells
+
+    @property
+    def observed(self) -> bool:
+        return bool(self._segments)
+
+    def observe(self, call: Mapping[str, Any]) -> None:
+        """Watches one forward of the transformer (no gradient) and derives streams, segments and joint order.
+
+        `call`: keyword arguments of the transformer. Does nothing the second time. If the model runs its blocks in
+        another order than it registers them, `blocks` is put into the order of execution.
+        Raises AttarError when a block does not run exactly once, or its outputs cannot be told apart.
+        """
+        if self.observed:
+            return
+        device = next(self.transformer.parameters()).device
+        with evaluating(self.transformer):
+            call = map_tensors(dict(call), lambda tensor: tensor.to(device))
+            wiring = watch(self.transformer, [block.module for block in self.blocks], call)
+            blocks = [self.blocks[i] for i in wiring.order]
+            for k, block in enumerate(blocks):
+                block.index, block._outputs, block._streams = k, wiring.outputs[k], wiring.streams[k]
+            self.blocks = blocks
+            orders = {cls: self._joint_order(cls, given) for cls, given in wiring.first_calls.items()}
+        self._joint_orders = orders
+        self._segments = [[blocks[k] for k in segment] for segment in wiring.segments]
+
+    @property
+    def segments(self) -> list[list[Block]]:
+        """Runs of consecutive blocks through which streams can be carried; see `attar.models.wiring`."""
+        if not self._segments:
+            self.blocks[0]._observed(())
+        return self._segments
+
+    def segment_of(self, block: Block) -> list[Block]:
+        """The segment that holds the block."""
+        return next(segment for segment in self.segments if any(b is block for b in segment))
+
+    def joint_order(self, block: Block) -> tuple[str, ...]:
+        """Order of the streams in the block's joint attention sequence, e.g. ("encoder_hidden_states",
+        "hidden_states") for CogVideoX; ("hidden_states",) where attention is over one stream.
+
+        Found by disturbing one stream after the other (`attar.models.joint`). Raises AttarError if that failed.
+        """
+        block._observed(block._outputs)
+        order = self._joint_orders[type(block.module)]
+        if isinstance(order, AttarError):
+            raise order
+        return order
+
+    def _joint_order(self, cls: type, given: Mapping[str, Any]) -> tuple[str, ...] | AttarError:
+        block = next(b for b in self.blocks if type(b.module) is cls)
+        joint = [a.module for a in self.attentions(block) if a.kind == "joint"]
+        if not joint or len(block.streams) < 2:
+            return block.streams[:1]
+        streams = {name: given[name] for name in block.streams}
+        rest = {name: value for name, value in given.items() if name not in streams}
+        try:
+            return find_joint_order(block.module, BlockCall(streams, rest), joint[0])
+        except AttarError as error:  # only those who ask for the order need it
+            return error
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No gradient and evaluation mode inside; each module's own mode is restored after."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _attention_kind(path: str, module: nn.Module, alone_with_text: bool) -> str:
+    if isinstance(getattr(module, "add_q_proj", None), nn.Module):
+        return "joint"
+    if getattr(module, "is_cross_attention", False):
+        return "cross"
+    if alone_with_text:  # the block is given text and has no other place to look at it
+        return "joint"
+    last = path.split(".")[-1]
+    return "cross" if last == "attn2" or "cross" in last else "self"
+
+
+def _open_linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [
+        (path, child)
+        for path, child in module.named_modules()
+        if isinstance(child, nn.Linear) and not getattr(child, "is_attar_packed", False)
+    ]

@@ -1,0 +1,6 @@
+"""Puts tests/ on the path, so that every test can say `from support import tiny`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
