@@ -16,7 +16,7 @@ _WIDTH = 760  # of the drawing, in its own units; the page scales it
 def selection_map(selection: Selection) -> Markup:
     """Heat map prompts × steps of the selection score, chosen samples marked, their counts along both edges."""
     prompts, steps = len(selection.scores), len(selection.scores[0])
-    left, right, top, bottom = 190, 64, 52, 40
+    left, right, top, bottom = 196, 64, 52, 40
     cell = (_WIDTH - left - right) / steps
     row = max(14.0, min(24.0, 240 / prompts))
     highest = max(max(scores) for scores in selection.scores)
@@ -26,7 +26,7 @@ def selection_map(selection: Selection) -> Markup:
     parts = []
     for p, scores in enumerate(selection.scores):
         y = top + p * row
-        parts.append(_text(left - 8, y + row / 2, _shorten(selection.prompts[p], 30), "end", middle=True))
+        parts.append(_text(left - 8, y + row / 2, _shorten(selection.prompts[p], 26), "end", middle=True))
         for t, score in enumerate(scores):
             mark = ", chosen" if (p, t) in chosen else ""
             title = f"<title>{escape(selection.prompts[p])} · step {t} · score {score:.3g}{mark}</title>"
@@ -54,12 +54,16 @@ def selection_map(selection: Selection) -> Markup:
     edge = _WIDTH - right + 6
     for p, count in by_prompt.items():
         y, width = top + p * row, 34 * count / most
-        parts.append(f'<rect x="{edge}" y="{y:.1f}" width="{width:.1f}" height="{row - 1:.1f}" class="count"/>')
+        parts.append(
+            f'<rect x="{edge}" y="{y:.1f}" width="{width:.1f}" height="{row - 1:.1f}" class="count"/>'
+        )
         parts.append(_text(edge + width + 4, y + row / 2, str(count), "start", middle=True, muted=True))
     base = top + prompts * row
     for t in _positions(steps, 11):
         parts.append(_text(left + (t + 0.5) * cell, base + 15, str(t), "middle", muted=True))
-    parts.append(_text((left + _WIDTH - right) / 2, base + 34, "denoising step (0 is the noisiest)", "middle"))
+    parts.append(
+        _text((left + _WIDTH - right) / 2, base + 34, "denoising step (0 is the noisiest)", "middle")
+    )
     label = f"Selection score of {prompts} prompts by {steps} steps; {len(chosen)} samples chosen"
     return _svg(parts, base + bottom, label)
 
@@ -93,10 +97,14 @@ def timestep_errors(rows: Sequence[TimestepError]) -> Markup:
     parts = [*frame.grid(), _polyline(points, "after-line")]
     for (x, y), row in zip(points, rows, strict=True):
         title = f"step {row.step}, timestep {row.timestep:g}: {row.error:.3g}"
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" class="after"><title>{title}</title></circle>')
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" class="after"><title>{title}</title></circle>'
+        )
     for index in _positions(len(rows), 11):
         parts.append(_text(points[index][0], frame.base + 17, str(rows[index].step), "middle", muted=True))
-    parts.append(_text(frame.left + frame.inner / 2, frame.base + 36, "denoising step (0 is the noisiest)", "middle"))
+    parts.append(
+        _text(frame.left + frame.inner / 2, frame.base + 36, "denoising step (0 is the noisiest)", "middle")
+    )
     return _svg(parts, frame.base + 44, f"Relative error of the denoiser's output over {len(rows)} steps")
 
 
@@ -136,14 +144,18 @@ def weight_ranges(rows: Sequence[AttentionMass]) -> Markup:
 
     parts = []
     for tick in _nice_ticks(low, high, 6):
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{at(tick):.1f}" y2="{at(tick):.1f}" class="grid"/>')
+        parts.append(
+            f'<line x1="{left}" x2="{left + width}" y1="{at(tick):.1f}" y2="{at(tick):.1f}" class="grid"/>'
+        )
         parts.append(_text(left - 7, at(tick), f"{tick:g}", "end", middle=True, muted=True))
     step = width / len(rows)
     box = min(16.0, step * 0.5)
     for index, row in enumerate(rows):
         x, levels = left + (index + 0.5) * step, sorted(row.weights)
         y = {level: at(row.weights[level]) for level in levels}
-        title = escape(f"{row.block}: " + ", ".join(f"{level} %: {row.weights[level]:.3g}" for level in levels))
+        title = escape(
+            f"{row.block}: " + ", ".join(f"{level} %: {row.weights[level]:.3g}" for level in levels)
+        )
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y[levels[0]]:.1f}" y2="{y[levels[-1]]:.1f}" class="join"/>'
         )
@@ -154,12 +166,16 @@ def weight_ranges(rows: Sequence[AttentionMass]) -> Markup:
                 f'rx="2" class="box"><title>{title}</title></rect>'
             )
         middle = levels[len(levels) // 2]
-        parts.append(f'<circle cx="{x:.1f}" cy="{y[middle]:.1f}" r="4" class="after"><title>{title}</title></circle>')
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y[middle]:.1f}" r="4" class="after"><title>{title}</title></circle>'
+        )
     for index in _positions(len(rows), 12):
         name = rows[index].block.rpartition(".")[2]
         parts.append(_text(left + (index + 0.5) * step, top + height + 17, name, "middle", muted=True))
     parts.append(_text(left + width / 2, top + height + 36, "block", "middle"))
-    return _svg(parts, top + height + 44, f"Percentiles of the token weights of {len(rows)} blocks", left + width + 18)
+    return _svg(
+        parts, top + height + 44, f"Percentiles of the token weights of {len(rows)} blocks", left + width + 18
+    )
 
 
 class _Frame:
@@ -191,11 +207,15 @@ class _Frame:
         parts = []
         for tick in self.ticks:
             y = self.y(tick)
-            parts.append(f'<line x1="{self.left}" x2="{_WIDTH - 16}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+            parts.append(
+                f'<line x1="{self.left}" x2="{_WIDTH - 16}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
+            )
             parts.append(_text(self.left - 8, y, f"{tick:g}", "end", middle=True, muted=True))
         x, y = 14, self.top + self.height / 2
         label = self.label + (", logarithmic" if self.logarithmic else "")
-        parts.append(f'<text x="{x}" y="{y}" text-anchor="middle" transform="rotate(-90 {x} {y})">{label}</text>')
+        parts.append(
+            f'<text x="{x}" y="{y}" text-anchor="middle" transform="rotate(-90 {x} {y})">{label}</text>'
+        )
         return parts
 
 
@@ -225,7 +245,9 @@ def _text(x: float, y: float, text: str, anchor: str, middle: bool = False, mute
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{baseline}{style}>{escape(text)}</text>'
 
 
-def _polyline(points: Sequence[tuple[float, float]], style: str, title: str = "", opacity: float = 1.0) -> str:
+def _polyline(
+    points: Sequence[tuple[float, float]], style: str, title: str = "", opacity: float = 1.0
+) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     inner = f"<title>{title}</title>" if title else ""
     return f'<polyline points="{path}" class="{style}" stroke-opacity="{opacity:.2f}">{inner}</polyline>'

@@ -89,5 +89,6 @@ def _check_videos(reference: Tensor, compressed: Tensor) -> None:
         low, high = (float(v) for v in torch.aminmax(video))
         if low < -1e-3 or high > 1 + 1e-3:
             raise AttarError(
-                f"values of the {name} video run from {low:.3g} to {high:.3g}", fix="Scale videos to [0, 1] first"
+                f"values of the {name} video run from {low:.3g} to {high:.3g}",
+                fix="Scale videos to [0, 1] first",
             )

@@ -70,7 +70,9 @@ def build_report(data: ReportData, out_dir: str | Path) -> Path:
     data = dataclasses.replace(data, summary=data.summary or summarise(data.pairs))
     page = environment().get_template("report.html.j2").render(**_context(data), videos=videos)
     pairs = [
-        dataclasses.replace(pair, reference=_relative(pair.reference, out), compressed=_relative(pair.compressed, out))
+        dataclasses.replace(
+            pair, reference=_relative(pair.reference, out), compressed=_relative(pair.compressed, out)
+        )
         for pair in data.pairs
     ]
     write_text(out / "report.json", dataclasses.replace(data, pairs=pairs).to_json() + "\n")
@@ -94,7 +96,9 @@ def write_text(path: Path, text: str) -> None:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise AttarError(
-            f"cannot write the file: {error.strerror}", where=str(path), fix="Check the folder and the free space"
+            f"cannot write the file: {error.strerror}",
+            where=str(path),
+            fix="Check the folder and the free space",
         ) from error
 
 
@@ -113,7 +117,9 @@ def environment() -> Environment:
         bytes=format_bytes,
         figure=_figure,
         percent=lambda share: f"{100 * share:.1f}".removesuffix(".0"),
-        signed=lambda value, digits: f"{value:+.{digits}f}".replace("-", "−"),
+        signed=lambda value, digits: (
+            f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else "0"
+        ),
     )
     return env
 
@@ -122,6 +128,8 @@ def _context(data: ReportData) -> dict[str, Any]:
     summary, reference, compressed = data.summary, data.reference, data.compressed
     assert summary is not None
     parts = list(dict.fromkeys([*reference.parts, *compressed.parts]))
+    shared = [(part, reference.parts.get(part), compressed.parts.get(part)) for part in parts]
+    shrunk = [(old / new, part) for part, old, new in shared if old and new and old > new]
     before, after = reference.total_bytes, compressed.total_bytes
     accuracy = summary.accuracy
     curves = [row for row in data.attention if len(row.curve) > 1]
@@ -132,7 +140,8 @@ def _context(data: ReportData) -> dict[str, Any]:
         "summary": summary,
         "infinity": math.inf,
         "size_ratio": before / after if before and after else None,
-        "size_rows": [(part, reference.parts.get(part), compressed.parts.get(part)) for part in parts],
+        "size_rows": shared,
+        "best_part": max(shrunk)[::-1] if shrunk and len(parts) > 1 else None,
         "largest": max(before, after),
         "headline": accuracy.get("all") or next(iter(accuracy.values()), None),
         "speed": _speed(reference.seconds_per_video, compressed.seconds_per_video),
@@ -155,13 +164,13 @@ def _context(data: ReportData) -> dict[str, Any]:
 def _notes(data: ReportData) -> list[str]:
     """What a reader must know to judge the figures: who computed them, and where."""
     notes = []
-    for model, kind in ((data.reference, "Original"), (data.compressed, "Compressed")):
-        if model.backend:
-            notes.append(f"{kind} model ran on: {model.backend.rstrip('.')}.")
-    times = [(m.bits, m.seconds_per_video, m.hardware) for m in (data.reference, data.compressed)]
-    for bits, seconds, hardware in times:
-        if seconds is not None:
-            notes.append(f"{bits}: {_figure(seconds, 2)} s for a video on {hardware or 'unnamed hardware'}.")
+    for model in (data.reference, data.compressed):
+        facts = [model.backend.strip().rstrip(".")] if model.backend else []
+        if model.seconds_per_video is not None:
+            place = f" on {model.hardware}" if model.hardware else ", hardware not named"
+            facts.append(f"{_figure(model.seconds_per_video, 2)} s for a video{place}")
+        if facts:
+            notes.append(f"{model.name}, {model.bits}: {'; '.join(facts)}.")
     return [*notes, *data.notes]
 
 
@@ -193,7 +202,9 @@ def _video(source: str, where: str) -> str:
     try:
         start = base64.b64decode(uri.partition(",")[2][:16], validate=True)
     except binascii.Error as error:
-        raise AttarError("not a video", where=where, fix="Give the path or the bytes of an mp4 file") from error
+        raise AttarError(
+            "not a video", where=where, fix="Give the path or the bytes of an mp4 file"
+        ) from error
     if start[4:8] != b"ftyp":
         name = "" if source.startswith("data:") else f" {source}"
         raise AttarError("not an mp4 file", where=f"{where}{name}", fix="Write it with save_video")

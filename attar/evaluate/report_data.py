@@ -202,20 +202,26 @@ class ReportData:
         for index, pair in enumerate(self.pairs):
             if pair.reference_quality.keys() != pair.compressed_quality.keys():
                 raise AttarError(
-                    "the two models are judged on different attributes", where=f"pairs[{index}] {pair.prompt!r}"
+                    "the two models are judged on different attributes",
+                    where=f"pairs[{index}] {pair.prompt!r}",
                 )
         numbers: list[tuple[str, list[float]]] = [
             ("pairs.psnr", [p.psnr for p in self.pairs if p.psnr is not None and p.psnr != math.inf]),
             ("pairs.ssim", [p.ssim for p in self.pairs if p.ssim is not None]),
             ("block_errors", [value for row in self.block_errors for value in (row.before, row.after)]),
-            ("timestep_errors", [value for row in self.timestep_errors for value in (row.timestep, row.error)]),
+            (
+                "timestep_errors",
+                [value for row in self.timestep_errors for value in (row.timestep, row.error)],
+            ),
             ("attention", [v for row in self.attention for v in [*row.curve, *row.weights.values()]]),
         ]
         if self.selection is not None:
             _check_selection(self.selection)
         for where, values in numbers:
             if not all(math.isfinite(value) for value in values):
-                raise AttarError("a figure is not finite", where=where, fix="Leave figures out that do not exist")
+                raise AttarError(
+                    "a figure is not finite", where=where, fix="Leave figures out that do not exist"
+                )
 
 
 def summarise(pairs: Sequence[VideoPair]) -> Summary:
@@ -258,7 +264,8 @@ def _check_selection(selection: Selection) -> None:
     widths = {len(row) for row in selection.scores}
     if len(selection.scores) != len(selection.prompts) or len(widths) != 1 or 0 in widths:
         raise AttarError(
-            "the score table must have one row for each prompt and one column for each step", where="selection"
+            "the score table must have one row for each prompt and one column for each step",
+            where="selection",
         )
     if not all(math.isfinite(score) for row in selection.scores for score in row):
         raise AttarError("a score is not finite", where="selection.scores")
@@ -266,7 +273,8 @@ def _check_selection(selection: Selection) -> None:
     for sample in selection.chosen:
         if not (0 <= sample.prompt < len(selection.prompts) and 0 <= sample.step < steps):
             raise AttarError(
-                f"prompt {sample.prompt}, step {sample.step} is outside the score table", where="selection.chosen"
+                f"prompt {sample.prompt}, step {sample.step} is outside the score table",
+                where="selection.chosen",
             )
 
 

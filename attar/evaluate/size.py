@@ -26,7 +26,9 @@ def model_size(source: str | Path | nn.Module | Any) -> dict[str, int]:
         return safetensors_bytes(source)
     components = getattr(source, "components", None)
     if not isinstance(components, dict):
-        raise AttarError(f"cannot measure a {type(source).__name__}", fix="Give a folder, a pipeline or a module")
+        raise AttarError(
+            f"cannot measure a {type(source).__name__}", fix="Give a folder, a pipeline or a module"
+        )
     sizes = {name: module_bytes(part) for name, part in components.items() if isinstance(part, nn.Module)}
     if not sizes:
         raise AttarError(f"the {type(source).__name__} has no component with weights")

@@ -46,9 +46,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
     return Estimate(mean, error, mean - half, mean + half, int(array.size), infinite)
 
 
-def paired_difference(
-    before: Sequence[float], after: Sequence[float], confidence: float = 0.95
-) -> Estimate:
+def paired_difference(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Estimate:
     """Mean of `after − before` over pairs (the same seed or prompt), with a Student-t interval.
 
     Raises AttarError for unequal lengths and non-finite values.

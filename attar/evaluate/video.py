@@ -88,7 +88,9 @@ def save_video(
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         reason = str(error).strip().splitlines()[-1]
-        raise AttarError(f"cannot write the video: {reason}", where=str(path), fix="Check folder and disk") from error
+        raise AttarError(
+            f"cannot write the video: {reason}", where=str(path), fix="Check folder and disk"
+        ) from error
     return path
 
 

@@ -22,7 +22,11 @@ class Browser:
         read_here, write_there = os.pipe()
         read_there, write_here = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--mute-audio", "--no-first-run"]
-        flags += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--autoplay-policy=no-user-gesture-required"]
+        flags += [
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "--autoplay-policy=no-user-gesture-required",
+        ]
         shell = f'exec "$@" 3<&{read_there} 4>&{write_there}'  # the pipe's ends must be descriptors 3 and 4
         self.process = subprocess.Popen(
             ["sh", "-c", shell, "sh", binary, *flags, "about:blank"],
@@ -44,7 +48,12 @@ class Browser:
             self._send(f"{domain}.enable")
 
     def open(
-        self, path: Path, width: int = 1280, height: int = 900, scheme: str = "light", motion: str = "no-preference"
+        self,
+        path: Path,
+        width: int = 1280,
+        height: int = 900,
+        scheme: str = "light",
+        motion: str = "no-preference",
     ) -> None:
         self.problems.clear()
         self.requests.clear()
@@ -133,7 +142,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     binary = next((found for name in names if (found := shutil.which(name))), None)
     if binary is None:
-        pytest.skip(f"no Chromium here (looked for {', '.join(names)}); install one to test the report in a browser")
+        pytest.skip(
+            f"no Chromium here (looked for {', '.join(names)}); install one to test the report in a browser"
+        )
     session = Browser(binary, tmp_path_factory.mktemp("chromium"))
     yield session
     session.close()
