@@ -1,0 +1,1 @@
+"""Post-training quantization: formats, transforms, learned layers, rounding and block reconstruction."""

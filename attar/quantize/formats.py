@@ -1,0 +1,138 @@
+"""Symmetric uniform fake quantization with straight-through gradients, for weights and activations.
+
+Values are those of `attar.runtime.reference`, bit for bit: fake ≡ dequantize ∘ quantize. Gradients
+(S²Q-VDiT's base, as in FlatQuant): identity through round, identity inside and zero outside the clipping
+range, and the step size Δ stays a differentiable function of the clipping factors and the tensor's extremes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attar.errors import AttarError
+from attar.runtime.reference import MIN_ABSMAX, integer_range, quantize, symmetric_scale, wide
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """x̂ = Δ · clamp(round(x / Δ)) for a given step size; differentiable in x and in Δ.
+
+    scale Δ broadcasts against x. Outside the range of codes x gets no gradient, and Δ
+    gets that of the saturated code.
+    """
+    low, high = integer_range(bits)
+    steps = (wide(x) / scale).clamp(low, high)
+    return (steps + (steps.round() - steps).detach()) * scale
+
+
+def fake_quantize_tokens(x: Tensor, bits: int, clip: Tensor | None = None) -> Tensor:
+    """Dynamic fake quantization of activations, one Δ for each token.
+
+    x: (..., d). clip: learned factors (f_lo, f_hi) of the layer, shape (2,), or None for the full range.
+    """
+    if clip is None:
+        one = x.new_ones((), dtype=wide(x).dtype)
+        return _FakeQuantizeRange.apply(wide(x), one, one, bits)
+    return _FakeQuantizeRange.apply(wide(x), clip[0], clip[1], bits)
+
+
+def fake_quantize_weight(
+    weight: Tensor, bits: int, clip: Tensor | None = None, group_size: int | None = None
+) -> Tensor:
+    """Fake quantization of a weight, one Δ for each output channel or each group of input channels.
+
+    weight: (out, in). clip: learned factors (f_lo, f_hi), shape (2, out, groups), groups = 1 per output
+    channel, or None. Returns (out, in).
+    """
+    grouped = _grouped(wide(weight), group_size)
+    low, high = (grouped.new_ones(()),) * 2 if clip is None else clip.unsqueeze(-1).unbind(0)
+    return _FakeQuantizeRange.apply(grouped, low, high, bits).view(weight.shape)
+
+
+def quantize_weight(
+    weight: Tensor, bits: int, clip: Tensor | None = None, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (out, in) and scales (out, groups) that `fake_quantize_weight` stands for."""
+    grouped = _grouped(wide(weight), group_size)
+    clamped, scale = _clamp_and_scale(grouped, clip, bits)
+    return quantize(clamped, scale, bits).view(weight.shape), scale.squeeze(-1)
+
+
+def clip_weight(weight: Tensor, bits: int, clip: Tensor | None, group_size: int | None = None) -> Tensor:
+    """The weight (out, in) after clamping to its learned range, before rounding."""
+    return _clamp_and_scale(_grouped(wide(weight), group_size), clip, bits)[0].view(weight.shape)
+
+
+def group_count(in_features: int, group_size: int | None) -> int:
+    """How many scales each row has. Raises AttarError when the groups do not divide the row."""
+    if group_size is None:
+        return 1
+    if group_size < 1 or in_features % group_size:
+        raise AttarError(
+            f"groups of {group_size} do not divide {in_features} input channels",
+            fix="Choose a divisor, or none",
+        )
+    return in_features // group_size
+
+
+def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    groups = group_count(weight.shape[1], group_size)
+    return weight.reshape(weight.shape[0], groups, -1)  # (out, in) -> (out, groups, in/groups)
+
+
+def _clamp_and_scale(grouped: Tensor, clip: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    smallest, largest = grouped.aminmax(dim=-1, keepdim=True)
+    if clip is not None:
+        smallest, largest = smallest * clip[0].unsqueeze(-1), largest * clip[1].unsqueeze(-1)
+    return grouped.clamp(smallest, largest), symmetric_scale(torch.maximum(smallest.abs(), largest), bits)
+
+
+class _FakeQuantizeRange(torch.autograd.Function):
+    """Clamp to [f_lo · min, f_hi · max] along the last axis, then round in steps of Δ = max(|lo|, hi) / qmax.
+
+    One function with its own backward, because a training step applies it to every weight and activation of
+    a block. Masks are float signs: on CPU, comparisons and `aminmax` along an axis are not vectorised.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int) -> Tensor:
+        smallest, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        low, high = smallest * low_factor, largest * high_factor
+        scale = symmetric_scale(torch.maximum(low.abs(), high), bits)
+        clamped = torch.maximum(x, low)
+        torch.minimum(clamped, high, out=clamped)
+        needs_grad = any(ctx.needs_input_grad[:3])
+        side = (x - clamped).sign_() if needs_grad else None  # 1 above the range, −1 below, 0 inside
+        steps = clamped.div_(scale)
+        codes = steps.round()
+        if needs_grad:
+            residual = steps.neg_().add_(codes)  # ∂x̂/∂Δ
+            ctx.save_for_backward(x, side, residual, low, high, smallest, largest, low_factor, high_factor)
+            ctx.bits = bits
+        return codes.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, side, residual, low, high, smallest, largest, low_factor, high_factor = ctx.saved_tensors
+        signed = grad * side
+        difference = signed.sum(-1, keepdim=True)
+        clipped = signed.mul_(side)  # the gradient outside the range
+        total = clipped.sum(-1, keepdim=True)
+        magnitude = low.abs()
+        grad_absmax = (grad * residual).sum(-1, keepdim=True) / integer_range(ctx.bits)[1]
+        grad_absmax = grad_absmax * (torch.maximum(magnitude, high) >= MIN_ABSMAX)
+        low_decides = magnitude > high
+        grad_high = (total + difference) / 2 + grad_absmax * ~low_decides
+        grad_low = (total - difference) / 2 + grad_absmax * low_decides * low.sign()
+        grad_x = grad_low_factor = grad_high_factor = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.sub(grad, clipped, out=clipped)
+            grad_x.scatter_add_(-1, x.argmax(-1, keepdim=True), grad_high * high_factor)
+            grad_x.scatter_add_(-1, x.argmin(-1, keepdim=True), grad_low * low_factor)
+        if ctx.needs_input_grad[1]:
+            grad_low_factor = (grad_low * smallest).sum_to_size(low_factor.shape)
+        if ctx.needs_input_grad[2]:
+            grad_high_factor = (grad_high * largest).sum_to_size(high_factor.shape)
+        return grad_x, grad_low_factor, grad_high_factor, None

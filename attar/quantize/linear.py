@@ -1,0 +1,263 @@
+"""A linear layer while it is being quantized: learnable transforms and clipping, then baking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.quantize.formats import (
+    clip_weight,
+    fake_quantize_tokens,
+    fake_quantize_weight,
+    group_count,
+    quantize_weight,
+)
+from attar.quantize.transforms import LearnedTransform, Matrices
+from attar.runtime.layers import PackedLinear
+from attar.runtime.reference import dequantize, integer_range, quantize_tokens, wide
+from attar.runtime.transforms import Transform, transform_weight
+
+
+@dataclass
+class _Frozen:
+    transforms: list[Transform]
+    codes: Tensor  # (out, in) int8
+    scale: Tensor  # (out, groups) float32
+    weight: Tensor  # (out, in), codes · scale
+    act_clip: Tensor | None  # (2,)
+
+
+class QuantizedLinear(nn.Module):
+    """ŷ = Q_a(x T; a⁻, a⁺) · Q_w(W T^{-T}; g⁻, g⁺)ᵀ + b around one nn.Linear (S²Q-VDiT's base, FlatQuant).
+
+    linear: the layer; its weight and bias are shared, not copied, and never trained.
+    weight_bits: 2..16 (up to 8 can be packed). act_bits: the same, or None for a weight-only layer.
+    transforms: learnable transforms in the order in which they act on x.
+    group_size: None for one scale per output channel, else scales per group of input channels (weight-only).
+    weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
+    The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
+    the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
+    layer of `bake()` does.
+    Raises AttarError for bits out of range, and for group scales together with quantized activations.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight_bits: int,
+        act_bits: int | None,
+        transforms: Iterable[LearnedTransform] = (),
+        *,
+        group_size: int | None = None,
+        weight_clip: bool = True,
+        act_clip: bool = True,
+        clip_start: float = 4.0,
+    ) -> None:
+        super().__init__()
+        integer_range(weight_bits)
+        if act_bits is not None:
+            integer_range(act_bits)
+            if group_size is not None:
+                raise AttarError(
+                    "group scales cannot be combined with activation quantization",
+                    fix="Use one scale per output channel, or weights only",
+                )
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        device = linear.weight.device
+        groups = group_count(self.in_features, group_size)
+        self.transforms = nn.ModuleList(transforms).to(device)  # type: ignore[arg-type]
+        self.weight_clip_logit = self.act_clip_logit = None
+        if weight_clip:  # (f_lo, f_hi) of each row and group
+            start = torch.full((2, self.out_features, groups), clip_start, device=device)
+            self.weight_clip_logit = nn.Parameter(start)
+        if act_clip and act_bits is not None:
+            self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
+        self.weight_quant, self.act_quant = True, act_bits is not None
+        self._frozen: _Frozen | None = None
+        self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
+
+    # ------------------------------------------------------------------------------------------ learning
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._frozen is not None:
+            return self._forward_frozen(x, self._frozen)
+        matrices, weight = self._evaluated()
+        y = self._transform(x, matrices)
+        if self.act_quant and self.act_bits is not None:
+            y = fake_quantize_tokens(y, self.act_bits, self._act_clip())
+        return self._linear(y, weight, x.dtype)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """x̃ = x T: what the quantizer sees, and what GPTQ's Hessian is made of."""
+        if self._frozen is not None:
+            for transform in self._frozen.transforms:
+                x = transform(x)
+            return wide(x)
+        return self._transform(x, self._evaluated()[0])
+
+    def transform_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of scales and rotations."""
+        return [p for p in self.transforms.parameters() if p.requires_grad]
+
+    def clip_parameters(self) -> list[nn.Parameter]:
+        """The logits of the clipping factors."""
+        return [p for p in (self.weight_clip_logit, self.act_clip_logit) if p is not None]
+
+    def _evaluated(self) -> tuple[list[Matrices], Tensor]:
+        """The transforms' matrices and the (fake-quantized) weight W̃, evaluated once in a forward pass.
+
+        Without gradients, as in the loss evaluations between epochs, they are kept until a parameter changes.
+        """
+        if torch.is_grad_enabled():
+            self._cache = None
+            return self._evaluate()
+        key = (self.weight_quant, self.weight_bits, *((p.data_ptr(), p._version) for p in self.parameters()))
+        if self._cache is None or self._cache[0] != key:
+            self._cache = key, self._evaluate()
+        return self._cache[1]
+
+    def _evaluate(self) -> tuple[list[Matrices], Tensor]:
+        matrices = [transform.matrices() for transform in self.transforms]  # type: ignore[operator]
+        weight = wide(self.weight)
+        for transform, m in zip(self.transforms, matrices, strict=True):
+            weight = transform.weight_side(weight, m)  # type: ignore[operator]
+        if self.weight_quant:
+            weight = fake_quantize_weight(weight, self.weight_bits, self._weight_clip(), self.group_size)
+        return matrices, weight
+
+    def _transform(self, x: Tensor, matrices: list[Matrices]) -> Tensor:
+        x = wide(x)
+        for transform, m in zip(self.transforms, matrices, strict=True):
+            x = transform(x, m)
+        return x
+
+    def _linear(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return F.linear(x, weight, bias).to(dtype)
+
+    def _weight_clip(self) -> Tensor | None:
+        return None if self.weight_clip_logit is None else self.weight_clip_logit.sigmoid()
+
+    def _act_clip(self) -> Tensor | None:
+        return None if self.act_clip_logit is None else self.act_clip_logit.sigmoid()
+
+    # ------------------------------------------------------------------------------------------- freezing
+
+    @torch.no_grad()
+    def baked_weight(self, clipped: bool = False) -> tuple[Tensor, Tensor]:
+        """W̃ (out, in) and its scales (out, groups), float32, with the transforms as they will be deployed.
+
+        The transforms are rounded to float32 and the weight side is computed from them in float64. `clipped`
+        clamps W̃ to its learned range. These are GPTQ's arguments: its scales must stay those of the clipping.
+        """
+        transforms = self._baked_transforms()
+        weight = transform_weight(transforms, self.weight).float()
+        clip = self._weight_clip()
+        scale = quantize_weight(weight, self.weight_bits, clip, self.group_size)[1]
+        return (clip_weight(weight, self.weight_bits, clip, self.group_size) if clipped else weight), scale
+
+    @torch.no_grad()
+    def freeze(self, codes: Tensor | None = None) -> None:
+        """Fixes transforms, clipping and codes.
+
+        codes: (out, in) for the scales of `baked_weight`, e.g. from GPTQ; by default the weight is rounded to
+        nearest. Raises AttarError for codes of a wrong shape or range.
+        """
+        weight, scale = self.baked_weight()
+        if codes is None:
+            codes = quantize_weight(weight, self.weight_bits, self._weight_clip(), self.group_size)[0]
+        low, high = integer_range(self.weight_bits)
+        if codes.shape != weight.shape or bool((codes < low).any()) or bool((codes > high).any()):
+            raise AttarError(
+                f"codes of shape {tuple(codes.shape)} do not fit {self.weight_bits} bits "
+                f"of {tuple(weight.shape)}"
+            )
+        fake = dequantize(codes.unflatten(1, (scale.shape[1], -1)), scale.unsqueeze(-1)).flatten(1)
+        transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
+        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip())
+        self._cache = None
+
+    def unfreeze(self) -> None:
+        """Back to the learnable form."""
+        self._frozen = None
+
+    @property
+    def is_frozen(self) -> bool:
+        return self._frozen is not None
+
+    def bake(self, codes: Tensor | None = None) -> PackedLinear:
+        """The packed layer with the frozen layer's values.
+
+        codes: as in `freeze`, which this calls when they are given or the layer is not frozen yet.
+        Raises AttarError for more than 8 bits.
+        """
+        if codes is not None or self._frozen is None:
+            self.freeze(codes)
+        frozen = self._frozen
+        assert frozen is not None
+        return PackedLinear.from_codes(
+            frozen.codes,
+            frozen.scale,
+            self.weight_bits,
+            bias=self.bias,
+            act_bits=self.act_bits,
+            act_clip=frozen.act_clip,
+            transforms=frozen.transforms,
+            group_size=self.group_size,
+            compute_dtype=self.weight.dtype,
+        )
+
+    def _baked_transforms(self) -> list[Transform]:
+        if self._frozen is not None:
+            return self._frozen.transforms
+        return [transform.bake() for transform in self.transforms]  # type: ignore[operator]
+
+    def _forward_frozen(self, x: Tensor, frozen: _Frozen) -> Tensor:
+        y = self.transform_input(x)
+        if self.act_bits is not None:
+            y = dequantize(*quantize_tokens(y, self.act_bits, frozen.act_clip))
+        return self._linear(y, frozen.weight.to(y.dtype), x.dtype)
+
+    def extra_repr(self) -> str:
+        acts = "float" if self.act_bits is None else f"{self.act_bits} bits"
+        return f"{self.in_features} -> {self.out_features}, weight={self.weight_bits} bits, activation={acts}"
+
+
+def parameter_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """Parameters of all QuantizedLinears among `layers`, as {"transform": […], "clip": […]}."""
+    found = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    return {
+        "transform": [p for layer in found for p in layer.transform_parameters()],
+        "clip": [p for layer in found for p in layer.clip_parameters()],
+    }
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Puts `new` where the dotted `name` points below `root`; returns what was there."""
+    parent_name, _, child = name.rpartition(".")
+    parent = root.get_submodule(parent_name)
+    old = parent.get_submodule(child)
+    if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+        parent[int(child)] = new
+    else:
+        setattr(parent, child, new)
+    return old
+
+
+def quantized_linears(block: nn.Module) -> dict[str, QuantizedLinear]:
+    """Every QuantizedLinear below `block` by its dotted name."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def set_quantizers(layers: Sequence[QuantizedLinear], weights: bool, acts: bool) -> None:
+    """Turns the quantizers of layers that still learn on or off."""
+    for layer in layers:
+        layer.weight_quant, layer.act_quant = weights, acts and layer.act_bits is not None

@@ -1,0 +1,266 @@
+"""Block reconstruction: train one block's quantization parameters to reproduce its full-precision output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+
+Streams = Mapping[str, Tensor]
+Loss = Callable[[Streams, Streams, Any], Tensor]  # (prediction, target, context of the sample) -> scalar
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """Schedule of S²Q-VDiT's block reconstruction (its defaults; weight decay and batch size are not in the paper).
+
+    epochs: passes over the calibration set. batch_size: calls concatenated along the batch axis.
+    transform_lr, clip_lr: AdamW learning rates of scales and rotations, and of clipping factors; both fall
+    along a cosine to lr · eta_min_ratio. weight_decay: of the transforms, whose parameters are deviations
+    from their start; clipping factors never decay. normalise_loss: divide each loss by its own detached
+    value, so that every sample gives a gradient of unit scale (FlatQuant).
+    """
+
+    epochs: int = 15
+    batch_size: int = 1
+    transform_lr: float = 5e-3
+    clip_lr: float = 5e-2
+    eta_min_ratio: float = 1e-3
+    weight_decay: float = 0.01
+    normalise_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1:
+            raise AttarError(f"epochs={self.epochs} and batch_size={self.batch_size} cannot be trained with")
+
+
+@dataclass
+class ReconstructionResult:
+    """What happened. Errors are mean losses over the calibration (validation) set.
+
+    error_before and error_after: at the start and in the state that was kept; after ≤ before always.
+    history: mean calibration loss at the end of each epoch. steps: optimizer steps taken. best_epoch: the
+    epoch whose state was kept, 0 being the start. rolled_back: an earlier state than the last one was kept.
+    stopped: why training ended early, or None.
+    """
+
+    error_before: float
+    error_after: float
+    history: list[float] = field(default_factory=list)
+    steps: int = 0
+    best_epoch: int = 0
+    rolled_back: bool = False
+    stopped: str | None = None
+    validation_before: float | None = None
+    validation_after: float | None = None
+
+
+def reconstruct_block(
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    targets: Sequence[Streams],
+    groups: Mapping[str, Sequence[nn.Parameter]],
+    settings: ReconstructionSettings,
+    loss: Loss,
+    *,
+    contexts: Sequence[Any] | None = None,
+    generator: torch.Generator | None = None,
+    validation: tuple[Sequence[Any], Sequence[Streams], Sequence[Any] | None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> ReconstructionResult:
+    """Minimises the loss of the quantized block over the calibration set; keeps the best state it met.
+
+    run: the quantized block on one call, giving its output streams. calls, targets: samples and the
+    full-precision outputs; contexts: what the loss gets beside them, e.g. token weights (stream → (B, N)),
+    or nothing. groups: "transform" and "clip" parameters. generator: of the order of samples (CPU).
+    validation: held-out calls, targets and contexts, only measured. progress: called with (epoch, step,
+    loss) after every step.
+
+    The mean loss over the calibration set is measured before training and after each epoch, and the state
+    with the lowest one is restored at the end, so training never makes the block worse. A loss that is not
+    finite ends training with that state. Deterministic for a given generator seed.
+    Raises AttarError when the sets do not fit together or the loss is not finite before the first step.
+    """
+    samples = _samples(calls, targets, contexts)
+    held_out = None if validation is None else _samples(*validation)
+    unknown = set(groups) - {"transform", "clip"}
+    if unknown:
+        raise AttarError(f"unknown parameter groups {sorted(unknown)}", fix="Use transform and clip")
+    parameters = [p for group in groups.values() for p in group]
+
+    before = _mean_loss(run, samples, loss, settings.batch_size)
+    if not math.isfinite(before):
+        raise AttarError(
+            f"the block's error is {before} before training",
+            fix="Check the calibration inputs and the channel scales for NaN or overflow",
+        )
+    result = ReconstructionResult(before, before)
+    if held_out is not None:
+        result.validation_before = _mean_loss(run, held_out, loss, settings.batch_size)
+    best = [p.detach().clone() for p in parameters]
+    if parameters and settings.epochs:
+        optimizer, schedule = _optimizer(groups, settings, math.ceil(len(samples) / settings.batch_size))
+        for epoch in range(1, settings.epochs + 1):
+            result.stopped = _train_epoch(
+                run, samples, optimizer, schedule, settings, loss, generator, epoch, result, progress
+            )
+            if result.stopped is None:
+                error = _mean_loss(run, samples, loss, settings.batch_size)
+                result.history.append(error)
+                if not math.isfinite(error):
+                    result.stopped = f"the error after epoch {epoch} is {error}"
+                elif error < result.error_after:
+                    result.error_after, result.best_epoch = error, epoch
+                    torch._foreach_copy_(best, [p.detach() for p in parameters])
+            if result.stopped is not None:
+                break
+        result.rolled_back = result.stopped is not None or result.best_epoch < len(result.history)
+        if result.rolled_back:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, best, strict=True):
+                    parameter.copy_(value)
+        for parameter in parameters:
+            parameter.grad = None
+    if held_out is not None:
+        result.validation_after = _mean_loss(run, held_out, loss, settings.batch_size)
+    return result
+
+
+def _train_epoch(
+    run: Callable[[Any], Streams],
+    samples: list[tuple[Any, Streams, Any]],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    settings: ReconstructionSettings,
+    loss: Loss,
+    generator: torch.Generator | None,
+    epoch: int,
+    result: ReconstructionResult,
+    progress: Callable[[int, int, float], None] | None,
+) -> str | None:
+    """One pass over the shuffled samples; why it had to stop, or None."""
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    for start in range(0, len(order), settings.batch_size):
+        call, target, context = _batch([samples[i] for i in order[start : start + settings.batch_size]])
+        prediction = run(call)
+        value = loss(prediction, _like(target, prediction), _to_device(context, prediction))
+        number = value.item()
+        if not math.isfinite(number):
+            return f"the loss at step {result.steps + 1} (epoch {epoch}) is {number}"
+        optimizer.zero_grad(set_to_none=True)
+        (value / value.detach() if settings.normalise_loss and number > 0 else value).backward()
+        optimizer.step()
+        schedule.step()
+        result.steps += 1
+        if progress is not None:
+            progress(epoch, result.steps, number)
+    return None
+
+
+@torch.no_grad()
+def _mean_loss(
+    run: Callable[[Any], Streams], samples: list[tuple[Any, Streams, Any]], loss: Loss, batch_size: int
+) -> float:
+    total = None
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        call, target, context = _batch(part)
+        prediction = run(call)
+        value = loss(prediction, _like(target, prediction), _to_device(context, prediction))
+        value = value.double() * len(part)
+        total = value if total is None else total + value
+    assert total is not None
+    return total.item() / len(samples)
+
+
+def _optimizer(
+    groups: Mapping[str, Sequence[nn.Parameter]], settings: ReconstructionSettings, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    options = {
+        "transform": {"lr": settings.transform_lr, "weight_decay": settings.weight_decay},
+        "clip": {"lr": settings.clip_lr, "weight_decay": 0.0},
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group), **options[name]} for name, group in groups.items() if len(group)], fused=True
+    )
+    total, floor = settings.epochs * steps_per_epoch, settings.eta_min_ratio
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: floor + (1 - floor) * (1 + math.cos(math.pi * step / total)) / 2
+    )
+    return optimizer, cosine
+
+
+# --------------------------------------------------------------------------------------------- batching
+
+
+def _samples(
+    calls: Sequence[Any], targets: Sequence[Streams], contexts: Sequence[Any] | None
+) -> list[tuple[Any, Streams, Any]]:
+    if not calls:
+        raise AttarError("there are no calibration calls to reconstruct a block with")
+    contexts = [None] * len(calls) if contexts is None else contexts
+    if not len(calls) == len(targets) == len(contexts):
+        sizes = f"{len(calls)} calls, {len(targets)} targets and {len(contexts)} contexts"
+        raise AttarError(f"{sizes} do not match")
+    return list(zip(calls, targets, contexts, strict=True))
+
+
+def _batch(samples: list[tuple[Any, Streams, Any]]) -> tuple[Any, Streams, Any]:
+    if len(samples) == 1:
+        return samples[0]
+    calls, targets, contexts = zip(*samples, strict=True)
+    target = {name: torch.cat([t[name] for t in targets]) for name in targets[0]}
+    return concatenate_calls(calls), target, _concatenate(list(contexts), None, "context")
+
+
+def concatenate_calls(calls: Sequence[Any]) -> Any:
+    """Several BlockCalls as one along the batch axis.
+
+    Streams are concatenated. Of the constants, tensors whose first axis is as long as the call's batch are
+    concatenated too; everything else has to be equal in all calls, and is kept. Raises AttarError if it is
+    not, or when shapes differ.
+    """
+    sizes = [next(iter(call.streams.values())).shape[0] for call in calls]
+    streams = _concatenate([call.streams for call in calls], sizes, "streams")
+    constants = _concatenate([call.constants for call in calls], sizes, "constants")
+    return replace(calls[0], streams=streams, constants=constants)
+
+
+def _concatenate(values: list[Any], sizes: list[int] | None, where: str) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: _concatenate([v[key] for v in values], sizes, f"{where}.{key}") for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_concatenate([v[i] for v in values], sizes, where) for i in range(len(first)))
+    if not isinstance(first, Tensor):
+        same = all(value == first for value in values[1:])
+    elif first.ndim and (sizes is None or all(v.shape[0] == n for v, n in zip(values, sizes, strict=True))):
+        if any(v.shape[1:] != first.shape[1:] for v in values):
+            raise AttarError(
+                "calls of different shapes cannot be batched", where=where, fix="Use batch_size=1"
+            )
+        return torch.cat(values)
+    else:
+        same = all(torch.equal(value, first) for value in values[1:])
+    if not same:
+        raise AttarError("calls that differ cannot be batched", where=where, fix="Use batch_size=1")
+    return first
+
+
+def _like(target: Streams, prediction: Streams) -> Streams:
+    """Targets on the device of the prediction; they may be kept elsewhere."""
+    device = next(iter(prediction.values())).device
+    return {name: value.to(device, non_blocking=True) for name, value in target.items()}
+
+
+def _to_device(context: Any, prediction: Streams) -> Any:
+    if isinstance(context, Mapping):
+        device = next(iter(prediction.values())).device
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in context.items()}
+    return context

@@ -1,0 +1,133 @@
+"""Rounding of weights to codes at frozen scales: nearest, and GPTQ (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attar.errors import AttarError
+from attar.quantize.linear import QuantizedLinear
+from attar.runtime.reference import integer_range, quantize, wide
+
+
+class HessianAccumulator:
+    """Running mean H = (2/N) Σ xᵀx over the N tokens seen so far; (d, d), float32 or the dtype given."""
+
+    def __init__(
+        self, d: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.hessian = torch.zeros(d, d, device=device, dtype=dtype)
+        self.tokens = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """x: (..., d), the layer's transformed inputs; every leading axis counts as tokens."""
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.hessian.dtype)
+        total = self.tokens + x.shape[0]
+        if total:
+            self.hessian.addmm_(x.T, x, beta=self.tokens / total, alpha=2 / total)
+        self.tokens = total
+
+
+def collect_hessians(
+    run: Callable[[Any], Any], calls: Iterable[Any], layers: Mapping[str, QuantizedLinear]
+) -> dict[str, Tensor]:
+    """GPTQ's Hessian of every layer's transformed input, in one pass over the calls.
+
+    run: runs the block, with its QuantizedLinears in place, on one call. Returns name → (d_in, d_in) float32.
+    Raises AttarError for a layer that no call reached.
+    """
+    found = {n: HessianAccumulator(layer.in_features, layer.weight.device) for n, layer in layers.items()}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda layer, args: found[name].update(layer.transform_input(args[0]))
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            for call in calls:
+                run(call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [name for name, accumulator in found.items() if accumulator.tokens == 0]
+    if missing:
+        raise AttarError(f"{len(missing)} layers were not reached by any calibration call", where=missing[0])
+    return {name: accumulator.hessian for name, accumulator in found.items()}
+
+
+def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes (out, in) of the weight (out, in), rounded to nearest. scale: (out, groups)."""
+    return quantize(weight, _column_scales(scale, weight), bits)
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damping: float = 0.01, block: int = 128
+) -> Tensor:
+    """Codes that compensate each column's rounding error in the columns still to come (GPTQ).
+
+    weight: (out, in), transformed (and clipped). hessian: (in, in), of the transformed inputs. scale:
+    (out, groups), frozen: recomputing scales here would undo what the clipping learned. damping: share of
+    the mean diagonal added to it. block: columns whose updates are applied at once to the rest.
+    Inputs that were never active (a zero on the diagonal) are rounded to nearest.
+    Returns codes (out, in), int8 (int16 above 8 bits). Raises AttarError when the Hessian is not finite or
+    stays indefinite in float64 at 1000 times the damping.
+    """
+    weight, columns = wide(weight).clone(), weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {columns} input channels")
+    scales = _column_scales(scale, weight).to(weight.dtype)
+    factor = _inverse_factor(hessian, damping).to(weight.dtype)  # upper triangular, (in, in)
+    codes = torch.empty_like(weight)
+    low, high = integer_range(bits)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = torch.empty_like(weight[:, start:end])
+        for i in range(start, end):
+            column = weight[:, i]
+            code = (column / scales[:, i]).round().clamp(low, high)
+            codes[:, i] = code
+            error = (column - code * scales[:, i]) / factor[i, i]
+            weight[:, i:end].addr_(error, factor[i, i:end], alpha=-1)
+            errors[:, i - start] = error
+        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return codes.to(torch.int8 if bits <= 8 else torch.int16)
+
+
+def _column_scales(scale: Tensor, weight: Tensor) -> Tensor:
+    """(out, groups) -> (out, in), or (out, 1) -> (out, in) without copying."""
+    if scale.ndim != 2 or scale.shape[0] != weight.shape[0] or weight.shape[1] % scale.shape[1]:
+        raise AttarError(f"scales of {tuple(scale.shape)} do not fit a weight of {tuple(weight.shape)}")
+    size = weight.shape[1] // scale.shape[1]
+    return scale.unsqueeze(-1).expand(-1, -1, size).reshape(weight.shape)
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of (H + λI)^{-1}, λ = damping · mean diag H; on failure float64, then more λ."""
+    if not torch.isfinite(hessian).all():
+        raise AttarError("the Hessian of a layer is not finite", fix="Check the calibration inputs for NaN")
+    hessian = wide(hessian)
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    mean = diagonal.mean()
+    eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    attempts = [(hessian.dtype, damping), (torch.float64, damping)]
+    attempts += [(torch.float64, damping * 10**k) for k in (1, 2, 3)]
+    for dtype, share in attempts:
+        damped = (hessian + share * mean * eye).to(dtype)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info.item():
+            continue
+        # The upper factor of H^{-1} is unique, so any route to it will do; this one needs H's factor only.
+        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not info.item() and torch.isfinite(upper).all():
+            return upper
+    raise AttarError(
+        f"the Hessian of a layer stays indefinite at damping {attempts[-1][1]:g}",
+        fix="Use more calibration samples, or nearest rounding for this layer",
+    )
