@@ -1,4 +1,4 @@
-"""The report's charts as inline SVG. Colours and fonts come from the page's style sheet, so both themes work."""
+"""The report's charts as inline SVG. Colours come from the page's style sheet, so both themes work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WIDTH = 760  # of the drawing, in its own units; the page scales it
 
 
 def selection_map(selection: Selection) -> Markup:
-    """Heat map prompts × steps of the selection score, chosen samples marked, their counts along both edges."""
+    """Heat map prompts × steps of the score, chosen samples marked, their counts along both edges."""
     prompts, steps = len(selection.scores), len(selection.scores[0])
     left, right, top, bottom = 196, 64, 52, 40
     cell = (_WIDTH - left - right) / steps
@@ -37,10 +37,8 @@ def selection_map(selection: Selection) -> Markup:
                 f'class="heat" fill-opacity="{opacity:.3f}">{title}</rect>'
             )
             if mark:
-                radius = min(cell, row) * 0.26
-                parts.append(
-                    f'<circle cx="{x + cell / 2 - 0.5:.1f}" cy="{y + row / 2 - 0.5:.1f}" r="{radius:.1f}" class="mark"/>'
-                )
+                cx, cy, radius = x + (cell - 1) / 2, y + (row - 1) / 2, min(cell, row) * 0.26
+                parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius:.1f}" class="mark"/>')
     by_step, by_prompt = Counter(t for _, t in chosen), Counter(p for p, _ in chosen)
     most = max(by_step.values(), default=1)
     for t, count in by_step.items():
@@ -69,7 +67,7 @@ def selection_map(selection: Selection) -> Markup:
 
 
 def block_errors(rows: Sequence[BlockError]) -> Markup:
-    """Error of each block before and after reconstruction, joined by a line; logarithmic where the range is wide."""
+    """Error of each block before and after reconstruction, joined by a line."""
     values = [value for row in rows for value in (row.before, row.after)]
     frame = _Frame(values, height=260, label="relative output error")
     step = frame.inner / len(rows)
@@ -109,7 +107,7 @@ def timestep_errors(rows: Sequence[TimestepError]) -> Markup:
 
 
 def mass_curves(rows: Sequence[AttentionMass]) -> Markup:
-    """Share of the attention mass held by the most attended tokens, one curve for each block, first to last."""
+    """Share of the attention mass held by the most attended tokens, one curve for each block."""
     rows = [row for row in rows if len(row.curve) > 1]
     left, top, width, height = 46, 12, 330, 250
     parts = []
@@ -133,7 +131,7 @@ def mass_curves(rows: Sequence[AttentionMass]) -> Markup:
 
 
 def weight_ranges(rows: Sequence[AttentionMass]) -> Markup:
-    """Percentiles of the token weight λ in each block: whiskers to the outer ones, a box, the median as a dot."""
+    """Percentiles of the token weight λ in each block: whiskers, a box, the median as a dot."""
     rows = [row for row in rows if row.weights]
     left, top, width, height = 46, 12, 330, 250
     values = [value for row in rows for value in row.weights.values()]
@@ -162,8 +160,8 @@ def weight_ranges(rows: Sequence[AttentionMass]) -> Markup:
         if len(levels) >= 4:
             upper, lower = y[levels[-2]], y[levels[1]]
             parts.append(
-                f'<rect x="{x - box / 2:.1f}" y="{upper:.1f}" width="{box:.1f}" height="{max(lower - upper, 1):.1f}" '
-                f'rx="2" class="box"><title>{title}</title></rect>'
+                f'<rect x="{x - box / 2:.1f}" y="{upper:.1f}" width="{box:.1f}" rx="2" class="box" '
+                f'height="{max(lower - upper, 1):.1f}"><title>{title}</title></rect>'
             )
         middle = levels[len(levels) // 2]
         parts.append(
@@ -179,7 +177,7 @@ def weight_ranges(rows: Sequence[AttentionMass]) -> Markup:
 
 
 class _Frame:
-    """The vertical axis that the wide charts share. Logarithmic where positive values span more than a factor 20."""
+    """The vertical axis of the wide charts. Logarithmic where positive values span more than a factor 20."""
 
     left, top = 62, 14
 

@@ -1,4 +1,4 @@
-"""Closeness of a compressed model's output to the original's: same prompts, same noise, compared pair by pair.
+"""Closeness of a compressed model's output to the original's, pair by pair: same prompts, same noise.
 
 Closeness is not quality: a video can leave the original's pixels and still be right, or stay near them and be
 wrong. Report both families of figures together.
@@ -18,9 +18,10 @@ _SSIM_WINDOW = 11  # side of the Gaussian window of Wang et al. 2004
 def psnr(reference: Tensor, compressed: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each video, in dB.
 
-    reference, compressed: (B, F, C, H, W), floating, values in [0, 1]. Returns (B,) float64. The squared error is
-    averaged over the whole video before the logarithm, so one bad frame counts. Identical videos give `inf`.
-    Raises AttarError for unequal shapes, other ranks, values outside [0, 1] and non-finite values.
+    reference, compressed: (B, F, C, H, W), floating, values in [0, 1]. Returns (B,) float64. The squared
+    error is averaged over the whole video before the logarithm, so one bad frame counts. Identical videos
+    give `inf`. Raises AttarError for unequal shapes, other ranks, values outside [0, 1] and non-finite
+    values.
     """
     _check_videos(reference, compressed)
     error = (reference.double() - compressed.double()).square().flatten(1).mean(1)
@@ -30,8 +31,8 @@ def psnr(reference: Tensor, compressed: Tensor) -> Tensor:
 def ssim(reference: Tensor, compressed: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of each video: the mean over its frames, 1 when identical.
 
-    reference, compressed: (B, F, C, H, W), floating, values in [0, 1], H and W at least 11. Returns (B,) float32.
-    Raises AttarError as `psnr` does, and for frames smaller than the 11×11 window.
+    reference, compressed: (B, F, C, H, W), floating, values in [0, 1], H and W at least 11. Returns (B,)
+    float32. Raises AttarError as `psnr` does, and for frames smaller than the 11×11 window.
     """
     _check_videos(reference, compressed)
     batch, frames, _, height, width = reference.shape
@@ -50,10 +51,10 @@ def ssim(reference: Tensor, compressed: Tensor) -> Tensor:
 
 
 def latent_error(reference: Tensor, compressed: Tensor) -> Tensor:
-    """Relative squared error of final latents, ‖reference − compressed‖² / ‖reference‖², for each batch element.
+    """Relative squared error of final latents, ‖reference − compressed‖² / ‖reference‖², one for each.
 
-    Any shape (B, ...), floating. Returns (B,) float64. Raises AttarError for unequal shapes, non-finite values
-    and a reference that is zero everywhere.
+    Any shape (B, ...), floating. Returns (B,) float64. Raises AttarError for unequal shapes, non-finite
+    values and a reference that is zero everywhere.
     """
     _check_pair(reference, compressed)
     reference, compressed = reference.double().flatten(1), compressed.double().flatten(1)

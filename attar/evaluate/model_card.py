@@ -1,4 +1,4 @@
-"""The model card of a compressed checkpoint: a README.md with the front matter that the Hugging Face Hub reads."""
+"""The model card of a compressed checkpoint: a README.md with the front matter that the hub reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attar.evaluate.size import format_bytes
 
 @dataclass
 class Figure:
-    """One row of the card's table of results, already in words: "PSNR", "–", "31.2 dB (95 %: 30.1 – 32.3)"."""
+    """One row of the card's table of results, already in words: "PSNR", "–", "31.2 dB"."""
 
     name: str
     original: str
@@ -29,11 +29,12 @@ class Figure:
 class ModelCard:
     """What a model card says. Parts without data are left out.
 
-    base_model: hub id, or the name of a model that is not on the hub (which then stays out of the front matter).
-    sizes: bytes by component as (original, compressed). settings: of calibration, by name. generation: of the
-    figures, by name (steps, guidance, seeds, …). call: arguments of the example's pipeline call besides the prompt
-    (num_frames, height, …), where the pipeline's defaults do not suit the model. dtype: of the example, a torch name.
-    license: an SPDX or hub identifier, inherited from the base model.
+    base_model: hub id, or the name of a model that is not on the hub (which then stays out of the front
+    matter). sizes: bytes by component as (original, compressed). settings: of calibration, by name.
+    generation: of the figures, by name (steps, guidance, seeds, …). call: arguments of the example's
+    pipeline call besides the prompt (num_frames, height, …), where the pipeline's defaults do not suit the
+    model. dtype: of the example, a torch name. license: an SPDX or hub identifier, inherited from the base
+    model.
     """
 
     name: str

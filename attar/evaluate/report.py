@@ -55,11 +55,11 @@ _PIXEL_WIDTH = 128  # videos up to this wide are shown with square pixels
 
 
 def build_report(data: ReportData, out_dir: str | Path) -> Path:
-    """Write `index.html` (no network needed, videos inside) and `report.json` into `out_dir`; return the page's path.
+    """Write `index.html` (videos inside, no network needed) and `report.json`; return the page's path.
 
     Each file is written whole or not at all. In `report.json` video paths are relative to `out_dir`, and the
-    summary is filled in. Raises AttarError for data that contradict themselves, a video that is missing or no mp4,
-    and a folder that cannot be written.
+    summary is filled in. Raises AttarError for data that contradict themselves, a video that is missing or
+    no mp4, and a folder that cannot be written.
     """
     data.check()
     out = Path(out_dir)

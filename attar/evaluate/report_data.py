@@ -18,7 +18,7 @@ from attar.evaluate.video import to_data_uri
 
 @dataclass
 class ModelFacts:
-    """One of the two models. `parts`: bytes of weights by component. `seconds_per_video`: measured wall time."""
+    """One of the two models. `parts`: bytes of weights by component. `seconds_per_video`: wall time."""
 
     name: str
     bits: str  # "bf16", "W4A6"
@@ -51,8 +51,9 @@ class Generation:
 class VideoPair:
     """The two videos of one prompt and one noise. Each is a path of an mp4, or its bytes.
 
-    Bytes are kept as a data URI. `psnr` in dB, `inf` for identical videos. The two quality dictionaries hold the
-    same attributes, e.g. {"digit": True, "colour": True}: whether the video shows what the prompt asked for.
+    Bytes are kept as a data URI. `psnr` in dB, `inf` for identical videos. The two quality dictionaries
+    hold the same attributes, e.g. {"digit": True, "colour": True}: whether the video shows what the prompt
+    asked for.
     """
 
     prompt: str
@@ -78,7 +79,7 @@ class Accuracy:
 
 @dataclass
 class Summary:
-    """The figures of the whole comparison. `accuracy` by attribute; "all" means every attribute is right at once."""
+    """The figures of the whole comparison. `accuracy` by attribute; "all": every attribute right at once."""
 
     videos: int
     psnr: Estimate | None = None
@@ -119,8 +120,9 @@ class BlockError:
 class AttentionMass:
     """How unevenly one block's tokens receive attention.
 
-    curve: cumulative share of the attention mass held by the most attended tokens, at evenly spaced shares of the
-    tokens from 0 to 1. weights: percentiles of the token weight λ, {5: …, 25: …, 50: …, 75: …, 95: …}.
+    curve: cumulative share of the attention mass held by the most attended tokens, at evenly spaced shares
+    of the tokens from 0 to 1. weights: percentiles of the token weight λ, {5: …, 25: …, 50: …, 75: …, 95:
+    …}.
     """
 
     block: str
@@ -139,7 +141,7 @@ class TimestepError:
 
 @dataclass
 class PlanRow:
-    """Layers of one role that are treated alike. `bits`: "W4A6", or "bf16" with the `reason` they were skipped."""
+    """Layers of one role that are treated alike. `bits`: "W4A6", or "bf16" and the `reason` to skip them."""
 
     role: str
     bits: str
@@ -152,7 +154,8 @@ class PlanRow:
 class ReportData:
     """All that a report shows. Sections without data do not appear.
 
-    Without `summary`, the summary is taken from `pairs`. Give one when more videos were judged than are shown.
+    Without `summary`, the summary is taken from `pairs`. Give one when more videos were judged than are
+    shown.
     """
 
     title: str
@@ -174,7 +177,7 @@ class ReportData:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ReportData:
-        """The inverse of `to_json`. Raises AttarError that names the first wrong, missing or unknown entry."""
+        """The inverse of `to_json`. Raises AttarError naming the first wrong, missing or unknown entry."""
         try:
             return _ADAPTER.validate_json(text)
         except ValidationError as error:
@@ -225,7 +228,7 @@ class ReportData:
 
 
 def summarise(pairs: Sequence[VideoPair]) -> Summary:
-    """The summary of these videos: t-intervals for PSNR and SSIM, Wilson intervals for the shares of right videos."""
+    """The summary of these videos: t-intervals for PSNR and SSIM, Wilson intervals for the shares."""
 
     def estimate(values: list[float]) -> Estimate | None:
         return mean_interval(values) if values else None

@@ -18,7 +18,8 @@ def model_size(source: str | Path | nn.Module | Any) -> dict[str, int]:
     """Bytes of weights by part, of a diffusers folder, a pipeline object or one module.
 
     A folder is read from the headers of its safetensors files ({"transformer": …, "vae": …}), a pipeline from
-    its components' parameters and buffers, a module gives {"model": …}. Raises AttarError where nothing is found.
+    its components' parameters and buffers, a module gives {"model": …}. Raises AttarError where nothing is
+    found.
     """
     if isinstance(source, nn.Module):
         return {"model": module_bytes(source)}
@@ -36,7 +37,7 @@ def model_size(source: str | Path | nn.Module | Any) -> dict[str, int]:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers (packed layers keep their codes in buffers); shared tensors count once."""
+    """Bytes of all parameters and buffers (packed codes are buffers); shared tensors count once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
 
 
@@ -71,12 +72,11 @@ def safetensors_bytes(folder: str | Path) -> dict[str, int]:
 
 def format_bytes(count: float) -> str:
     """Human-readable size in decimal units, as on model pages: 999 B, 1.5 kB, 2.63 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            break
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while abs(count) >= 999.5 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "TB"
+        units.pop(0)
+    unit = units[0]
     return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.3g} {unit}"
 
 

@@ -17,8 +17,8 @@ class Estimate:
     """A mean, its standard error and its confidence interval [low, high].
 
     `count` values entered the mean. `infinite` more were infinite (the PSNR of identical videos) and are only
-    counted. Where every value was infinite the mean is infinite. One value alone has no interval: `standard_error`,
-    `low` and `high` are then None.
+    counted. Where every value was infinite the mean is infinite. One value alone has no interval:
+    `standard_error`, `low` and `high` are then None.
     """
 
     mean: float
@@ -64,7 +64,8 @@ def paired_bootstrap(
     """Mean of `after − before` over pairs, with a percentile bootstrap interval (Efron 1979) over the pairs.
 
     For many pairs of no particular distribution; below about ten pairs `paired_difference` is the safer one.
-    The same seed gives the same interval. Raises AttarError as `paired_difference`, and for fewer than 2 pairs.
+    The same seed gives the same interval. Raises AttarError as `paired_difference`, and for fewer than 2
+    pairs.
     """
     _check_confidence(confidence)
     differences = _differences(before, after)
@@ -82,7 +83,7 @@ def paired_bootstrap(
 
 
 def proportion_interval(outcomes: Sequence[bool], confidence: float = 0.95) -> Estimate:
-    """Share of true outcomes with a Wilson (1927) score interval, which stays inside [0, 1] also at 0 % and 100 %.
+    """Share of true outcomes with a Wilson (1927) score interval, honest also at 0 % and 100 %.
 
     Raises AttarError for no outcomes.
     """

@@ -23,7 +23,7 @@ _COLOUR = ["-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "b
 
 
 def to_frames(videos: Tensor) -> np.ndarray:
-    """Float videos (B, F, C, H, W) in [0, 1] -> uint8 frames (B, F, H, W, 3), rounded. C is 3, or 1 for grey."""
+    """Float videos (B, F, C, H, W) in [0, 1] -> uint8 frames (B, F, H, W, 3), rounded. C is 3 or 1."""
     if videos.ndim != 5 or videos.shape[2] not in (1, 3):
         raise AttarError(f"videos must be (B, F, C, H, W) with 1 or 3 channels, not {tuple(videos.shape)}")
     frames = (videos.detach().float().clamp(0, 1) * 255).round().byte().movedim(2, -1)
@@ -40,10 +40,10 @@ def save_video(
 ) -> Path:
     """Write frames as mp4 (H.264, yuv420p), whole or not at all.
 
-    frames: (F, H, W, 3) uint8. `upscale` repeats each pixel that many times in both directions: with 2 or more,
-    small videos keep their colours through the halved chroma of yuv420p. An odd height or width is padded by
-    repeating its last line, since the format has none. `metadata` (prompt, seed, steps, …) is kept as JSON in the
-    file's comment; `read_metadata` gives it back. `crf` is x264's quality, 0 the best.
+    frames: (F, H, W, 3) uint8. `upscale` repeats each pixel that many times in both directions: with 2 or
+    more, small videos keep their colours through the halved chroma of yuv420p. An odd height or width is
+    padded by repeating its last line, since the format has none. `metadata` (prompt, seed, steps, …) is
+    kept as JSON in the file's comment; `read_metadata` gives it back. `crf` is x264's quality, 0 the best.
     Raises AttarError for frames of another kind, impossible settings, and a file that cannot be written.
     """
     path = Path(path)

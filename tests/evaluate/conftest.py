@@ -1,4 +1,4 @@
-"""A headless Chromium driven through its DevTools pipe: JSON messages that end in a zero byte, no extra package."""
+"""A headless Chromium driven through its DevTools pipe: JSON messages that end in a zero byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 
 class Browser:
-    """One page of one browser. `problems` collects console errors, uncaught exceptions and failed requests."""
+    """One page of one browser. `problems` collects console errors and uncaught exceptions."""
 
     def __init__(self, binary: str, profile: Path) -> None:
         read_here, write_there = os.pipe()
