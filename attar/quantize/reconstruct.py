@@ -18,7 +18,7 @@ Loss = Callable[[Streams, Streams, Any], Tensor]  # (prediction, target, context
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
-    """Schedule of S²Q-VDiT's block reconstruction (its defaults; weight decay and batch size are not in the paper).
+    """Schedule of block reconstruction, S²Q-VDiT's by default (batch size and decay are ours).
 
     epochs: passes over the calibration set. batch_size: calls concatenated along the batch axis.
     transform_lr, clip_lr: AdamW learning rates of scales and rotations, and of clipping factors; both fall

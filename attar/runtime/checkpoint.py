@@ -21,6 +21,8 @@ from torch import nn
 
 from attar.errors import AttarError
 from attar.runtime.layers import PackedLinear, packed_layers
+from attar.runtime.packing import packed_width
+from attar.runtime.transforms import transform_class
 
 QUANT_METHOD = "attar"
 FORMAT_VERSION = 1
@@ -33,7 +35,13 @@ _FIELDS = {
     "layers": dict,
     "modules_to_not_convert": list,
 }
-_SCHEME_FIELDS = {"weight_bits", "act_bits", "act_clip", "group_size", "transforms"}
+_SCHEME_FIELDS: dict[str, tuple[type, ...]] = {
+    "weight_bits": (int,),
+    "act_bits": (int, type(None)),
+    "act_clip": (bool,),
+    "group_size": (int, type(None)),
+    "transforms": (list,),
+}
 
 
 def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str, Any]:
@@ -88,8 +96,14 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
     if config["quant_method"] != QUANT_METHOD:
         raise AttarError(f"quant_method is {config['quant_method']!r}, not {QUANT_METHOD!r}", where=where)
     for position, scheme in enumerate(config["schemes"]):
-        if not isinstance(scheme, Mapping) or set(scheme) != _SCHEME_FIELDS:
+        if not isinstance(scheme, Mapping) or set(scheme) != set(_SCHEME_FIELDS):
             raise AttarError(f"scheme {position} is not one that this attar knows", where=where, fix=update)
+        for field, kinds in _SCHEME_FIELDS.items():
+            if type(scheme[field]) not in kinds:
+                raise AttarError(f"scheme {position} has {field} = {scheme[field]!r}", where=where, fix=update)
+        packed_width(1, scheme["weight_bits"])
+        for transform in scheme["transforms"]:
+            transform_class(transform)
     for name, position in config["layers"].items():
         if not isinstance(position, int) or not 0 <= position < len(config["schemes"]):
             raise AttarError(f"layer {name!r} names scheme {position!r}, which is not listed", where=where)

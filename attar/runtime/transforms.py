@@ -29,6 +29,11 @@ class Transform(KeepsBufferDtype):
         """What `from_config` needs, beside the width, to make a transform with the same buffers' shapes."""
         return {"kind": self.kind}
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Transform:
+        """A transform of width d with placeholder buffers, to load a checkpoint into."""
+        raise NotImplementedError
+
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """W (out, d) -> W T^{-T} (out, d) in `dtype`."""
         raise NotImplementedError
@@ -195,12 +200,17 @@ class Dense(Transform):
 TRANSFORMS: dict[str, type[Transform]] = {c.kind: c for c in (ChannelScale, Hadamard, Kronecker, Dense)}
 
 
+def transform_class(config: Any) -> type[Transform]:
+    """The class of a transform's config; AttarError for an unknown kind."""
+    kind = config.get("kind") if isinstance(config, dict) else config
+    if not isinstance(kind, str) or kind not in TRANSFORMS:
+        raise AttarError(f"unknown transform {kind!r}", fix="Update attar, or compress the model again")
+    return TRANSFORMS[kind]
+
+
 def transform_from_config(config: dict[str, Any], d: int, device: Any = "meta") -> Transform:
     """An empty transform of width d as described by `config`; AttarError for an unknown kind or field."""
-    kind = config.get("kind") if isinstance(config, dict) else config
-    if kind not in TRANSFORMS:
-        raise AttarError(f"unknown transform {kind!r}", fix="Update attar, or compress the model again")
-    return TRANSFORMS[kind].from_config(config, d, device)  # type: ignore[attr-defined]
+    return transform_class(config).from_config(config, d, device)
 
 
 def transform_weight(
