@@ -100,7 +100,9 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
             raise AttarError(f"scheme {position} is not one that this attar knows", where=where, fix=update)
         for field, kinds in _SCHEME_FIELDS.items():
             if type(scheme[field]) not in kinds:
-                raise AttarError(f"scheme {position} has {field} = {scheme[field]!r}", where=where, fix=update)
+                raise AttarError(
+                    f"scheme {position} has {field} = {scheme[field]!r}", where=where, fix=update
+                )
         packed_width(1, scheme["weight_bits"])
         for transform in scheme["transforms"]:
             transform_class(transform)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,7 +96,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             act_bits=act_bits,
             act_clip=act_clip is not None,
             group_size=group_size,
-            transforms=transforms,
+            transforms=copy.deepcopy(list(transforms)),  # q, k and v may be baked from one transform
             device="meta",
             dtype=compute_dtype or (bias.dtype if bias is not None else torch.float32),
         )

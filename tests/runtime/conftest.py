@@ -30,7 +30,7 @@ def build_wan() -> WanTransformer3DModel:
     ).eval()
 
 
-def quantize_linear(linear: nn.Linear, bits: int, act_bits: int | None, transforms=(), clip=None) -> PackedLinear:
+def quantize_linear(linear, bits: int, act_bits: int | None, transforms=(), clip=None) -> PackedLinear:
     """Round-to-nearest packed layer of one linear."""
     weight = transform_weight(transforms, linear.weight.detach())
     scale = symmetric_scale(weight.abs().amax(1, keepdim=True), bits).float()
@@ -41,7 +41,7 @@ def quantize_linear(linear: nn.Linear, bits: int, act_bits: int | None, transfor
 
 
 def pack_blocks(model: WanTransformer3DModel) -> WanTransformer3DModel:
-    """All linears of the blocks: weight-only attention, W4A6 feed-forward; every kind of transform but dense."""
+    """Weight-only attention, W4A6 feed-forward, W5A8 attention outputs, with several transforms."""
     generator = torch.Generator().manual_seed(1)
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear) or not name.startswith("blocks."):

@@ -66,8 +66,6 @@ def test_scale_is_per_token(seed, bits):
     assert torch.equal(again[1, 3], 4 * restored[1, 3])
     scaled[1, 3] = restored[1, 3] = again[1, 3] = 0
     assert torch.equal(again, restored)
-    by_seven = dequantize(*quantize_tokens(x * 7, bits))
-    torch.testing.assert_close(by_seven.sum(), 7 * dequantize(*quantize_tokens(x, bits)).sum(), rtol=0.2, atol=1)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     codes, scale = quantize_tokens(x, bits)
     codes_permuted, scale_permuted = quantize_tokens(x[:, order], bits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.linalg import hadamard as scipy_hadamard
 
 from attar.errors import AttarError
 from attar.runtime.hadamard import base_order, hadamard_base, sylvester, walsh_hadamard
@@ -85,9 +84,9 @@ def test_hadamard_is_orthogonal_and_spreads(d):
     assert transform.block == (d if d != 100 else 4)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 32, 64, 128, 4096])
+@pytest.mark.parametrize("n", [1, 2, 4, 32, 64, 128, 512])
 def test_walsh_hadamard_is_the_sylvester_matrix(n):
-    dense = torch.tensor(scipy_hadamard(n), dtype=torch.float64)
+    dense = torch.tensor([[1.0 - 2 * ((i & j).bit_count() % 2) for j in range(n)] for i in range(n)]).double()
     assert torch.equal(sylvester(n, dtype=torch.float64), dense)
     x = torch.randint(-8, 8, (3, n), generator=generator()).double()
     assert torch.equal(walsh_hadamard(x), x @ dense)
@@ -135,7 +134,7 @@ def test_hadamard_removes_an_outlier_channel():
 def test_kronecker_is_the_dense_product(sizes):
     left, right = (torch.randn(n, n, generator=generator(n)) + 3 * torch.eye(n) for n in sizes)
     x = torch.randn(5, sizes[0] * sizes[1], generator=generator(), dtype=torch.float64)
-    expected = x @ torch.kron(left, right).double()
+    expected = x @ torch.kron(left.double(), right.double())
     torch.testing.assert_close(Kronecker(left, right)(x), expected, rtol=1e-10, atol=1e-8)
 
 
