@@ -130,23 +130,10 @@ class _FakeQuantizeRange(torch.autograd.Function):
         grad_x = grad_low_factor = grad_high_factor = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.sub(grad, clipped, out=clipped)
-            grad_x.scatter_add_(-1, _argmax(x), grad_high * high_factor)
-            grad_x.scatter_add_(-1, _argmax(x.neg()), grad_low * low_factor)
+            grad_x.scatter_add_(-1, x.argmax(-1, keepdim=True), grad_high * high_factor)
+            grad_x.scatter_add_(-1, x.argmin(-1, keepdim=True), grad_low * low_factor)
         if ctx.needs_input_grad[1]:
             grad_low_factor = (grad_low * smallest).sum_to_size(low_factor.shape)
         if ctx.needs_input_grad[2]:
             grad_high_factor = (grad_high * largest).sum_to_size(high_factor.shape)
         return grad_x, grad_low_factor, grad_high_factor, None
-
-
-def _argmax(x: Tensor, block: int = 32) -> Tensor:
-    """Position of the maximum along the last axis, (..., d) -> (..., 1).
-
-    PyTorch's argmax is not vectorised on CPU; its amax is, so the block that holds the maximum is found first.
-    """
-    if x.device.type != "cpu" or x.shape[-1] % block:
-        return x.argmax(-1, keepdim=True)
-    blocks = x.unflatten(-1, (-1, block))  # (..., d/block, block)
-    found = blocks.amax(-1).argmax(-1, keepdim=True)  # (..., 1)
-    inside = blocks.gather(-2, found.unsqueeze(-1).expand(*found.shape, block)).squeeze(-2)
-    return found * block + inside.argmax(-1, keepdim=True)

@@ -89,12 +89,15 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        lower = parameter.tril(-1)
-        eye = torch.eye(parameter.shape[-1], dtype=parameter.dtype, device=parameter.device)
+        half = parameter.tril(-1).mul_(0.5)
+        matrix = half - half.mT
+        matrix.diagonal(dim1=-2, dim2=-1).fill_(1)
         # No singular value of I + K is below 1, so the unchecked inverse (no device sync) is safe.
-        inverse = torch.linalg.inv_ex(eye + (lower - lower.mT) / 2)[0]
+        inverse = torch.linalg.inv_ex(matrix)[0]
         ctx.save_for_backward(inverse)
-        return 2 * inverse - eye
+        rotation = inverse * 2
+        rotation.diagonal(dim1=-2, dim2=-1).sub_(1)
+        return rotation
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
