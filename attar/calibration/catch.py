@@ -28,8 +28,9 @@ def catch_block_calls(
     """The calls of block `block_index` for each transformer call (keyword arguments), in the same order.
 
     The model runs only up to that block, without gradient and in evaluation mode, on its own device; what is
-    caught is kept on `store_device` (default: where it was made). If the adapter has not observed the model yet,
-    it does so with the first call. Constants that are equal over calls (rotary tables, text) are kept once.
+    caught is kept on `store_device` (default: where it was made). If the adapter has not observed the model
+    yet, it does so with the first call. Constants that are equal over calls (rotary tables, text) are kept
+    once.
     Raises AttarError if there are no calls, or the model ends without running the block.
     """
     if not calls:
@@ -64,7 +65,9 @@ def catch_block_calls(
 def _keep(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     moved = tensor.detach().to(device) if device is not None else tensor.detach()
     # contiguous memory of its own, since the model may go on to write into it
-    return moved.clone(memory_format=torch.contiguous_format) if moved.data_ptr() == tensor.data_ptr() else moved
+    return (
+        moved.clone(memory_format=torch.contiguous_format) if moved.data_ptr() == tensor.data_ptr() else moved
+    )
 
 
 def _tensors(value: Any) -> list[Tensor]:

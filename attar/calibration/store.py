@@ -1,8 +1,8 @@
 """Traced generations on disk: one safetensors file for each prompt.
 
-Inside a file each distinct tensor is kept once, under the hash of its content: text embeddings that stay the same
-over all steps, and call inputs that are the latents themselves, cost nothing more. The hash also proves, when a
-tensor is read, that it is what was written.
+Inside a file each distinct tensor is kept once, under the hash of its content: text embeddings that stay the
+same over all steps, and call inputs that are the latents themselves, cost nothing more. The hash also proves,
+when a tensor is read, that it is what was written.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class TensorPool:
         self._last: dict[str, tuple[Tensor, int | None, str]] = {}
 
     def put(self, path: str, tensor: Tensor) -> str:
-        """Keeps the tensor and returns its key. The same object at the same path again is not copied again."""
+        """Keeps the tensor and returns its key. The same object at the same path is not copied again."""
         version = None if tensor.is_inference() else tensor._version
         last = self._last.get(path)
         if last is not None and last[0] is tensor and last[1] == version is not None:
             return last[2]
-        kept = tensor.detach().to("cpu", copy=True).contiguous()
+        kept = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         key = content_key(kept)
         self.tensors.setdefault(key, kept)
         self._last[path] = (tensor, version, key)
@@ -105,7 +105,8 @@ class TraceStore:
             "final": record.final,
         }
         text = json.dumps(content)
-        metadata = {"format": FORMAT, "trace": text, "hash": _text_hash(text)}
+        # one entry, since safetensors writes several in a random order, and equal traces must be equal files
+        metadata = {FORMAT: json.dumps({"hash": _text_hash(text), "trace": text})}
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".prompt-{prompt:04d}.{os.getpid()}.tmp"
         try:
@@ -170,15 +171,15 @@ class TraceStore:
                 raise AttarError("the prompt has not been traced", where=str(path))
             try:
                 file = safe_open(path, "pt")
-                metadata = file.metadata() or {}
-            except (SafetensorError, OSError) as error:
+                stored = (file.metadata() or {}).get(FORMAT)
+                header = None if stored is None else json.loads(stored)
+            except (SafetensorError, OSError, ValueError) as error:
                 raise _damaged(path, str(error)) from error
-            text = metadata.get("trace", "")
-            if metadata.get("format") != FORMAT:
+            if header is None:
                 raise AttarError("not a trace that this version can read", where=str(path))
-            if metadata.get("hash") != _text_hash(text):
+            if header.get("hash") != _text_hash(header.get("trace", "")):
                 raise _damaged(path, "its description does not match its checksum")
-            self._open[prompt] = (json.loads(text), file)
+            self._open[prompt] = (json.loads(header["trace"]), file)
         return self._open[prompt][0]
 
     def _tensor(self, prompt: int, key: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs a pipeline in full precision on calibration prompts, and stores every denoising step as a candidate."""
+"""Runs a full-precision pipeline on calibration prompts and stores every denoising step as a candidate."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Progress = Callable[[int, int, int], None]
 
 
 def transformer_components(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's denoising transformers by component name: `transformer`, and `transformer_2` in two-stage
-    models (Wan 2.2). Raises AttarError if there is none."""
+    """The pipeline's denoising transformers by component name: `transformer`, and `transformer_2` in
+    two-stage models (Wan 2.2). Raises AttarError if there is none."""
     found = {
         name: module
         for name, module in pipe.components.items()
@@ -45,14 +45,16 @@ def trace_pipeline(
 ) -> None:
     """Generates every prompt that the store lacks, and saves each one's trajectory and transformer calls.
 
-    For every step the store then holds the latents before and after, the timestep, and the keyword arguments of
-    each transformer call with the name of the component called. The final decoding is skipped. Prompt p draws
-    its noise from a CPU generator seeded with seed + p, so neither order nor interruption changes a trace.
+    For every step the store then holds the latents before and after, the timestep, and the keyword arguments
+    of each transformer call with the name of the component called. The final decoding is skipped. Prompt p
+    draws its noise from a CPU generator seeded with seed + p, so neither order nor interruption changes a
+    trace.
 
-    generation: further arguments of the pipeline (height, width, num_frames, negative_prompt, ...), JSON-able.
+    generation: further arguments of the pipeline (height, width, num_frames, negative_prompt, ...),
+    JSON-able.
     progress: called as progress(prompt index, steps done, steps) after every step.
-    Raises AttarError if the pipeline cannot be traced (no `callback_on_step_end`, no latents in its callback), or
-    if a finished prompt was traced with other settings.
+    Raises AttarError if the pipeline cannot be traced (no `callback_on_step_end`, no latents in its
+    callback), or if a finished prompt was traced with other settings.
     """
     _check_traceable(pipe)
     options = dict(generation or {})
@@ -156,7 +158,9 @@ def _check_traceable(pipe: Any) -> None:
     where = type(pipe).__name__
     transformer_components(pipe)
     if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
-        raise AttarError("the pipeline has no callback_on_step_end, so its steps cannot be followed", where=where)
+        raise AttarError(
+            "the pipeline has no callback_on_step_end, so its steps cannot be followed", where=where
+        )
     if "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
         raise AttarError("the pipeline does not show its latents to callbacks", where=where)
     if "sample" not in inspect.signature(pipe.scheduler.step).parameters:

@@ -1,7 +1,8 @@
 """What the toolkit knows of a diffusion transformer: its blocks, linears, attentions, streams and token grid.
 
-Found from what diffusers already declares (`_repeated_blocks`, `_no_split_modules`), from the names of layers,
-and from watching one forward (`ModelAdapter.observe`). Files in `families/` add only what none of these tells.
+Found from what diffusers already declares (`_repeated_blocks`, `_no_split_modules`), from the names of
+layers, and from watching one forward (`ModelAdapter.observe`). Files in `families/` add only what none of
+these tells.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class ModelAdapter:
         when the blocks hold no linear layer.
         """
         where = type(transformer).__name__
-        declared = [n for a in ("_repeated_blocks", "_no_split_modules") for n in getattr(transformer, a, None) or ()]
+        declared = [
+            n for a in ("_repeated_blocks", "_no_split_modules") for n in getattr(transformer, a, None) or ()
+        ]
         if not declared:
             raise AttarError("the class declares neither _repeated_blocks nor _no_split_modules", where=where)
         found: list[Block] = []
@@ -140,7 +143,9 @@ class ModelAdapter:
         found = []
         for path, module in _open_linears(block.module):
             inside = next(((p, a) for p, a in attentions if path.startswith(f"{p}.")), None)
-            role = roles.attention_role(path.removeprefix(f"{inside[0]}."), inside[1].kind) if inside else None
+            role = (
+                roles.attention_role(path.removeprefix(f"{inside[0]}."), inside[1].kind) if inside else None
+            )
             found.append(Linear(f"{block.name}.{path}", module, role or roles.block_role(path, module)))
         return found
 
@@ -156,8 +161,9 @@ class ModelAdapter:
     def token_grid(self, call: Mapping[str, Any]) -> TokenGrid:
         """The token grid of one transformer call, given its keyword arguments.
 
-        Latents are read as (B, C, F, h, w) for videos and (B, C, h, w) for images, divided by the patch size of
-        the model's config, unless the family says otherwise. Raises AttarError when the grid cannot be told.
+        Latents are read as (B, C, F, h, w) for videos and (B, C, h, w) for images, divided by the patch size
+        of the model's config, unless the family says otherwise. Raises AttarError when the grid cannot be
+        told.
         """
         config = self.transformer.config
         family = FAMILIES.get(type(self.transformer).__name__)
@@ -167,7 +173,9 @@ class ModelAdapter:
             return TokenGrid(*family.token_grid(config, call), text_tokens)
         patch = config.get("patch_size")
         if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or patch is None:
-            raise AttarError("the token grid cannot be told from the call", where=type(self.transformer).__name__)
+            raise AttarError(
+                "the token grid cannot be told from the call", where=type(self.transformer).__name__
+            )
         if isinstance(patch, int):
             patch = (config.get("patch_size_t") or 1, patch, patch)
         patch = tuple(patch)[-3:] if len(patch) >= 3 else (1, *patch)
@@ -183,8 +191,8 @@ class ModelAdapter:
     def observe(self, call: Mapping[str, Any]) -> None:
         """Watches one forward of the transformer (no gradient) and derives streams, segments and joint order.
 
-        `call`: keyword arguments of the transformer. Does nothing the second time. If the model runs its blocks in
-        another order than it registers them, `blocks` is put into the order of execution.
+        `call`: keyword arguments of the transformer. Does nothing the second time. If the model runs its
+        blocks in another order than it registers them, `blocks` is put into the order of execution.
         Raises AttarError when a block does not run exactly once, or its outputs cannot be told apart.
         """
         if self.observed:
@@ -216,7 +224,8 @@ class ModelAdapter:
         """Order of the streams in the block's joint attention sequence, e.g. ("encoder_hidden_states",
         "hidden_states") for CogVideoX; ("hidden_states",) where attention is over one stream.
 
-        Found by disturbing one stream after the other (`attar.models.joint`). Raises AttarError if that failed.
+        Found by disturbing one stream after the other (`attar.models.joint`). Raises AttarError if that
+        failed.
         """
         block._observed(block._outputs)
         order = self._joint_orders[type(block.module)]

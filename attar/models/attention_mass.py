@@ -1,7 +1,7 @@
 """How much attention each token receives: column sums of the softmax, without ever holding the attention map.
 
-S_j = sum over heads h and queries i of A[h, i, j], with A the post-softmax attention of the full-precision block
-(S2Q-VDiT, attention-guided token weighting). So the S of one sample add up to heads x queries.
+S_j = sum over heads h and queries i of A[h, i, j], with A the post-softmax attention of the full-precision
+block (S2Q-VDiT, attention-guided token weighting). So the S of one sample add up to heads x queries.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ class AttentionMass:
         self.order, self.where, self.budget = order, where, budget
         self._lengths: dict[str, int] = {}
         self._mass: dict[str, Tensor] = {}
-        self._running: list[int] = []  # calls of scaled_dot_product_attention seen by each open attention module
+        self._running: list[
+            int
+        ] = []  # calls of scaled_dot_product_attention seen by each open attention module
 
     def per_stream(self) -> dict[str, Tensor]:
-        """S of the last run of the block: {stream: (B, tokens of the stream) float32}, summed over heads, queries
-        and all self or joint attentions of the block. {} for a block that has neither."""
+        """S of the last run of the block: {stream: (B, tokens of the stream) float32}, summed over heads,
+        queries and all self or joint attentions of the block. {} for a block that has neither."""
         return dict(self._mass)
 
     def _enter_block(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -83,9 +85,9 @@ def attention_mass(adapter: ModelAdapter, block: Block, budget: int = 64 << 20) 
             run_block(block.module, call, block.outputs)
         mass.per_stream()  # {"hidden_states": (B, N), ...} float32
 
-    Query and key are taken as they enter scaled_dot_product_attention, after normalisation and rotary embedding;
-    the softmax is computed in float32, over chunks of queries whose scores take at most `budget` bytes. Padded
-    (masked) keys receive nothing. Only self- and joint attention count.
+    Query and key are taken as they enter scaled_dot_product_attention, after normalisation and rotary
+    embedding; the softmax is computed in float32, over chunks of queries whose scores take at most `budget`
+    bytes. Padded (masked) keys receive nothing. Only self- and joint attention count.
     Raises AttarError if the adapter has not observed the model, if an attention does not go through torch's
     scaled_dot_product_attention, or if its sequence is not made of the block's streams.
     """
@@ -114,9 +116,9 @@ def column_mass(
 ) -> Tensor:
     """Column sums of softmax(query keyᵀ * scale + mask), over heads and queries: (B, keys) float32.
 
-    query (B, H, Lq, d); key (B, H or a divisor of H, Lk, d) (grouped heads); mask as torch takes it, broadcastable
-    to (B, H, Lq, Lk): boolean (True = take part) or additive. A query that may look at nothing gives nothing.
-    Scores are formed for as many queries at a time as fit into `budget` bytes, at least one.
+    query (B, H, Lq, d); key (B, H or a divisor of H, Lk, d) (grouped heads); mask as torch takes it,
+    broadcastable to (B, H, Lq, Lk): boolean (True = take part) or additive. A query that may look at nothing
+    gives nothing. Scores are formed for as many queries at a time as fit into `budget` bytes, at least one.
     """
     b, heads, queries, d = query.shape
     groups, keys = key.shape[1], key.shape[2]
@@ -134,7 +136,9 @@ def column_mass(
         scores = part @ key  # (B, G, H/G, rows, Lk)
         if mask is not None:
             piece = mask[..., start : start + rows, :]
-            scores = scores.masked_fill_(~piece, -torch.inf) if piece.dtype == torch.bool else scores.add_(piece)
+            scores = (
+                scores.masked_fill_(~piece, -torch.inf) if piece.dtype == torch.bool else scores.add_(piece)
+            )
         if causal:
             own = torch.arange(start, start + scores.shape[-2], device=key.device)
             scores.masked_fill_(columns > own[:, None], -torch.inf)

@@ -22,7 +22,8 @@ class BlockCall:
 
     streams: the tensors carried from block to block, e.g. {"hidden_states": (B, N, C)}; models with joint
         attention also have "encoder_hidden_states" (B, T, C).
-    constants: all other arguments (modulation, rotary tables, masks, text of a cross-attention, flags). A block
+    constants: all other arguments (modulation, rotary tables, masks, text of a cross-attention, flags). A
+    block
         that takes `*args` has them as a tuple under that parameter's name, `**kwargs` likewise as a dict.
     """
 
@@ -85,7 +86,7 @@ def as_outputs(result: Any) -> tuple[Any, ...]:
 
 
 def invoke(block: nn.Module, call: BlockCall) -> tuple[Any, ...]:
-    """Calls the block and returns its outputs as they come. Raises AttarError for an argument it does not take."""
+    """Calls the block and returns its outputs as they come. AttarError for an argument it does not take."""
     signature = signature_of(block)
     bound = signature.bind_partial()
     given = {**call.streams, **call.constants}
@@ -104,8 +105,9 @@ def invoke(block: nn.Module, call: BlockCall) -> tuple[Any, ...]:
 def run_block(block: nn.Module, call: BlockCall, outputs: tuple[str | None, ...]) -> dict[str, Tensor]:
     """Calls the block and returns the streams after it, by name.
 
-    `outputs` names the k-th output of the block (`Block.outputs` of the adapter); an output named None, or one
-    that the block returns as None, is left out. Raises AttarError if the block gives another number of outputs.
+    `outputs` names the k-th output of the block (`Block.outputs` of the adapter); an output named None, or
+    one that the block returns as None, is left out. Raises AttarError if the block gives another number of
+    outputs.
     """
     results = invoke(block, call)
     if len(results) != len(outputs):

@@ -14,7 +14,7 @@ from attar.models.block import BlockCall, invoke
 
 
 class AttentionCalls(TorchFunctionMode):
-    """Hands every call of torch's scaled_dot_product_attention made inside to `see(**arguments)`, then runs it.
+    """Hands every call of torch's scaled_dot_product_attention inside to `see(**arguments)`, then runs it.
 
     diffusers' native attention backend and its older attention processors all end in that function.
     """
@@ -44,7 +44,9 @@ def find_joint_order(block: nn.Module, call: BlockCall, attention: nn.Module) ->
     starts: dict[str, int] = {}
     for name, stream in call.streams.items():
         noise = torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)).to(stream)
-        noise = noise * stream.std(-1, keepdim=True).clamp_min(1e-3)  # felt by each token, however large it is
+        noise = noise * stream.std(-1, keepdim=True).clamp_min(
+            1e-3
+        )  # felt by each token, however large it is
         disturbed = call.with_streams({name: stream + noise})
         change = (_queries(block, disturbed, attention) - base).abs().amax(dim=(0, 2, 3))  # (L,)
         places = (change > 0.01 * change.max()).nonzero().flatten()

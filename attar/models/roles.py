@@ -60,13 +60,20 @@ def outside_role(path: str) -> str:
         return "refiner"
     for part in reversed(path.split(".")):
         # one embedder may hold both time and text ("time_text_embed"): only its parts can tell
-        hints = [role for names, role in ((TIME, "time_conditioning"), (TEXT, "text_conditioning"))
-                 if any(name in part for name in names)]
+        hints = [
+            role
+            for names, role in ((TIME, "time_conditioning"), (TEXT, "text_conditioning"))
+            if any(name in part for name in names)
+        ]
         if len(hints) == 1:
             return hints[0]
         if any(name in part for name in IMAGE):
             return "image_conditioning"
         if part.startswith(HEAD):
             return "head"
-    return "embedding" if path.split(".")[0] in ("x_embedder", "proj_in", "patch_embed", "patch_embedding",
-                                                 "pos_embed", "img_in") else "other"
+    return (
+        "embedding"
+        if path.split(".")[0]
+        in ("x_embedder", "proj_in", "patch_embed", "patch_embedding", "pos_embed", "img_in")
+        else "other"
+    )

@@ -1,14 +1,14 @@
 """How the blocks of a transformer are wired together, derived by watching one forward.
 
 The outputs of one block are the very tensor objects that the next block receives. So one forward with a hook
-before and after every block tells which output of block k is which argument of block k+1, whatever the order in
-which a family returns its streams (Flux: encoder_hidden_states first; CogVideoX and HunyuanVideo: last).
+before and after every block tells which output of block k is which argument of block k+1, whatever the order
+in which a family returns its streams (Flux: encoder_hidden_states first; CogVideoX and HunyuanVideo: last).
 
 Two neighbouring blocks belong to one *segment* when every stream goes on under the same name, and every other
-argument of the second is also given, as the same object, to the first. Inside a segment the call of the next block
-is the call of this one with its streams replaced. Where that does not hold (renamed arguments, streams
-concatenated in between, arguments made anew for each block) a new segment starts, and its calls must be caught
-again from the model.
+argument of the second is also given, as the same object, to the first. Inside a segment the call of the next
+block is the call of this one with its streams replaced. Where that does not hold (renamed arguments, streams
+concatenated in between, arguments made anew for each block) a new segment starts, and its calls must be
+caught again from the model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Wiring:
 
 
 class _Watcher:
-    """Hooks of one forward. Holds the tensors of one block at a time, since models are deep and videos long."""
+    """Hooks of one forward. Holds one block's tensors at a time, since models are deep and videos long."""
 
     def __init__(self) -> None:
         self.order: list[int] = []

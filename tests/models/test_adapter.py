@@ -175,7 +175,7 @@ def test_a_refused_model_says_what_is_missing():
     class Declares(nn.Module):
         _repeated_blocks = ("SomeBlock",)
 
-    with pytest.raises(AttarError, match="no list of transformer blocks found .looked for SomeBlock"):
+    with pytest.raises(AttarError, match="no list of transformer blocks found"):
         ModelAdapter.of(Declares())
 
     class SomeBlock(nn.Module):
@@ -231,7 +231,11 @@ class Stack(nn.Module):
 
     def forward(self, hidden_states, shift):
         x = hidden_states
-        for block in [*self.early, *self.late[: 1 if self.twice else 2], *self.late[: 1 if self.twice else 0]]:
+        for block in [
+            *self.early,
+            *self.late[: 1 if self.twice else 2],
+            *self.late[: 1 if self.twice else 0],
+        ]:
             x = block(x, shift * 2 if block is self.late[1] else shift)
         return x
 

@@ -72,7 +72,7 @@ def test_permuting_the_keys_permutes_the_mass():
 
 
 def measure(model, call, index):
-    """(mass by stream, the (query, key, mask) that reached the block's first attention, block, caught call)."""
+    """(mass by stream, (query, key, mask) as they reached the first attention, adapter, caught call)."""
     adapter = ModelAdapter.of(model)
     block = adapter.blocks[index]
     (caught,) = catch_block_calls(model, adapter, index, [call])
@@ -105,7 +105,9 @@ def test_mass_of_a_real_block(name, index):
     expected = written_out(query, key, mask).float()
     torch.testing.assert_close(torch.cat([mass[n] for n in order], dim=1), expected, rtol=1e-4, atol=1e-5)
     total = sum(m.sum(1) for m in mass.values())
-    torch.testing.assert_close(total, torch.full((2,), float(query.shape[1] * query.shape[2])), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        total, torch.full((2,), float(query.shape[1] * query.shape[2])), rtol=1e-4, atol=0
+    )
     for stream, values in mass.items():
         assert values.shape == caught.streams[stream].shape[:2] and values.dtype == torch.float32
     if name == "hunyuan":  # the first prompt's padding gets nothing
@@ -148,7 +150,10 @@ def test_permutation_equivariance_of_a_block():
     (call,) = catch_block_calls(model, adapter, 1, [tiny.wan_call(model, batch=2)])
     order = torch.randperm(call.streams["hidden_states"].shape[1], generator=torch.Generator().manual_seed(3))
     moved = call.with_streams({"hidden_states": call.streams["hidden_states"][:, order]})
-    moved.constants = {**call.constants, "rotary_emb": tuple(t[:, order] for t in call.constants["rotary_emb"])}
+    moved.constants = {
+        **call.constants,
+        "rotary_emb": tuple(t[:, order] for t in call.constants["rotary_emb"]),
+    }
     results = []
     for one in (call, moved):
         with torch.no_grad(), attention_mass(adapter, block) as mass:
@@ -161,7 +166,9 @@ def test_bfloat16_is_summed_in_float32():
     model = tiny.wan().to(torch.bfloat16)
     call = {k: v.to(torch.bfloat16) for k, v in tiny.wan_call(model, batch=1).items()}
     mass, (query, key, mask), _, _ = measure(model, call, 0)
-    torch.testing.assert_close(mass["hidden_states"], written_out(query, key, mask).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        mass["hidden_states"], written_out(query, key, mask).float(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_block_without_attention_has_no_mass():

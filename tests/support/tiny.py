@@ -24,7 +24,27 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-WORDS = ["a", "the", "red", "blue", "fox", "runs", "through", "snow", "cat", "dog", "sits", "on", "in", "digit", "moves", "left", "right", "up", "down"]
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "blue",
+    "fox",
+    "runs",
+    "through",
+    "snow",
+    "cat",
+    "dog",
+    "sits",
+    "on",
+    "in",
+    "digit",
+    "moves",
+    "left",
+    "right",
+    "up",
+    "down",
+]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -33,8 +53,16 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def wan(**overrides: Any) -> WanTransformer3DModel:
     config = dict(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-        text_dim=32, freq_dim=32, ffn_dim=64, num_layers=3, rope_max_seq_len=32,
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=3,
+        rope_max_seq_len=32,
     )
     torch.manual_seed(0)
     return WanTransformer3DModel(**{**config, **overrides}).eval()
@@ -50,9 +78,19 @@ def wan_call(model: WanTransformer3DModel, batch: int = 1, seed: int = 0) -> dic
 
 def cogvideox(**overrides: Any) -> CogVideoXTransformer3DModel:
     config = dict(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=32,
-        text_embed_dim=32, num_layers=3, sample_width=6, sample_height=4, sample_frames=9, patch_size=2,
-        max_text_seq_length=5, use_rotary_positional_embeddings=True,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=32,
+        text_embed_dim=32,
+        num_layers=3,
+        sample_width=6,
+        sample_height=4,
+        sample_frames=9,
+        patch_size=2,
+        max_text_seq_length=5,
+        use_rotary_positional_embeddings=True,
     )
     torch.manual_seed(0)
     return CogVideoXTransformer3DModel(**{**config, **overrides}).eval()
@@ -70,9 +108,19 @@ def cogvideox_call(model: CogVideoXTransformer3DModel, batch: int = 1, seed: int
 
 def hunyuan(**overrides: Any) -> HunyuanVideoTransformer3DModel:
     config = dict(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_single_layers=2, num_refiner_layers=1, mlp_ratio=2.0, patch_size=2, patch_size_t=1,
-        text_embed_dim=32, pooled_projection_dim=32, rope_axes_dim=(4, 6, 6),
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(4, 6, 6),
     )
     torch.manual_seed(0)
     return HunyuanVideoTransformer3DModel(**{**config, **overrides}).eval()
@@ -93,8 +141,13 @@ def hunyuan_call(model: HunyuanVideoTransformer3DModel, batch: int = 1, seed: in
 
 def ltx(**overrides: Any) -> LTXVideoTransformer3DModel:
     config = dict(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-        num_layers=3, caption_channels=32,
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=3,
+        caption_channels=32,
     )
     torch.manual_seed(0)
     return LTXVideoTransformer3DModel(**{**config, **overrides}).eval()
@@ -116,8 +169,15 @@ def ltx_call(model: LTXVideoTransformer3DModel, batch: int = 1, seed: int = 0) -
 
 def flux(**overrides: Any) -> FluxTransformer2DModel:
     config = dict(
-        patch_size=1, in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+        patch_size=1,
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
     )
     torch.manual_seed(0)
     return FluxTransformer2DModel(**{**config, **overrides}).eval()
@@ -137,8 +197,16 @@ def flux_call(model: FluxTransformer2DModel, batch: int = 1, seed: int = 0) -> d
 
 def pixart(**overrides: Any) -> PixArtTransformer2DModel:
     config = dict(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
-        cross_attention_dim=32, sample_size=8, patch_size=2, caption_channels=32, norm_num_groups=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        cross_attention_dim=32,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=32,
+        norm_num_groups=1,
         use_additional_conditions=False,
     )
     torch.manual_seed(0)
@@ -180,13 +248,26 @@ def wan_pipeline(two_stages: bool = False) -> WanPipeline:
     torch.manual_seed(0)
     text = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=len(WORDS) + 3, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, pad_token_id=0,
+            vocab_size=len(WORDS) + 3,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=1,
+            num_heads=2,
+            pad_token_id=0,
             eos_token_id=1,
         )
     )
     vae = AutoencoderKLWan(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True],
-        latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=4, scale_factor_temporal=4,
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        scale_factor_spatial=4,
+        scale_factor_temporal=4,
     )
     second = wan()
     with torch.no_grad():  # another model than the first

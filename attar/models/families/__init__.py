@@ -1,6 +1,7 @@
-"""What must be known of a family of models and cannot be derived: one small module for each, keyed by class name.
+"""What must be known of a family of models and cannot be derived: one small module for each family.
 
-A family module may define `token_grid(config, call) -> (frames, height, width)`, in tokens of the main stream.
+A family module may define `token_grid(config, call) -> (frames, height, width)`, in tokens of the main
+stream.
 """
 
 from __future__ import annotations
