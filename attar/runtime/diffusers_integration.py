@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -35,7 +35,7 @@ class AttarConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json as the object that diffusers passes around."""
 
     def __init__(self, **fields: Any) -> None:
-        self.quant_method = AttarMethod.ATTAR
+        self.quant_method = AttarMethod.ATTAR  # type: ignore[assignment]
         self.fields = check_config({"quant_method": QUANT_METHOD, **fields})
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,15 +122,16 @@ class AttarQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         for name, layer in packed_layers(model).items():
             scale = layer.weight_scale
-            if scale.dtype != torch.float32:
-                raise AttarError(f"the scales were cast to {scale.dtype} while loading", where=name)
+            for buffer, tensor in layer.named_buffers():
+                if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                    raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
             if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
                 raise AttarError("the weight scales are not finite and positive", where=name)
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)
                 layer.compute_dtype = layer.bias.dtype
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(
@@ -165,8 +166,8 @@ def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
     In place; call it again after changing layers. Raises AttarError when no layer is packed.
     """
     config = AttarConfig(**quantization_config_of(model, recipe))
-    model.hf_quantizer = AttarQuantizer(config, pre_quantized=True)
-    model.quantization_method = config.quant_method
+    model.hf_quantizer = AttarQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
     kept = {
         key: value for key, value in model.config.items() if key != "_name_or_path"
     }  # may be a private path
@@ -183,8 +184,8 @@ def save_transformer(
     """
     folder = Path(folder)
     if recipe is None:
-        quantizer = getattr(model, "hf_quantizer", None)
-        recipe = quantizer.quantization_config.fields["recipe"] if quantizer is not None else "custom"
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        recipe = "custom" if quantizer is None else str(quantizer.quantization_config.fields["recipe"])
     mark_compressed(model, recipe)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

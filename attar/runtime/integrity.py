@@ -156,5 +156,5 @@ def _read(file: Any, name: str) -> tuple[torch.dtype, tuple[int, ...], str]:
 def _checksum(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(flat.view(torch.uint8).numpy())
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -33,6 +33,9 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     """
 
     is_attar_packed = True
+    codes: Tensor
+    weight_scale: Tensor
+    act_clip: Tensor | None
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             "act_bits": self.act_bits,
             "act_clip": self.act_clip is not None,
             "group_size": self.group_size,
-            "transforms": [transform.config() for transform in self.transforms],
+            "transforms": [transform.config() for transform in self._chain()],
         }
 
     def forward(self, input: Tensor) -> Tensor:
@@ -162,8 +165,8 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             if self.act_bits is None:
                 return self._weight_only(input)
             if torch.is_grad_enabled() and input.requires_grad:
-                return _StraightThrough.apply(input, self)
-            return self._integer(input)
+                return _StraightThrough.apply(input, self, self.act_bits)
+            return self._integer(input, self.act_bits)
 
     def unpacked(self) -> Tensor:
         """The integer codes, int8 (out, in)."""
@@ -181,7 +184,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         """The dequantized weight (out, in) in the original basis and the model's dtype. Read-only."""
         weight = self.dequantized()
         if len(self.transforms):
-            weight = restore_weight(self.transforms, weight)
+            weight = restore_weight(self._chain(), weight)
         return weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
 
     def extra_repr(self) -> str:
@@ -193,16 +196,19 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             f"activation={acts}"
         )
 
+    def _chain(self) -> list[Transform]:
+        return list(self.transforms)  # type: ignore[arg-type]
+
     def _transformed(self, x: Tensor) -> Tensor:
         for transform in self.transforms:
             x = transform(x)
         return x
 
-    def _integer(self, x: Tensor) -> Tensor:
-        codes, scale = quantize_tokens(self._transformed(x), self.act_bits, self.act_clip)
+    def _integer(self, x: Tensor, act_bits: int) -> Tensor:
+        codes, scale = quantize_tokens(self._transformed(x), act_bits, self.act_clip)
         weight = self.unpacked(), self.weight_scale
         return integer_linear(
-            codes, scale, *weight, self.bias, x.dtype, bits_x=self.act_bits, bits_w=self.weight_bits
+            codes, scale, *weight, self.bias, x.dtype, bits_x=act_bits, bits_w=self.weight_bits
         )
 
     def _weight_only(self, x: Tensor) -> Tensor:
@@ -221,19 +227,19 @@ class _StraightThrough(torch.autograd.Function):
     """Integer forward; backward as if the layer were the floating-point linear of its dequantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear, act_bits: int) -> Tensor:
         ctx.layer = layer
-        return layer._integer(x)
+        return layer._integer(x, act_bits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.layer.weight.to(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad @ ctx.layer.weight.to(grad.dtype), None, None
 
 
 class _ReadOnlyWeight(torch.Tensor):
     """A computed weight: writing to its `.data`, as merging a LoRA does, would be lost without a word."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]

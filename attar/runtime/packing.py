@@ -34,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return unsigned[:, :width].to(torch.uint8)
     unsigned = unsigned.to(torch.int64).unflatten(-1, (-1, 8))  # eight codes make `bits` bytes
-    word = sum(unsigned[..., i] << (bits * i) for i in range(8))  # (out, G), at most 56 bits
+    word = _join(unsigned, bits)  # (out, G), at most 56 bits
     octets = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], dim=-1)
     return octets.flatten(-2)[:, :width].to(torch.uint8).contiguous()
 
@@ -53,10 +53,18 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
         # uint8 wraps around, and read as int8 the wrapped number is the signed code
         return (unsigned.flatten(-2)[:, :in_features] + (low & 255)).view(torch.int8)
     octets = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).to(torch.int64)
-    word = sum(octets[..., j] << (8 * j) for j in range(bits))  # (out, G)
+    word = _join(octets, 8)  # (out, G)
     mask = (1 << bits) - 1
     codes = torch.stack([(((word >> (bits * i)) & mask) + low).to(torch.int8) for i in range(8)], dim=-1)
     return codes.flatten(-2)[:, :in_features]
+
+
+def _join(digits: Tensor, width: int) -> Tensor:
+    """int64 (..., n) of `width`-bit numbers -> (...), the first one in the lowest bits."""
+    word = digits[..., 0]
+    for i in range(1, digits.shape[-1]):
+        word = word | (digits[..., i] << (width * i))
+    return word
 
 
 def _check_bits(bits: int) -> None:

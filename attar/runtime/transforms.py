@@ -47,6 +47,7 @@ class ChannelScale(Transform):
     """Per-channel scaling, T = diag(1/c): x / c and W · c (SmoothQuant, eq. 3). `scale` c (d,), positive."""
 
     kind = "channel_scale"
+    scale: Tensor
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -78,6 +79,8 @@ class Hadamard(Transform):
     """
 
     kind = "hadamard"
+    signs: Tensor
+    base: Tensor | None
 
     def __init__(self, signs: Tensor, order: int | None = None, block: int | None = None) -> None:
         super().__init__()
@@ -140,6 +143,8 @@ class Kronecker(Transform):
     """T = left ⊗ right with left (l, l), right (r, r), d = l·r: n·d·(l + r) multiplications (FlatQuant)."""
 
     kind = "kronecker"
+    left: Tensor
+    right: Tensor
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         super().__init__()
@@ -175,6 +180,7 @@ class Dense(Transform):
     """T = an invertible matrix (d, d): the most general transform and the dearest, n·d² multiplications."""
 
     kind = "dense"
+    matrix: Tensor
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()

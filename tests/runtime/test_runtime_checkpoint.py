@@ -280,6 +280,22 @@ def test_disk_offload_is_refused(saved, tmp_path):
         load(saved, device_map={"": "cpu", "blocks.0": "disk"}, offload_folder=str(tmp_path))
 
 
+def test_a_loader_that_casts_scales_is_caught(saved):
+    model = load(saved)
+    layer = model.blocks[0].ffn.net[2]
+    layer.transforms[0].scale = layer.transforms[0].scale.bfloat16()
+    with pytest.raises(AttarError, match=r"transforms\.0\.scale was cast to torch\.bfloat16"):
+        model.hf_quantizer.postprocess_model(model)
+
+
+def test_non_finite_scales_are_refused(saved, tmp_path):
+    model = load(saved)
+    model.blocks[0].attn1.to_q.weight_scale[3] = float("nan")
+    model.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(AttarError, match=r"scales are not finite.*blocks.0.attn1.to_q"):
+        load(tmp_path)
+
+
 def test_replace_linears_allocates_nothing(saved):
     config = read_config(saved)
     with torch.device("meta"):
