@@ -63,11 +63,11 @@ def catch_block_calls(
 
 
 def _keep(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    moved = tensor.detach().to(device) if device is not None else tensor.detach()
-    # contiguous memory of its own, since the model may go on to write into it
-    return (
-        moved.clone(memory_format=torch.contiguous_format) if moved.data_ptr() == tensor.data_ptr() else moved
-    )
+    moved = tensor.detach().to(tensor.device if device is None else device)
+    if moved.data_ptr() != tensor.data_ptr():
+        return moved.contiguous()
+    # memory of its own, since the model may go on to write into what it was given
+    return moved.clone(memory_format=torch.contiguous_format)
 
 
 def _tensors(value: Any) -> list[Tensor]:

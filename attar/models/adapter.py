@@ -101,27 +101,17 @@ class ModelAdapter:
     def of(cls, transformer: nn.Module) -> ModelAdapter:
         """The adapter of a diffusers transformer, found generically.
 
-        Raises AttarError when the class declares no repeated blocks, when no list of such blocks is found, or
-        when the blocks hold no linear layer.
+        Blocks are the elements of module lists whose class the transformer declares as repeated or not to be
+        split; of a class that declares nothing, the elements of its own lists that all hold an attention.
+        Raises AttarError when there are no such lists, or when the blocks hold no linear layer.
         """
         where = type(transformer).__name__
-        declared = [
-            n for a in ("_repeated_blocks", "_no_split_modules") for n in getattr(transformer, a, None) or ()
-        ]
-        if not declared:
-            raise AttarError("the class declares neither _repeated_blocks nor _no_split_modules", where=where)
-        found: list[Block] = []
-        for name, module in transformer.named_modules():
-            if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-                continue
-            if any(name.startswith(f"{block.name}.") for block in found):
-                continue  # a list inside a block
-            if len(module) and all(type(child).__name__ in declared for child in module):
-                children = enumerate(module.children(), len(found))
-                found += [Block(f"{name}.{i - len(found)}", child, i) for i, child in children]
+        found = _find_blocks(transformer)
         if not found:
-            names = ", ".join(dict.fromkeys(declared))
-            raise AttarError(f"no list of transformer blocks found (looked for {names})", where=where)
+            declared = (
+                ", ".join(dict.fromkeys(_declared(transformer))) or "nothing declared; lists with attention"
+            )
+            raise AttarError(f"no list of transformer blocks found (looked for: {declared})", where=where)
         if not any(isinstance(m, nn.Linear) for block in found for m in block.module.modules()):
             raise AttarError("the transformer blocks hold no linear layers", where=where)
         return cls(transformer, found)
@@ -259,6 +249,30 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+def _declared(transformer: nn.Module) -> list[str]:
+    attributes = ("_repeated_blocks", "_no_split_modules")
+    return [name for attribute in attributes for name in getattr(transformer, attribute, None) or ()]
+
+
+def _find_blocks(transformer: nn.Module) -> list[Block]:
+    declared = _declared(transformer)
+
+    def is_block(path: str, child: nn.Module) -> bool:
+        if declared:
+            return type(child).__name__ in declared
+        return "." not in path and any(roles.is_attention(m) for m in child.modules())
+
+    found: list[Block] = []
+    for path, module in transformer.named_modules():
+        inside = any(path.startswith(f"{block.name}.") for block in found)
+        if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
+            continue
+        if all(is_block(path, child) for child in module):
+            for name, child in module.named_children():
+                found.append(Block(f"{path}.{name}", child, len(found)))
+    return found
+
+
 def _attention_kind(path: str, module: nn.Module, alone_with_text: bool) -> str:
     if isinstance(getattr(module, "add_q_proj", None), nn.Module):
         return "joint"
@@ -266,6 +280,8 @@ def _attention_kind(path: str, module: nn.Module, alone_with_text: bool) -> str:
         return "cross"
     if alone_with_text:  # the block is given text and has no other place to look at it
         return "joint"
+    if hasattr(module, "is_cross_attention"):
+        return "self"
     last = path.split(".")[-1]
     return "cross" if last == "attn2" or "cross" in last else "self"
 

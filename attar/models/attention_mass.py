@@ -25,6 +25,7 @@ class AttentionMass:
     def __init__(self, order: tuple[str, ...], where: str, budget: int) -> None:
         self.order, self.where, self.budget = order, where, budget
         self._lengths: dict[str, int] = {}
+        self._batch = 0
         self._mass: dict[str, Tensor] = {}
         self._running: list[
             int
@@ -38,6 +39,7 @@ class AttentionMass:
     def _enter_block(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = bind(module, args, kwargs)
         self._lengths = {name: given[name].shape[1] for name in self.order}
+        self._batch = given[self.order[0]].shape[0]
         self._mass = {}
 
     def _enter_attention(self, *_: Any) -> None:
@@ -61,6 +63,12 @@ class AttentionMass:
         if not self._running:
             return  # a cross-attention
         self._running[-1] += 1
+        if query.ndim != 4 or query.shape[0] != self._batch:
+            raise AttarError(
+                f"attention runs on {tuple(query.shape)}, not on the whole batch of {self._batch} at once",
+                where=self.where,
+                fix="Use a batch of one",
+            )
         streams = self._streams_of(key.shape[-2])
         mass = column_mass(query, key, attn_mask, is_causal, scale, self.budget)
         for name, part in zip(streams, mass.split([self._lengths[n] for n in streams], dim=1), strict=True):

@@ -90,5 +90,5 @@ def native_backend_needed(where: str) -> AttarError:
     return AttarError(
         "the attention is not computed by torch's scaled_dot_product_attention",
         where=where,
-        fix='Call transformer.set_attention_backend("native") before',
+        fix='Call transformer.set_attention_backend("native") before; linear attention has no such weights',
     )

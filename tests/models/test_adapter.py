@@ -169,13 +169,13 @@ def test_packed_layers_are_skipped():
 
 
 def test_a_refused_model_says_what_is_missing():
-    with pytest.raises(AttarError, match="neither _repeated_blocks nor _no_split_modules"):
+    with pytest.raises(AttarError, match="nothing declared"):
         ModelAdapter.of(nn.Linear(4, 4))
 
     class Declares(nn.Module):
         _repeated_blocks = ("SomeBlock",)
 
-    with pytest.raises(AttarError, match="no list of transformer blocks found"):
+    with pytest.raises(AttarError, match=r"no list of transformer blocks found .*SomeBlock"):
         ModelAdapter.of(Declares())
 
     class SomeBlock(nn.Module):

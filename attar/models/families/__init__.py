@@ -11,6 +11,7 @@ from types import ModuleType
 from attar.models.families import cogvideox, flux, ltx
 
 FAMILIES: dict[str, ModuleType] = {
+    "ChromaTransformer2DModel": flux,
     "CogVideoXTransformer3DModel": cogvideox,
     "FluxTransformer2DModel": flux,
     "LTXVideoTransformer3DModel": ltx,

@@ -1,4 +1,4 @@
-"""Flux: latents come packed, (B, N, C); the position ids (N, 3) hold each token's row and column."""
+"""Flux and Chroma: latents come packed, (B, N, C); position ids (N, 3) hold each token's row and column."""
 
 from __future__ import annotations
 
