@@ -162,7 +162,8 @@ class LearnedKronecker(nn.Module):
             raise AttarError(f"a width of {d} has no two factors", fix="Use the rotation orthogonal or none")
         self.affine = affine
         for side, size in zip(("left", "right"), self.sizes, strict=True):
-            self.register_buffer(f"{side}_start", rotation_start(size, init, generator).float())
+            # In float64, cast where it is used: a float32 start is only orthogonal to 1e-7.
+            self.register_buffer(f"{side}_start", rotation_start(size, init, generator))
             self.register_parameter(f"{side}_skew", nn.Parameter(torch.zeros(1 + affine, size, size)))
             if affine:
                 self.register_parameter(f"{side}_log_values", nn.Parameter(torch.zeros(size)))
@@ -204,11 +205,11 @@ class LearnedOrthogonal(nn.Module):
 
     def __init__(self, d: int, init: str = "auto", generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.register_buffer("start", rotation_start(d, init, generator).float())
+        self.register_buffer("start", rotation_start(d, init, generator))  # float64
         self.skew = nn.Parameter(torch.zeros(d, d))
 
     def matrices(self) -> Matrices:
-        return (cayley(self.skew) @ self.start,)
+        return (cayley(self.skew) @ self.start.to(self.skew.dtype),)
 
     def forward(self, x: Tensor, m: Matrices) -> Tensor:
         return wide(x) @ m[0]

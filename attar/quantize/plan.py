@@ -1,0 +1,176 @@
+"""Which layers are quantized, to how many bits, and what that will weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+from torch import nn
+
+from attar.errors import AttarError
+from attar.quantize.formats import group_count
+from attar.quantize.initialize import TransformSettings
+from attar.quantize.transforms import kronecker_factors
+from attar.runtime.hadamard import base_order
+from attar.runtime.packing import packed_width
+
+KEEP = 16  # the bit width that means "leave it in full precision"
+_OVERRIDE_KEYS = {"weights", "acts", "skip"}
+
+
+class NamedLinear(Protocol):
+    """A linear layer as the model adapter describes it."""
+
+    name: str
+    module: nn.Module
+    role: str
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one linear layer.
+
+    name: dotted name from the transformer's root. role: "self_attn.q", "ffn.up", "modulation", …
+    weight_bits: 2..8, or None when the layer is left as it is. act_bits: 2..8, or None for floating-point
+    activations. reason: why the layer is treated differently from the default, or None.
+    """
+
+    name: str
+    role: str
+    weight_bits: int | None
+    act_bits: int | None
+    reason: str | None
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def skipped(self) -> bool:
+        return self.weight_bits is None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of one layer, or of several added up: bfloat16, and packed with scales, transforms and bias."""
+
+    dense: int
+    packed: int
+
+    def __add__(self, other: Forecast) -> Forecast:
+        return Forecast(self.dense + other.dense, self.packed + other.packed)
+
+
+def plan_layers(
+    linears_in_blocks: Iterable[NamedLinear],
+    outside_linears: Iterable[NamedLinear],
+    weights: int,
+    acts: int | None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[LayerPlan]:
+    """The plan of every linear layer of a transformer, in the order given.
+
+    Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
+    others): linears in blocks get `weights` and `acts` bits, modulation gets `weights` bits with
+    floating-point activations, linears outside blocks stay as they are.
+    weights: 2..8, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
+    overrides: {pattern: {"weights": bits, "acts": bits, "skip": bool}}; a pattern is a role or a dotted
+    name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
+    Raises AttarError for bits out of range, unknown keys, and patterns that match no layer.
+    """
+    _check_bits(weights, "weights", None)
+    _check_bits(acts, "acts", None)
+    overrides = dict(overrides or {})
+    for pattern, options in overrides.items():
+        if not isinstance(options, Mapping) or set(options) - _OVERRIDE_KEYS:
+            raise AttarError(f"an override knows weights, acts and skip, got {options!r}", where=pattern)
+        for key in ("weights", "acts"):
+            if key in options:
+                _check_bits(options[key], key, pattern)
+        if not isinstance(options.get("skip", False), bool):
+            raise AttarError("skip is true or false", where=pattern)
+
+    unmatched = set(overrides)
+    plans = []
+    for linear, inside in [(x, True) for x in linears_in_blocks] + [(x, False) for x in outside_linears]:
+        chosen: dict[str, Any] = {}
+        last = None
+        for pattern, options in overrides.items():
+            if fnmatchcase(linear.role, pattern) or fnmatchcase(linear.name, pattern):
+                unmatched.discard(pattern)
+                chosen.update(options)
+                last = pattern
+        plans.append(_plan(linear, inside, weights, acts, chosen, last))
+    if unmatched:
+        roles = sorted({plan.role for plan in plans})
+        raise AttarError(
+            "an override matches no layer", where=sorted(unmatched)[0], fix=f"Roles here: {', '.join(roles)}"
+        )
+    return plans
+
+
+def _plan(
+    linear: NamedLinear,
+    inside: bool,
+    weights: int,
+    acts: int | None,
+    chosen: Mapping[str, Any],
+    pattern: str | None,
+) -> LayerPlan:
+    reason = None
+    if not inside:
+        weights, acts, reason = KEEP, None, "outside the transformer blocks"
+    elif weights == KEEP:
+        reason = "16 bits asked for"
+    elif linear.role == "modulation":
+        acts, reason = None, "modulation: one token steers all others, so activations stay in floating point"
+    if chosen:
+        weights, acts = chosen.get("weights", weights), chosen.get("acts", acts)
+        # An override of a skipped layer's activations alone must not quantize it, so `weights` decides.
+        reason = f"override {pattern!r}"
+        if chosen.get("skip", False):
+            weights = KEEP
+    kept = weights == KEEP
+    module: Any = linear.module
+    return LayerPlan(
+        name=linear.name,
+        role=linear.role,
+        weight_bits=None if kept else weights,
+        act_bits=None if kept or acts in (None, KEEP) else acts,
+        reason=reason,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        bias=module.bias is not None,
+    )
+
+
+def _check_bits(bits: Any, what: str, where: str | None) -> None:
+    if what == "acts" and bits is None:
+        return
+    if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= 8 or bits == KEEP):
+        fix = "Choose between 2 and 8, or 16 for full precision"
+        raise AttarError(f"{what} cannot be {bits!r} bits", where=where, fix=fix)
+
+
+def forecast(plan: LayerPlan, transforms: TransformSettings, group_size: int | None = None) -> Forecast:
+    """Bytes of the layer before (bfloat16) and after packing with these transforms.
+
+    Raises AttarError when the groups do not divide the layer's input channels.
+    """
+    d, out = plan.in_features, plan.out_features
+    bias = 2 * out if plan.bias else 0
+    dense = 2 * d * out + bias
+    if plan.weight_bits is None:
+        return Forecast(dense, dense)
+    packed = out * packed_width(d, plan.weight_bits) + 4 * out * group_count(d, group_size) + bias
+    packed += 4 * d if transforms.scale else 0
+    if transforms.rotation == "kronecker":
+        packed += 4 * sum(size**2 for size in kronecker_factors(d))
+    elif transforms.rotation == "orthogonal":
+        packed += 4 * d * d
+    elif transforms.rotation == "hadamard":
+        order = base_order(d) or 1
+        packed += d + (order**2 if order > 1 else 0)
+    packed += 8 if plan.act_bits is not None else 0
+    return Forecast(dense, packed)

@@ -1,0 +1,181 @@
+import pytest
+import torch
+from torch import nn
+
+from attar.errors import AttarError
+from attar.quantize.linear import (
+    QuantizedLinear,
+    parameter_groups,
+    quantized_linears,
+    replace_module,
+    set_quantizers,
+)
+from attar.quantize.transforms import FixedHadamard, LearnedKronecker, LearnedOrthogonal, LearnedScale
+from attar.runtime.layers import PackedLinear
+
+D, OUT = 48, 20
+
+
+def make_linear(dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(D, OUT, bias=bias).to(dtype)
+
+
+def make_transforms(*names):
+    scale = torch.rand(D, generator=torch.Generator().manual_seed(1)) + 0.1
+    kinds = {
+        "scale": lambda: LearnedScale(scale), "hadamard": lambda: FixedHadamard(D),
+        "kronecker": lambda: LearnedKronecker(D), "affine": lambda: LearnedKronecker(D, affine=True),
+        "orthogonal": lambda: LearnedOrthogonal(D),
+    }
+    return [kinds[name]() for name in names]
+
+
+def train(layer, x, steps=5, lr=2e-2):
+    target = torch.randn(*x.shape[:-1], OUT, generator=torch.Generator().manual_seed(9)).to(x.dtype)
+    groups = parameter_groups([layer])
+    optimizer = torch.optim.AdamW([{"params": groups["transform"]}, {"params": groups["clip"]}], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (layer(x) - target).square().mean().backward()
+        optimizer.step()
+
+
+STACKS = [
+    (), ("scale",), ("hadamard",), ("kronecker",), ("affine",), ("orthogonal",), ("scale", "kronecker"),
+    ("kronecker", "scale"), ("scale", "hadamard", "affine", "orthogonal"),
+]
+
+
+@pytest.mark.parametrize("names", STACKS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_with_quantizers_off_the_layer_is_its_linear(names, dtype, tolerance):
+    linear = make_linear(dtype)
+    layer = QuantizedLinear(linear, 4, 4, make_transforms(*names)).to(dtype)
+    x = torch.randn(2, 9, D, dtype=dtype)
+    with torch.no_grad():
+        expected = linear(x)
+    train(layer, x)
+    set_quantizers([layer], weights=False, acts=False)
+    assert (layer(x) - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("names", STACKS)
+@pytest.mark.parametrize("act_bits", [4, 6, None])
+def test_the_packed_layer_computes_what_the_frozen_layer_does(names, act_bits):
+    layer = QuantizedLinear(make_linear(), 4, act_bits, make_transforms(*names))
+    x = torch.randn(3, 11, D)
+    train(layer, x)
+    layer.freeze()
+    packed = layer.bake()
+    assert isinstance(packed, PackedLinear) and len(packed.transforms) == len(names)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), packed(x), rtol=1e-4, atol=1e-5)
+        codes, scale = packed.unpacked(), packed.weight_scale
+        assert torch.equal(codes.float() * scale, layer._frozen.weight)
+        layer.unfreeze()
+        learned = layer(x)
+        assert (learned - packed(x)).norm() / packed(x).norm() < 0.1  # float32 transforms may move a tie
+
+
+def test_codes_of_another_rounding_reach_the_packed_layer():
+    layer = QuantizedLinear(make_linear(), 4, 6, make_transforms("scale"))
+    weight, scale = layer.baked_weight()
+    codes = (weight / scale).floor().clamp(-8, 7).to(torch.int8)
+    packed = layer.bake(codes)
+    assert layer.is_frozen and torch.equal(packed.unpacked(), codes)
+    x = torch.randn(4, D)
+    assert torch.allclose(layer(x), packed(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AttarError, match="do not fit"):
+        layer.freeze(codes[:, :-1])
+    with pytest.raises(AttarError, match="do not fit"):
+        layer.freeze(torch.full_like(codes, 8))
+
+
+def test_group_scales_of_a_weight_only_layer():
+    layer = QuantizedLinear(make_linear(), 3, None, make_transforms("scale"), group_size=16)
+    x = torch.randn(5, D)
+    train(layer, x)
+    layer.freeze()
+    packed = layer.bake()
+    assert packed.weight_scale.shape == (OUT, 3)
+    assert torch.equal(packed.dequantized(), layer._frozen.weight)
+    assert torch.allclose(layer(x), packed(x), atol=1e-5)
+    with pytest.raises(AttarError, match="group scales"):
+        QuantizedLinear(make_linear(), 4, 4, group_size=16)
+    with pytest.raises(AttarError, match="groups of 7"):
+        QuantizedLinear(make_linear(), 4, None, group_size=7)
+
+
+def test_error_falls_with_bits_to_nothing_at_sixteen():
+    linear, x = make_linear(), torch.randn(64, D)
+    with torch.no_grad():
+        y = linear(x)
+        layers = [QuantizedLinear(linear, b, b, make_transforms("scale", "kronecker")) for b in (3, 4, 6, 8)]
+        errors = [((layer(x) - y).norm() / y.norm()).item() for layer in layers]
+        plain = QuantizedLinear(linear, 16, 16, weight_clip=False, act_clip=False)
+        assert (plain(x) - y).norm() / y.norm() < 1e-3
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_clipping_starts_at_0_982_and_learns():
+    layer = QuantizedLinear(make_linear(), 4, 4)
+    assert layer._weight_clip().flatten()[0].item() == pytest.approx(0.98201, abs=1e-5)
+    assert layer._weight_clip().shape == (2, OUT, 1)
+    layer(torch.randn(30, D)).square().sum().backward()
+    assert (layer.act_clip_logit.grad != 0).all()
+    assert (layer.weight_clip_logit.grad != 0).float().mean() > 0.9
+    assert layer.weight.grad is None and layer.bias.grad is None
+    assert QuantizedLinear(make_linear(), 4, None).act_clip_logit is None
+    plain = QuantizedLinear(make_linear(), 4, 4, weight_clip=False, act_clip=False)
+    assert parameter_groups([plain]) == {"transform": [], "clip": []}
+
+
+def test_evaluation_cache_follows_every_change_of_a_parameter():
+    layer = QuantizedLinear(make_linear(), 4, 4, make_transforms("scale", "kronecker"))
+    x = torch.randn(6, D)
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(layer(x), first)
+    train(layer, x, steps=1, lr=0.5)
+    with torch.no_grad():
+        second = layer(x)
+        layer.weight_clip_logit.fill_(-1.0)
+        third = layer(x)
+        layer.weight_quant = False
+        fourth = layer(x)
+    assert not any(torch.equal(a, b) for a, b in ((first, second), (second, third), (third, fourth)))
+    layer.weight_quant = True
+    assert torch.equal(layer(x), third)  # with gradients nothing is cached
+
+
+def test_fused_optimizer_steps_invalidate_the_cache():
+    layer = QuantizedLinear(make_linear(), 4, 4, make_transforms("scale"))
+    x = torch.randn(6, D)
+    optimizer = torch.optim.AdamW(layer.clip_parameters(), lr=1.0, fused=True)
+    layer(x).square().sum().backward()
+    with torch.no_grad():
+        before = layer(x)
+    optimizer.step()
+    with torch.no_grad():
+        assert not torch.equal(layer(x), before)
+
+
+def test_bfloat16_layer_keeps_its_dtype_and_shares_its_weight():
+    linear = make_linear(torch.bfloat16, bias=False)
+    layer = QuantizedLinear(linear, 4, 6, make_transforms("scale", "kronecker"))
+    x = torch.randn(2, 5, D).bfloat16()
+    assert layer(x).dtype == torch.bfloat16
+    assert layer.weight.data_ptr() == linear.weight.data_ptr() and linear.weight.requires_grad
+    packed = layer.bake()
+    assert packed.weight.dtype == torch.bfloat16 and packed.bias is None
+    assert torch.allclose(packed(x).float(), layer(x).float(), rtol=2e-2, atol=2e-2)
+
+
+def test_replacing_modules_by_name():
+    parts = {"a": nn.Sequential(nn.Linear(4, 4), nn.GELU()), "b": nn.ModuleList([nn.Linear(4, 4)])}
+    block = nn.ModuleDict(parts)
+    for name in ("a.0", "b.0"):
+        old = replace_module(block, name, QuantizedLinear(block.get_submodule(name), 4, 4))
+        assert isinstance(old, nn.Linear)
+    assert list(quantized_linears(block)) == ["a.0", "b.0"]
