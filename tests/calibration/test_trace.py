@@ -4,7 +4,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline
 from support import tiny
+from transformers import T5Config, T5EncoderModel
 
 from attar.calibration.catch import catch_block_calls
 from attar.calibration.store import TraceStore
@@ -164,6 +166,45 @@ def test_bfloat16_latents_and_calls_keep_their_types(tmp_path):
     (call,) = store.calls("transformer", 0, 0)
     x, _ = store.latents(0)
     assert call["hidden_states"].dtype == torch.bfloat16 and x.dtype == torch.float32
+
+
+def cogvideox_pipeline():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(tiny.WORDS) + 3, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    return CogVideoXPipeline(
+        tokenizer=tiny.tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**sizes)).eval(),
+        vae=vae.eval(),
+        transformer=tiny.cogvideox(),
+        scheduler=CogVideoXDPMScheduler(),
+    )
+
+
+def test_guidance_in_one_doubled_batch(tmp_path):
+    """CogVideoX runs both branches as one call, and its scheduler's step takes other arguments."""
+    pipe = cogvideox_pipeline()
+    store = TraceStore(tmp_path)
+    generation = dict(height=32, width=48, num_frames=9, max_sequence_length=5)
+    trace_pipeline(pipe, PROMPTS[:1], store, steps=3, guidance_scale=6.0, seed=1, generation=generation)
+    x, timesteps = store.latents(0)
+    assert x.shape == (4, 1, 3, 4, 4, 6) and len(timesteps) == 3
+    assert torch.equal(x[-1], store.final_latents(0))
+    for step in range(3):
+        (call,) = store.calls("transformer", 0, step)
+        assert torch.equal(call["hidden_states"], torch.cat([x[step]] * 2))
+        assert isinstance(call["image_rotary_emb"], tuple)
+    adapter = ModelAdapter.of(pipe.transformer)
+    (caught,) = catch_block_calls(pipe.transformer, adapter, 2, store.calls("transformer", 0, 1))
+    assert caught.streams["hidden_states"].shape == (2, 18, 32)
+    assert adapter.token_grid(store.calls("transformer", 0, 1)[0]).tokens == 18
 
 
 class NoCallback:
