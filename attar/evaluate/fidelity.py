@@ -47,6 +47,7 @@ def ssim(reference: Tensor, compressed: Tensor) -> Tensor:
         data_range=1.0,
         reduction="none",
     )
+    assert isinstance(values, Tensor)  # a tuple only where asked for
     return values.reshape(batch, frames).mean(1)
 
 

@@ -93,7 +93,7 @@ def model_card(info: ModelCard | Mapping[str, Any]) -> str:
             ),
             front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
             sizes=sizes,
-            totals=tuple(format_bytes(sum(row[k] for row in sizes)) for k in (1, 2)),
+            totals=[format_bytes(sum(pair[k] for pair in card.sizes.values())) for k in (0, 1)],
             cell=_cell,
         )
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import math
 import os
@@ -201,7 +200,7 @@ def _video(source: str, where: str) -> str:
     uri = source if source.startswith("data:") else to_data_uri(source)
     try:
         start = base64.b64decode(uri.partition(",")[2][:16], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise AttarError(
             "not a video", where=where, fix="Give the path or the bytes of an mp4 file"
         ) from error

@@ -225,6 +225,8 @@ class ReportData:
                 raise AttarError(
                     "a figure is not finite", where=where, fix="Leave figures out that do not exist"
                 )
+            if where.endswith("errors") and min(values, default=0) < 0:
+                raise AttarError("an error is negative", where=where, fix="Give relative errors, 0 or more")
 
 
 def summarise(pairs: Sequence[VideoPair]) -> Summary:
@@ -291,5 +293,5 @@ for _part in (
     *(ModelFacts, Generation, VideoPair, Accuracy, Summary, Estimate, ChosenSample, Selection),
     *(BlockError, AttentionMass, TimestepError, PlanRow, ReportData),
 ):
-    _part.__pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    setattr(_part, "__pydantic_config__", ConfigDict(extra="forbid", ser_json_inf_nan="strings"))  # noqa: B010
 _ADAPTER = TypeAdapter(ReportData)

@@ -69,9 +69,9 @@ def save_video(
         writer = imageio_ffmpeg.write_frames(
             temporary,
             (frames.shape[2], frames.shape[1]),
-            fps=fps,
+            fps=fps,  # pyright: ignore[reportArgumentType]  fractions are fine
             codec="libx264",
-            quality=None,  # crf is given instead
+            quality=None,  # pyright: ignore[reportArgumentType]  crf is given instead
             macro_block_size=1,  # its default would resize to multiples of 16
             ffmpeg_log_level="error",
             output_params=parameters,

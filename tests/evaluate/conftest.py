@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from attar.evaluate.report import (
+    AttentionMass,
+    BlockError,
+    ChosenSample,
+    Generation,
+    ModelFacts,
+    PlanRow,
+    ReportData,
+    Selection,
+    TimestepError,
+    VideoPair,
+)
+from attar.evaluate.video import save_video
+
+# Chromium talks on descriptors 3 and 4. Both ends are first moved out of the way, since they may be 4 and 3.
+_LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3), os.dup2(ends[1], 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -27,9 +52,8 @@ class Browser:
             f"--user-data-dir={profile}",
             "--autoplay-policy=no-user-gesture-required",
         ]
-        shell = f'exec "$@" 3<&{read_there} 4>&{write_there}'  # the pipe's ends must be descriptors 3 and 4
         self.process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", binary, *flags, "about:blank"],
+            [sys.executable, "-c", _LAUNCH, str(read_there), str(write_there), binary, *flags, "about:blank"],
             pass_fds=(read_there, write_there),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -61,7 +85,11 @@ class Browser:
         self._send("Emulation.setDeviceMetricsOverride", metrics)
         features = [("prefers-color-scheme", scheme), ("prefers-reduced-motion", motion)]
         self._send("Emulation.setEmulatedMedia", {"features": [{"name": n, "value": v} for n, v in features]})
+        self._loaded = False
         self._send("Page.navigate", {"url": path.resolve().as_uri()})
+        end = time.monotonic() + 30
+        while not self._loaded:
+            self._note(self._receive(end, "Page.navigate"))
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are awaited."""
@@ -127,7 +155,9 @@ class Browser:
 
     def _note(self, event: dict) -> None:
         kind, details = event.get("method"), event.get("params", {})
-        if kind == "Runtime.exceptionThrown":
+        if kind == "Page.loadEventFired":
+            self._loaded = True
+        elif kind == "Runtime.exceptionThrown":
             self.problems.append(str(details["exceptionDetails"]))
         elif kind == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning", "assert"):
             self.problems.append(str(details["args"]))
@@ -148,3 +178,60 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     session = Browser(binary, tmp_path_factory.mktemp("chromium"))
     yield session
     session.close()
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
+    """Two pairs of 17-frame 32×32 clips of a moving square; the second differs by a shift of 4 pixels."""
+    folder, pairs = tmp_path_factory.mktemp("clips"), []
+    for index, (colour, shift) in enumerate([((230, 60, 40), 0), ((60, 90, 240), 4)]):
+        paths = []
+        for name, offset in (("reference", 0), ("compressed", shift)):
+            video = np.zeros((17, 32, 32, 3), np.uint8)
+            for k in range(17):
+                video[k, 10 + offset : 20 + offset, k : k + 10] = colour
+            paths.append(save_video(video, folder / f"{index}-{name}.mp4", fps=8, upscale=4))
+        pairs.append((paths[0], paths[1]))
+    return pairs
+
+
+@pytest.fixture
+def report_data(clips: list[tuple[Path, Path]]) -> ReportData:
+    """A report with every section."""
+    right, wrong = {"digit": True, "colour": True}, {"digit": False, "colour": True}
+    pairs = [
+        VideoPair(
+            "a <b>red</b> seven & drifts right", clips[0][0], clips[0][1], math.inf, 1.0, right, right, seed=0
+        ),
+        VideoPair(
+            "a blue square drifts right",
+            clips[1][0].read_bytes(),
+            clips[1][1],
+            14.2,
+            0.7,
+            right,
+            wrong,
+            seed=1,
+        ),
+    ]
+    scores = [[p * t / 10 for t in range(6)] for p in range(3)]
+    return ReportData(
+        title="moving squares at W4A6",
+        reference=ModelFacts("squares", "bf16", {"transformer": 4000, "vae": 500}, seconds_per_video=2.0),
+        compressed=ModelFacts(
+            *("squares-w4a6", "W4A6", {"transformer": 1000, "vae": 500}, "s2q-vdit"),
+            *("reference backend: exact, not fast", 5.0, "2 CPU cores"),
+        ),
+        generation=Generation(6, 5.0, 0, 8, 17, 32, 32, {"scheduler": "flow matching"}),
+        pairs=pairs,
+        selection=Selection(
+            "salient", ["one", "two", "three"], scores, [ChosenSample(2, 5, 1.0), ChosenSample(2, 4, 0.8)]
+        ),
+        block_errors=[BlockError(f"blocks.{k}", 0.1 * (k + 1), 0.002 * (k + 1)) for k in range(4)],
+        attention=[
+            AttentionMass(f"blocks.{k}", [0, 0.5, 0.8, 1], {5: 0.5, 50: 0.6, 95: 0.9}) for k in range(4)
+        ],
+        timestep_errors=[TimestepError(k, 1000 - 166 * k, 0.01 * (k + 1)) for k in range(6)],
+        plan=[PlanRow("ffn.up", "W4A6", 4, 4096), PlanRow("head", "bf16", 1, 64, "kept in high precision")],
+        notes=["Two videos tell nothing about accuracy."],
+    )

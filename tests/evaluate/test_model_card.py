@@ -15,7 +15,7 @@ FULL = ModelCard(
     attar_version="0.1.0",
     license="apache-2.0",
     tags=["wan", "attar"],
-    example_prompt="it's a \"fox\"",
+    example_prompt='it\'s a "fox"',
     call={"num_frames": 17},
     backend="reference backend: exact, not fast",
     settings={"samples": 40, "policy": "salient | capped"},
@@ -48,13 +48,18 @@ def test_the_usage_code_is_python_and_imports_attar_first():
     code = model_card(FULL).split("```python\n")[1].split("```")[0]
     tree = ast.parse(code)
     assert tree.body[0].names[0].name == "attar"
-    assert "it's a \"fox\"" in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    assert 'it\'s a "fox"' in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     assert "num_frames=17" in code and "someone/wan-w4a6" in code
 
 
 def test_every_part_is_shown_and_tables_hold():
     text = model_card(FULL)
-    for part in ("2.6 GB | 700 MB | 3.71 ×", "| all | 2.85 GB | 950 MB |", "PSNR | – | 31.2 dB", "salient \\| capped"):
+    for part in (
+        "2.6 GB | 700 MB | 3.71 ×",
+        "| all | 2.85 GB | 950 MB |",
+        "PSNR | – | 31.2 dB",
+        "salient \\| capped",
+    ):
         assert part in text
     for part in ("kept in high precision", "Slower than bf16.", "exact, not fast", "steps 50"):
         assert part in text

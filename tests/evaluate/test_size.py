@@ -13,7 +13,10 @@ from attar.evaluate.size import folder_bytes, format_bytes, model_size, module_b
 def folder(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "vae").mkdir()
-    save_file({"a": torch.zeros(10, 4), "b": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "transformer/x.safetensors")
+    save_file(
+        {"a": torch.zeros(10, 4), "b": torch.zeros(3, dtype=torch.uint8)},
+        tmp_path / "transformer/x.safetensors",
+    )
     save_file({"c": torch.zeros(5)}, tmp_path / "vae/y.safetensors", metadata={"format": "pt"})
     (tmp_path / "model_index.json").write_text("{}")
     return tmp_path
@@ -63,4 +66,12 @@ def test_nothing_to_measure_is_said(tmp_path):
 
 def test_sizes_are_read_by_people():
     values = [0, 999, 1500, 23_456_789, 100_400_000, 2_633_000_000, 5e12]
-    assert [format_bytes(v) for v in values] == ["0 B", "999 B", "1.5 kB", "23.5 MB", "100 MB", "2.63 GB", "5 TB"]
+    assert [format_bytes(v) for v in values] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "23.5 MB",
+        "100 MB",
+        "2.63 GB",
+        "5 TB",
+    ]

@@ -47,7 +47,9 @@ def test_settings_travel_in_the_file(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
     path = save_video(blob(), tmp_path / "a.mp4", fps=8)
     before = path.read_bytes()
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(AttarError, match="No space left"):
         save_video(blob(colour=(0, 0, 255)), path, fps=8)
     assert path.read_bytes() == before
