@@ -49,7 +49,7 @@ class TensorPool:
 def content_key(tensor: Tensor) -> str:
     """Hash of a contiguous CPU tensor's type, shape and bytes."""
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

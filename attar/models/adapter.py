@@ -108,10 +108,8 @@ class ModelAdapter:
         where = type(transformer).__name__
         found = _find_blocks(transformer)
         if not found:
-            declared = (
-                ", ".join(dict.fromkeys(_declared(transformer))) or "nothing declared; lists with attention"
-            )
-            raise AttarError(f"no list of transformer blocks found (looked for: {declared})", where=where)
+            names = ", ".join(dict.fromkeys(_declared(transformer))) or "attention, as nothing is declared"
+            raise AttarError(f"no list of transformer blocks found (looked for: {names})", where=where)
         if not any(isinstance(m, nn.Linear) for block in found for m in block.module.modules()):
             raise AttarError("the transformer blocks hold no linear layers", where=where)
         return cls(transformer, found)
@@ -121,7 +119,8 @@ class ModelAdapter:
     def attentions(self, block: Block) -> list[Attention]:
         """The attention modules of a block, in order, with their kind."""
         paths = [(p, m) for p, m in block.module.named_modules() if p and roles.is_attention(m)]
-        two_streams = any(name in signature_of(block.module).parameters for name in SECOND_STREAM)
+        takes_text = any(name in signature_of(block.module).parameters for name in SECOND_STREAM)
+        two_streams = takes_text and len(block._streams) != 1  # one, if observed, cannot be joint
         return [
             Attention(f"{block.name}.{path}", m, _attention_kind(path, m, two_streams and len(paths) == 1))
             for path, m in paths
@@ -155,22 +154,17 @@ class ModelAdapter:
         of the model's config, unless the family says otherwise. Raises AttarError when the grid cannot be
         told.
         """
-        config = self.transformer.config
-        family = FAMILIES.get(type(self.transformer).__name__)
-        latents, text = call.get("hidden_states"), call.get("encoder_hidden_states")
+        name = type(self.transformer).__name__
+        text = call.get("encoder_hidden_states")
         text_tokens = text.shape[1] if isinstance(text, Tensor) else 0
-        if family is not None:
-            return TokenGrid(*family.token_grid(config, call), text_tokens)
-        patch = config.get("patch_size")
-        if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or patch is None:
-            raise AttarError(
-                "the token grid cannot be told from the call", where=type(self.transformer).__name__
+        config: Any = getattr(self.transformer, "config", {})
+        try:
+            frames, height, width = (
+                FAMILIES[name].token_grid(config, call) if name in FAMILIES else _grid(config, call)
             )
-        if isinstance(patch, int):
-            patch = (config.get("patch_size_t") or 1, patch, patch)
-        patch = tuple(patch)[-3:] if len(patch) >= 3 else (1, *patch)
-        size = latents.shape[2:] if latents.ndim == 5 else (1, *latents.shape[2:])
-        return TokenGrid(*(s // p for s, p in zip(size, patch, strict=True)), text_tokens)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise AttarError("the token grid cannot be told from the call", where=name) from error
+        return TokenGrid(frames, height, width, text_tokens)
 
     # -- what one forward tells
 
@@ -247,6 +241,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+def _grid(config: Mapping[str, Any], call: Mapping[str, Any]) -> tuple[int, int, int]:
+    patch, size = config["patch_size"], call["hidden_states"].shape[2:]
+    if isinstance(patch, int):
+        patch = (config.get("patch_size_t") or 1, patch, patch)
+    frames, height, width = size if len(size) == 3 else (1, *size)
+    patch_t, patch_h, patch_w = (1, *patch)[-3:]
+    return frames // patch_t, height // patch_h, width // patch_w
 
 
 def _declared(transformer: nn.Module) -> list[str]:

@@ -160,6 +160,16 @@ def test_token_grid_of_frames_that_look_like_channels():
     assert ModelAdapter.of(model).token_grid(tiny.cogvideox_call(model)).frames == 3
 
 
+def test_a_call_without_a_grid_is_refused():
+    model = tiny.ltx()
+    call = tiny.ltx_call(model)
+    del call["height"]
+    with pytest.raises(AttarError, match="token grid cannot be told"):
+        ModelAdapter.of(model).token_grid(call)
+    with pytest.raises(AttarError, match="token grid cannot be told"):
+        ModelAdapter.of(tiny.wan()).token_grid({"hidden_states": tiny.randn(1, 24, 4)})
+
+
 def test_packed_layers_are_skipped():
     model = tiny.wan()
     adapter = ModelAdapter.of(model)
@@ -169,7 +179,7 @@ def test_packed_layers_are_skipped():
 
 
 def test_a_refused_model_says_what_is_missing():
-    with pytest.raises(AttarError, match="nothing declared"):
+    with pytest.raises(AttarError, match="nothing is declared"):
         ModelAdapter.of(nn.Linear(4, 4))
 
     class Declares(nn.Module):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attar.calibration.catch import catch_block_calls
 from attar.errors import AttarError
@@ -62,6 +63,25 @@ def test_causal_attention():
     q, k = tiny.randn(1, 2, 7, 4), tiny.randn(1, 2, 7, 4, seed=1)
     got = column_mass(q, k, causal=True, budget=100)
     torch.testing.assert_close(got.double(), written_out(q, k, causal=True), rtol=1e-4, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation inside makes, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+
+def test_no_operation_makes_more_than_the_budget():
+    q, k = tiny.randn(1, 2, 600, 4), tiny.randn(1, 2, 600, 4, seed=1)
+    with Largest() as largest:
+        column_mass(q, k, torch.ones(1, 1, 1, 600, dtype=torch.bool), budget=1 << 16)
+    assert largest.bytes <= 1 << 16 < 4 * 2 * 600 * 600
 
 
 def test_permuting_the_keys_permutes_the_mass():
