@@ -20,6 +20,7 @@ from attar.evaluate.report import (
     build_report,
     summarise,
 )
+from attar.evaluate.statistics import mean_interval
 
 VOID = {"meta", "link", "input", "br", "img", "path", "rect", "circle", "line"}
 
@@ -133,6 +134,15 @@ def test_summary_counts_attributes_and_leaves_identical_videos_out(report_data):
     assert list(summary.accuracy) == ["digit", "colour", "all"]
     shares = {name: (a.reference.mean, a.compressed.mean) for name, a in summary.accuracy.items()}
     assert shares == {"digit": (1, 0.5), "colour": (1, 1), "all": (1, 0.5)}
+
+
+def test_a_summary_over_more_videos_takes_the_place_of_the_computed_one(report_data, tmp_path):
+    summary = replace(
+        summarise(report_data.pairs), videos=200, latent_error=mean_interval([0.05, 0.06, 0.07])
+    )
+    page = Page(build_report(replace(report_data, summary=summary), tmp_path).read_text(encoding="utf-8"))
+    assert "Error of the final latents0.060" in page.text
+    assert ReportData.from_json((tmp_path / "report.json").read_text(encoding="utf-8")).summary == summary
 
 
 def test_all_videos_identical_is_shown_as_infinite(report_data, tmp_path):
