@@ -1,0 +1,107 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from attar.errors import AttarError
+from attar.quantize.initialize import TransformSettings, build_transforms
+from attar.quantize.linear import QuantizedLinear
+from attar.quantize.plan import Forecast, forecast, plan_layers
+from attar.runtime.size import packed_size
+
+
+@dataclass
+class Named:
+    name: str
+    module: nn.Module
+    role: str
+
+
+def make_model():
+    roles = {"attn1.to_q": "self_attn.q", "attn2.to_k": "cross_attn.k", "ffn.0": "ffn.up"}
+    roles["norm.linear"] = "modulation"
+    inside = [
+        Named(f"blocks.{i}.{name}", nn.Linear(32, 48), role) for i in range(2) for name, role in roles.items()
+    ]
+    outside = [
+        Named("patch_embedding", nn.Linear(12, 32), "embedding"),
+        Named("proj_out", nn.Linear(32, 12), "head"),
+    ]
+    return inside, outside
+
+
+def plan(weights=4, acts=6, overrides=None):
+    return {p.name: p for p in plan_layers(*make_model(), weights, acts, overrides)}
+
+
+def test_defaults_by_role():
+    plans = plan()
+    assert list(plans) == [x.name for group in make_model() for x in group]
+    layer = plans["blocks.1.ffn.0"]
+    assert (layer.weight_bits, layer.act_bits, layer.reason, layer.skipped) == (4, 6, None, False)
+    assert (layer.in_features, layer.out_features, layer.bias) == (32, 48, True)
+    modulation = plans["blocks.0.norm.linear"]
+    assert (modulation.weight_bits, modulation.act_bits) == (4, None) and "modulation" in modulation.reason
+    for name in ("patch_embedding", "proj_out"):
+        assert plans[name].skipped and "outside" in plans[name].reason
+
+
+def test_sixteen_bits_keep_a_layer_or_its_activations():
+    assert all(p.skipped for p in plan(weights=16).values())
+    assert all(p.act_bits is None for p in plan(acts=16).values())
+    assert all(p.act_bits is None for p in plan(acts=None).values())
+
+
+def test_overrides_by_role_and_name_the_last_one_wins_key_by_key():
+    plans = plan(overrides={
+        "cross_attn.*": {"weights": 8}, "blocks.1.*": {"acts": 8}, "blocks.1.ffn.0": {"skip": True},
+        "head": {"weights": 8}, "embedding": {"acts": 6}, "modulation": {"weights": 16},
+    })
+    bits = {name: (p.weight_bits, p.act_bits) for name, p in plans.items()}
+    assert bits["blocks.0.attn2.to_k"] == (8, 6)
+    assert bits["blocks.1.attn2.to_k"] == (8, 8)
+    assert bits["blocks.1.attn1.to_q"] == (4, 8)
+    assert bits["blocks.1.ffn.0"] == (None, None)
+    assert bits["proj_out"] == (8, None)
+    assert bits["patch_embedding"] == (None, None)  # activations alone do not quantize a skipped layer
+    assert bits["blocks.1.norm.linear"] == (None, None)
+    assert "blocks.1.ffn.0" in plans["blocks.1.ffn.0"].reason
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"weights": 1}, "weights cannot be 1"), ({"weights": 9}, "9"), ({"weights": True}, "True"),
+    ({"acts": 1}, "acts"),
+    ({"weights": None}, "None"), ({"overrides": {"ffn.up": {"weight": 4}}}, "weights, acts and skip"),
+    ({"overrides": {"ffn.up": {"weights": 12}}}, "12"), ({"overrides": {"ffn.up": {"skip": "yes"}}}, "skip"),
+    ({"overrides": {"ffn.middle": {"weights": 8}}}, "matches no layer"),
+    ({"overrides": {"ffn.up": 8}}, "knows"),
+])
+def test_bad_plans_are_refused(arguments, message):
+    with pytest.raises(AttarError, match=message):
+        plan(**arguments)
+
+
+@pytest.mark.parametrize("rotation", ["none", "kronecker", "orthogonal", "hadamard"])
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("weights, acts, group", [(4, 6, None), (3, 8, None), (5, None, 8), (8, None, None)])
+def test_forecast_is_what_the_packed_layer_weighs(rotation, scale, weights, acts, group):
+    torch.manual_seed(0)
+    for d, out, bias in ((48, 10, True), (24, 7, False)):
+        linear = nn.Linear(d, out, bias=bias, dtype=torch.bfloat16)
+        settings = TransformSettings(scale=scale, rotation=rotation)
+        (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], weights, acts)
+        found = forecast(layer_plan, settings, group)
+        transforms = build_transforms(linear, torch.ones(d), settings)
+        packed = QuantizedLinear(linear, weights, acts, transforms, group_size=group).bake()
+        assert found.packed == packed_size(packed)["total"]
+        assert found.dense == 2 * (d * out + out * bias)
+
+
+def test_forecast_of_a_kept_layer_and_sums():
+    plans = plan()
+    kept = forecast(plans["proj_out"], TransformSettings())
+    assert kept == Forecast(2 * (32 * 12 + 12), 2 * (32 * 12 + 12))
+    assert kept + Forecast(1, 2) == Forecast(kept.dense + 1, kept.packed + 2)
+    with pytest.raises(AttarError, match="groups"):
+        forecast(plans["blocks.0.ffn.0"], TransformSettings(), group_size=5)
