@@ -117,7 +117,7 @@ def reconstruct_block(
                     result.stopped = f"the error after epoch {epoch} is {error}"
                 elif error < result.error_after:
                     result.error_after, result.best_epoch = error, epoch
-                    torch._foreach_copy_(best, [p.detach() for p in parameters])
+                    best = [p.detach().clone() for p in parameters]
             if result.stopped is not None:
                 break
         result.rolled_back = result.stopped is not None or result.best_epoch < len(result.history)

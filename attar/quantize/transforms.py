@@ -60,6 +60,8 @@ class LearnedScale(nn.Module):
     scale c₀: (d,), positive.
     """
 
+    start: Tensor
+
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
@@ -202,6 +204,8 @@ def apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 class LearnedOrthogonal(nn.Module):
     """A full d×d rotation Cayley(p) · start: one d×d inverse at each step, so for small widths only."""
+
+    start: Tensor
 
     def __init__(self, d: int, init: str = "auto", generator: torch.Generator | None = None) -> None:
         super().__init__()

@@ -127,6 +127,31 @@ def train_vae(scenes: Scenes, args):
     return round_weights(vae.eval(), torch.float16), curve
 
 
+def train_decoder(vae, scenes: Scenes, args) -> list[list]:
+    """Sharpen the decoder for the latents as they are: the encoder, and so the transformer's data, stays fixed."""
+    device = scenes.table.device
+    parameters = nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    trainer = Trainer([parameters], 1.5e-3, args.decoder_minutes, args.work / "decoder.state.safetensors")
+    ground = torch.tensor(parts.BACKGROUND, device=device)[None, :, None, None, None] * 2 - 1
+    curve = []
+    for step in trainer.steps():
+        with torch.no_grad():
+            frames, batch, side = ((5, 16, 24), (9, 10, 24), (17, 3, 32))[(0, 0, 1, 2)[step % 4]]
+            x = ink_windows(scenes.draw(batch)[1], frames, side) * 2 - 1
+            z = vae.encode(x).latent_dist.mean
+            z = z + 0.05 * z.std() * torch.randn_like(z)  # generated latents are not quite encoded ones
+        out = vae.decode(z).sample
+        weight = 1 + 3 * ((x - ground).abs().amax(dim=1, keepdim=True) > 0.1)
+        error = (out - x) * weight
+        loss = trainer.update(error.abs().mean() + 2 * (error * (out - x)).mean())
+        if step % 50 == 0:
+            curve.append([step, round(loss, 5)])
+            log(f"decoder {step} ({trainer.progress:.2f}) loss {loss:.5f}")
+    trainer.use_average()
+    round_weights(vae, torch.float16)
+    return curve
+
+
 @torch.no_grad()
 def encode_clips(vae, scenes: Scenes, images: int, clips: int, path: Path) -> dict[str, Tensor]:
     """Normalised latent means of single frames and of clips, with their scene rows; sets the VAE's latent statistics."""
@@ -247,10 +272,16 @@ def train_digits_video(args) -> None:
     held_out = Scenes(held_scans, held_labels, held_split, device)
     reader, reader_accuracy = train_reader(scenes, held_out, args)
     vae, vae_curve = train_vae(scenes, args)
+    if args.stage == "decoder":  # beside a run that trains the transformer, which finds it done
+        train_decoder(vae, scenes, args)
+        return
     quality = autoencoder_quality(vae, reader, held_out)
     log(f"autoencoder: {quality}")
     tables = encode_clips(vae, scenes, args.images, args.clips, args.work / "latents.safetensors")
     tokenizer, text_encoder, transformer, curve = train_transformer(tables, scenes, args)
+    vae_curve += train_decoder(vae, scenes, args)
+    quality = autoencoder_quality(vae, reader, held_out)
+    log(f"autoencoder: {quality}")
     pipe = parts.build_pipeline(tokenizer, text_encoder, vae, transformer)
     scores = score(pipe, reader, held_split[: args.score_prompts])
     log(f"held-out prompts: {scores}")
@@ -279,12 +310,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=240.0, help="transformer on clips")
     parser.add_argument("--image-minutes", type=float, default=60.0, help="transformer on single frames")
     parser.add_argument("--vae-minutes", type=float, default=30.0)
+    parser.add_argument("--decoder-minutes", type=float, default=30.0)
     parser.add_argument("--reader-minutes", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=32, help="clips in a step")
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW")
     parser.add_argument("--muon-rate", type=float, default=0.0, help="Muon for the matrices; 0 uses AdamW for all")
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--clips", type=int, default=30_000)
+    parser.add_argument("--stage", choices=["all", "decoder"], default="all", help="all, or up to the decoder only")
     parser.add_argument("--score-prompts", type=int, default=240)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,0 +1,98 @@
+"""Scores of the candidate pool: how much a denoising step changes the latent, and how much a sample amplifies error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.calibration.catch import catch_block_calls
+from attar.calibration.select import ScoreTable, amplification_metric, change_metric, patchify
+from attar.calibration.store import TraceStore
+from attar.errors import AttarError
+from attar.models.adapter import ModelAdapter, evaluating
+from attar.models.tree import map_tensors
+
+FEATURES = ("latent", "block0_input", "last_hidden", "model_output")
+
+
+def score_candidates(
+    store: TraceStore,
+    prompts: list[int],
+    component: str,
+    adapter: ModelAdapter,
+    *,
+    features: str = "latent",
+    norm: str = "spectral",
+    progress: Callable[[int, int], None] | None = None,
+) -> ScoreTable:
+    """The score table of every (prompt, step) at which `component` ran (S²Q-VDiT, SDS).
+
+    C_diff compares the latents that enter and leave the step. C_quant is taken on `features`: the latent as tokens
+    (n, C·p²); the input of the first block; the output of the last one; or the model's output as tokens. One sample
+    is held at a time. Of a guidance pair the first branch is scored.
+    Raises AttarError if the component never ran in these traces.
+    """
+    where: list[tuple[int, int]] = [
+        (p, k) for p in prompts for k in range(store.steps(p)) if component in store.components(p, k)
+    ]
+    if not where:
+        raise AttarError("the component did not run in any traced step", where=component)
+    change, amplification = [], []
+    trajectory: tuple[int, Tensor] | None = None
+    for done, (prompt, step) in enumerate(where):
+        if trajectory is None or trajectory[0] != prompt:
+            trajectory = (prompt, store.latents(prompt)[0])
+        x = trajectory[1]
+        change.append(change_metric(x[step][:1], x[step + 1][:1])[0])
+        call = store.calls(component, prompt, step)[0]
+        amplification.append(amplification_metric(_tokens(adapter, call, features), norm)[0])
+        if progress is not None:
+            progress(done + 1, len(where))
+    rows = [p for p, _ in where], [k for _, k in where]
+    return ScoreTable.build(*rows, torch.stack(change), torch.stack(amplification).cpu())
+
+
+def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Tensor:
+    """One candidate's x_t as a matrix (n, d) in float32."""
+    if features == "latent":
+        return as_tokens(adapter.transformer, call["hidden_states"][:1])[0]
+    if features == "block0_input":
+        caught = catch_block_calls(adapter.transformer, adapter, 0, [call])[0]
+        return caught.streams["hidden_states"][0].float()
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        kept.append(output if isinstance(output, Tensor) else output[adapter.blocks[-1].outputs.index("hidden_states")])
+
+    adapter.observe(call)
+    device = next(adapter.transformer.parameters()).device
+    handle = adapter.blocks[-1].module.register_forward_hook(keep)
+    try:
+        with evaluating(adapter.transformer):
+            output = adapter.transformer(**map_tensors(dict(call), lambda t: t.to(device)))
+    finally:
+        handle.remove()
+    if features == "last_hidden":
+        return kept[0][0].float()
+    return as_tokens(adapter.transformer, (output[0] if isinstance(output, tuple) else output.sample)[:1])[0]
+
+
+def as_tokens(transformer: nn.Module, latents: Tensor) -> Tensor:
+    """Latents cut into the transformer's patches, (B, n, C·p²) float32; latents that are tokens already stay so."""
+    if latents.ndim == 3:
+        return latents.float()
+    config = transformer.config
+    patch = config.get("patch_size") or 1
+    if not isinstance(patch, int):
+        patch = tuple(patch)
+        patch = patch if len(patch) == 3 else (1, *patch[-2:])
+    else:
+        patch = (config.get("patch_size_t") or 1, patch, patch)
+    if latents.ndim == 4:
+        return patchify(latents.float(), patch, "BCHW")
+    channels = {config.get("in_channels"), config.get("out_channels")}
+    layout = "BCFHW" if latents.shape[1] in channels or latents.shape[2] not in channels else "BFCHW"
+    return patchify(latents.float(), patch, layout)

@@ -1,0 +1,285 @@
+"""The command line: parses, calls, prints. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from attar.errors import AttarError
+
+app = typer.Typer(
+    help="attar makes generative vision models small and fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="List the recipes, or show one.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Argument(help="a built-in name, a diffusers folder, or a hub id")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: float32 on CPU)")]
+Seed = Annotated[int, typer.Option(help="of noise, selection, rotations and order")]
+Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt a line")]
+Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default: the model's)")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="folder of the compressed model")] = None,
+    recipe: Annotated[str, typer.Option(help="published name or YAML file; see `attar recipes`")] = "attar-ptq",
+    weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
+    acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")] = None,
+    prompts: Prompts = None,
+    workspace: Annotated[Path | None, typer.Option(help="folder for resuming (default: OUTPUT.work)")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="replace a compressed model that is there already")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the forecast, change nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a pipeline's transformers. A killed run goes on when it is started again."""
+    from attar.forecast import forecast_job, print_forecast
+    from attar.models.source import find_source, load_pipeline, read_prompts
+    from attar.progress import RichProgress
+    from attar.recipe import load_recipe
+
+    chosen = load_recipe(recipe, {**_assignments(set_), **_given({"quantize.weights": weights, "quantize.acts": acts})})
+    if output is None and not dry_run:
+        raise AttarError("no output folder was given", fix="Add -o FOLDER, or --dry-run to see the plan only")
+    given = None if prompts is None else read_prompts(prompts)
+    source = find_source(model)
+    if dry_run:
+        pipe = load_pipeline(source, dtype=_dtype(dtype), device=device)
+        result = forecast_job(pipe, source, chosen, given)
+        _emit(result) if as_json else print_forecast(result)
+        return
+    assert output is not None
+    from attar import conductor
+    from attar.save import check_destination, linear_bytes, plan_rows, save_compressed
+    from attar.workspace import Workspace
+
+    check_destination(output, overwrite)
+    place = workspace or output.with_name(f"{output.name}.work")
+    pipe = load_pipeline(source, dtype=_dtype(dtype), device=device)
+    plans = {n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()}
+    progress = RichProgress()
+    pipe = conductor.run(pipe, source, chosen, Workspace(place), given, None, seed, progress)
+    for name, part in pipe.attar_compression.components.items():
+        part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
+    dense, packed = linear_bytes(pipe, plans)
+    save_compressed(pipe, output, source, plans)
+    summary = {
+        "output": str(output),
+        "workspace": str(place),
+        "recipe": chosen.name,
+        "bits": chosen.bits,
+        "linear_bytes_bf16": dense,
+        "linear_bytes_packed": packed,
+        "linear_ratio": round(dense / packed, 3) if packed else None,
+        "seconds": {k: round(v, 1) for k, v in pipe.attar_compression.seconds.items()},
+        "block_errors": {
+            name: [[b["error_before"], b["error_after"]] for b in part["blocks"]]
+            for name, part in pipe.attar_compression.components.items()
+        },
+    }
+    if as_json:
+        _emit(summary)
+    else:
+        ratio = f"{dense / packed:.2f}×" if packed else "–"
+        print(f"{output}: {chosen.name} {chosen.bits}, block linears {dense / 1e6:.1f} → {packed / 1e6:.1f} MB ({ratio})")
+        print(f"resume data in {place} can be deleted; next: attar compare {model} {output} -o {output.name}-report")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Argument(help="one or more sentences")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="an .mp4 file (numbered for several prompts)")] = Path("out.mp4"),
+    seed: Annotated[int, typer.Option(help="of the noise; prompt i uses seed + i")] = 0,
+    steps: Steps = None,
+    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    frames: Annotated[int | None, typer.Option(help="number of frames")] = None,
+    fps: Annotated[float | None, typer.Option(help="of the file (default: the model's)")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Generate videos with any pipeline, compressed or not."""
+    from attar.evaluate.generate import generate as make
+    from attar.evaluate.video import save_video, to_frames
+    from attar.models.source import find_source, load_pipeline
+    from attar.progress import RichProgress
+    from attar.runtime.backend import backend_description
+    from attar.runtime.layers import packed_layers
+
+    if output.suffix != ".mp4":
+        raise AttarError("the output is not an .mp4 file", where=str(output), fix="Name it something.mp4")
+    source = find_source(model)
+    pipe = load_pipeline(source, dtype=_dtype(dtype), device=device)
+    if any(packed_layers(part) for part in (pipe.components.values()) if hasattr(part, "named_modules")):
+        print(f"backend {backend_description()}", file=sys.stderr)
+    call = source.call_arguments(
+        num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, num_frames=frames
+    )
+    total = int(call.get("num_inference_steps", 50)) * len(prompt)
+    with RichProgress().task("generate", total) as advance:
+        made = make(pipe, prompt, seed=seed, call=call, step=lambda done: advance(done))
+    written = []
+    for i, (sentence, clip) in enumerate(zip(prompt, to_frames(made.videos), strict=True)):
+        path = output if len(prompt) == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
+        meta = {"prompt": sentence, "seed": seed + i, "model": source.name, **{k: v for k, v in call.items()}}
+        save_video(clip, path, fps or source.fps, max(1, 192 // clip.shape[2]), meta)
+        written.append({"file": str(path), "prompt": sentence, "seed": seed + i, "seconds": round(made.seconds[i], 2)})
+    if as_json:
+        _emit(written)
+    else:
+        for row in written:
+            print(f"{row['file']}: {row['prompt']} (seed {row['seed']}, {row['seconds']} s)")
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(help="the original: a built-in name, a diffusers folder, or a hub id")],
+    compressed: Annotated[str, typer.Argument(help="the folder that `attar compress` wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the report")] = Path("report"),
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="how many prompts at most")] = 8,
+    seed: Annotated[int, typer.Option(help="of the noise; prompt i uses seed + i")] = 1000,
+    steps: Steps = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Videos side by side from the same noise, with every figure, as one HTML page."""
+    from attar.calibration.prompts import GENERAL_PROMPTS
+    from attar.evaluate.compare import compare as run
+    from attar.models.source import find_source, read_prompts
+    from attar.progress import RichProgress
+
+    original, small = find_source(reference), find_source(compressed)
+    assert original.folder is not None
+    own = original.folder / "evaluation_prompts.txt"
+    chosen = read_prompts(prompts) if prompts else read_prompts(own) if own.is_file() else list(GENERAL_PROMPTS)
+    data = run(
+        original, small, chosen[:count], output, seed=seed,
+        overrides={"num_inference_steps": steps}, dtype=_dtype(dtype), device=device, progress=RichProgress(),
+    )  # fmt: skip
+    if as_json:
+        print((output / "report.json").read_text(encoding="utf-8"), end="")
+    else:
+        values = [pair.psnr for pair in data.pairs if pair.psnr is not None]
+        print(f"{output / 'index.html'}: {len(data.pairs)} pairs, PSNR {sum(values) / len(values):.2f} dB")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context, as_json: Json = False) -> None:
+    """List the recipes; `attar recipes show NAME` prints one with every setting."""
+    if context.invoked_subcommand is not None:
+        return
+    from attar.recipe import DEFAULT_RECIPE, load_recipe, recipe_names
+
+    rows = [load_recipe(name) for name in recipe_names()]
+    if as_json:
+        _emit([{"name": r.name, "summary": r.summary, "paper": r.paper.url if r.paper else None} for r in rows])
+        return
+    for r in rows:
+        mark = " (default)" if r.name == DEFAULT_RECIPE else ""
+        print(f"{r.name}{mark}\n    {r.summary}" + (f"\n    {r.paper.title}, {r.paper.url}" if r.paper else ""))
+
+
+@recipes_app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="published name or YAML file")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="override, e.g. quantize.weights=3")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a recipe in resolved form: every key with its value."""
+    from attar.recipe import load_recipe
+
+    recipe = load_recipe(name, _assignments(set_))
+    _emit(recipe.model_dump()) if as_json else print(recipe.to_yaml(), end="")
+
+
+def _assignments(pairs: list[str] | None) -> dict[str, Any]:
+    """key=value pairs, values read as YAML."""
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise AttarError(f"{pair!r} is no assignment", where="--set", fix="Write KEY=VALUE, e.g. reconstruct.epochs=5")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise AttarError(f"the value of {key} cannot be read", where="--set") from error
+    return found
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise AttarError(f"unknown dtype {name!r}", where="--dtype", fix=f"Use one of {', '.join(known)}")
+    return None if name is None else known[name]
+
+
+def _emit(content: Any) -> None:
+    print(json.dumps(content, indent=1, default=str))
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """Other libraries' advice stays out of our output."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        yield
+
+
+def main() -> None:
+    """Entry point. An AttarError is one line on stderr and exit code 1; an interrupt is 130."""
+    try:
+        with _calm():
+            app(standalone_mode=False)
+    except AttarError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.exceptions.Exit):
+            sys.exit(error.exit_code)
+        if isinstance(error, click.exceptions.Abort):
+            sys.exit(130)
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The paired comparison of a compressed pipeline with its original: same prompts, same noise, one report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.evaluate.fidelity import psnr, ssim
+from attar.evaluate.generate import Generated, generate
+from attar.evaluate.report import build_report
+from attar.evaluate.report_data import (
+    AttentionMass,
+    BlockError,
+    ChosenSample,
+    Generation,
+    ModelFacts,
+    PlanRow,
+    ReportData,
+    Selection,
+    TimestepError,
+    VideoPair,
+)
+from attar.evaluate.size import model_size
+from attar.evaluate.video import save_video, to_frames
+from attar.models.source import Source, load_pipeline
+from attar.models.zoo.clips import parse_prompt
+from attar.models.zoo.judges import DigitReader, judge
+from attar.progress import Progress
+from attar.runtime.backend import backend_description
+from attar.runtime.layers import packed_layers
+
+ERROR_POINTS = 25  # denoising steps at which both denoisers are fed the same input
+
+
+def compare(
+    reference: Source,
+    compressed: Source,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    overrides: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    progress: Progress,
+) -> ReportData:
+    """Generates every prompt with both models and writes `out`/index.html, report.json and videos/*.mp4.
+
+    One model is in memory at a time. Raises AttarError when the two do not belong together.
+    """
+    out = Path(out)
+    call = reference.call_arguments(**(overrides or {}))
+    steps = int(call.get("num_inference_steps", 50))
+    pipe = load_pipeline(reference, dtype=dtype, device=device)
+    with progress.task("original", len(prompts) * steps) as advance, _Recorder(pipe, steps) as recorded:
+        before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
+    kind, precision = type(pipe).__name__, str(next(pipe.transformer.parameters()).dtype).removeprefix("torch.")
+    del pipe
+    pipe = load_pipeline(compressed, dtype=dtype, device=device)
+    if type(pipe).__name__ != kind:
+        raise AttarError(f"a {kind} cannot be compared with a {type(pipe).__name__}", where=compressed.name)
+    with progress.task("compressed", len(prompts) * steps) as advance:
+        after = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
+    if before.videos.shape != after.videos.shape:
+        raise AttarError("the two models make videos of different sizes", where=compressed.name)
+    data = ReportData(
+        title=f"{compressed.name.rstrip('/').split('/')[-1]} beside {reference.name.rstrip('/').split('/')[-1]}",
+        reference=_facts(reference, precision, None, before),
+        compressed=_facts(compressed, _bits(compressed, pipe), pipe, after),
+        generation=Generation(
+            steps=steps, guidance_scale=float(call.get("guidance_scale", 5.0)), seed=seed, fps=reference.fps,
+            frames=before.videos.shape[1], height=before.videos.shape[3], width=before.videos.shape[4],
+        ),
+        pairs=_pairs(reference, prompts, before, after, out, seed),
+        timestep_errors=_timestep_errors(pipe, recorded),
+        notes=_notes(len(prompts)),
+        **_evidence(compressed),
+    )  # fmt: skip
+    build_report(data, out)
+    return data
+
+
+def _pairs(
+    source: Source, prompts: Sequence[str], before: Generated, after: Generated, out: Path, seed: int
+) -> list[VideoPair]:
+    closeness = psnr(before.videos, after.videos).tolist()
+    small = min(before.videos.shape[-2:]) < 11
+    similarity = [None] * len(prompts) if small else ssim(before.videos, after.videos).tolist()
+    verdicts = [_verdicts(source, prompts, videos) for videos in (before.videos, after.videos)]
+    upscale = max(1, 192 // before.videos.shape[-1])
+    frames = [to_frames(before.videos), to_frames(after.videos)]
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        paths = []
+        for name, clips in zip(("original", "compressed"), frames, strict=True):
+            meta = {"prompt": prompt, "seed": seed + i, "model": name}
+            paths.append(save_video(clips[i], out / "videos" / f"{i:03d}-{name}.mp4", source.fps, upscale, meta))
+        pairs.append(
+            VideoPair(
+                prompt, str(paths[0]), str(paths[1]), psnr=closeness[i], ssim=similarity[i],
+                reference_quality=verdicts[0][i], compressed_quality=verdicts[1][i], seed=seed + i,
+            )  # fmt: skip
+        )
+    return pairs
+
+
+def _verdicts(source: Source, prompts: Sequence[str], videos: Tensor) -> list[dict[str, bool]]:
+    """What the built-in judges see, for models and prompts that have judges; else nothing."""
+    scenes = [parse_prompt(prompt) for prompt in prompts]
+    if source.folder is None or not (source.folder / "judge").is_dir() or None in scenes:
+        return [{} for _ in prompts]
+    reader = DigitReader.load(source.folder)
+    return [verdict.as_dict() for verdict in judge(videos, [s for s in scenes if s is not None], reader)]
+
+
+class _Recorder:
+    """Keeps the first transformer call of evenly spaced steps of the first video, with the output."""
+
+    def __init__(self, pipe: Any, steps: int) -> None:
+        self.transformers = {
+            name: part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None
+        }
+        wanted = max(1, min(ERROR_POINTS, steps))
+        self.wanted = {round(k * (steps - 1) / max(1, wanted - 1)) for k in range(wanted)}
+        self.steps = steps
+        self.calls: list[tuple[int, str, dict[str, Any], Tensor]] = []
+        self._step, self._last = -1, None
+
+    def __enter__(self) -> _Recorder:
+        self._handles = [
+            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self.transformers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.transformers = {}
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            timestep = kwargs.get("timestep")
+            if args or timestep is None or self._step >= self.steps:
+                return
+            key = float(timestep.flatten()[0])
+            if key == self._last:
+                return  # another guidance branch of the same step
+            self._last, self._step = key, self._step + 1
+            if self._step in self.wanted and self._step < self.steps:
+                kept = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+                first = output[0] if isinstance(output, tuple) else output.sample
+                self.calls.append((self._step, name, kept, first.detach().clone()))
+
+        return hook
+
+
+@torch.no_grad()
+def _timestep_errors(pipe: Any, recorded: _Recorder) -> list[TimestepError]:
+    """Relative squared error of the compressed denoiser on the original's trajectory."""
+    errors = []
+    for step, name, kwargs, expected in recorded.calls:
+        output = getattr(pipe, name)(**kwargs)
+        got = output[0] if isinstance(output, tuple) else output.sample
+        error = (got.float() - expected.float()).square().sum() / expected.float().square().sum().clamp_min(1e-12)
+        errors.append(TimestepError(step, float(kwargs["timestep"].flatten()[0]), error.item()))
+    return errors
+
+
+def _facts(source: Source, bits: str, pipe: Any, made: Generated) -> ModelFacts:
+    record = _record(source)
+    seconds = sorted(made.seconds)[len(made.seconds) // 2]
+    assert source.folder is not None
+    return ModelFacts(
+        name=source.name.rstrip("/").split("/")[-1], bits=bits, parts=model_size(source.folder),
+        recipe=record["recipe"]["name"] if record else None,
+        backend=backend_description() if pipe is not None and _is_packed(pipe) else None,
+        seconds_per_video=seconds, hardware=_hardware(),
+    )  # fmt: skip
+
+
+def _is_packed(pipe: Any) -> bool:
+    return any(isinstance(part, nn.Module) and packed_layers(part) for part in pipe.components.values())
+
+
+def _bits(source: Source, pipe: Any) -> str:
+    record = _record(source)
+    if record:
+        bits = record["recipe"]["quantize"]
+        return f"W{bits['weights']}A{bits['acts']}"
+    return str(next(pipe.transformer.parameters()).dtype).removeprefix("torch.")
+
+
+def _record(source: Source) -> dict[str, Any] | None:
+    path = None if source.folder is None else source.folder / "compression.json"
+    if path is None or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AttarError("compression.json is damaged", where=str(path), fix="Compress again") from error
+
+
+def _evidence(source: Source) -> dict[str, Any]:
+    """What the compression recorded about itself, as sections of the report."""
+    record = _record(source)
+    if record is None:
+        return {}
+    found: dict[str, Any] = {"block_errors": [], "attention": [], "plan": []}
+    many = len(record["components"]) > 1
+    for name, part in record["components"].items():
+        prefix = f"{name}: " if many else ""
+        for block in part["blocks"]:
+            if block["error_before"] is not None:
+                found["block_errors"].append(
+                    BlockError(prefix + block["block"], block["error_before"], block["error_after"])
+                )
+            if block["attention"]:
+                weights = {int(float(k)): v for k, v in block["attention"]["weights"].items()}
+                found["attention"].append(AttentionMass(prefix + block["block"], block["attention"]["curve"], weights))
+        found["plan"] += [PlanRow(**row) for row in part.get("plan", [])]
+        if "selection" in part and "selection" not in found:
+            found["selection"] = _selection(part["selection"], record["prompts"])
+    return found
+
+
+def _selection(part: dict[str, Any], prompts: list[str]) -> Selection:
+    table = part["table"]
+    steps = max(table["step"]) + 1
+    scores = [[0.0] * steps for _ in prompts]
+    for p, k, value in zip(table["prompt"], table["step"], table["score"], strict=True):
+        scores[p][k] = value
+    chosen = [ChosenSample(table["prompt"][i], table["step"][i], table["score"][i]) for i in part["chosen"]]
+    return Selection(part["policy"], prompts, scores, chosen)
+
+
+def _notes(count: int) -> list[str]:
+    if count >= 30:
+        return []
+    return [f"Figures over {count} videos are indicative only; intervals are 95 %."]
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,63 @@
+"""Videos from a pipeline, each from its own seeded noise."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attar.errors import AttarError
+
+
+@dataclass
+class Generated:
+    """videos (B, F, C, H, W) in [0, 1] on the CPU, float32; seconds of wall time for each."""
+
+    videos: Tensor
+    seconds: list[float]
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    step: Callable[[int], None] | None = None,
+) -> Generated:
+    """One video for each prompt; prompt i starts from noise of a CPU generator seeded with seed + i.
+
+    So two models that are given the same prompts and seed start from the same noise. call: further arguments of the
+    pipeline. step: called with the number of denoising steps done in all. Images come out as videos of one frame.
+    Raises AttarError when the pipeline rejects its arguments or gives something that is not finite.
+    """
+    videos, seconds, done = [], [], 0
+    options = dict(call or {})
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters and step is not None:
+
+        def on_step(_: Any, k: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            nonlocal done
+            done += 1
+            step(done)
+            return {}
+
+        options["callback_on_step_end"] = on_step
+    for i, prompt in enumerate(prompts):
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed + i)
+        try:
+            with torch.no_grad():
+                result = pipe(prompt=prompt, generator=generator, output_type="pt", **options)
+        except (ValueError, TypeError) as error:
+            raise AttarError(f"the pipeline rejects its arguments ({error})", where=type(pipe).__name__) from error
+        seconds.append(time.perf_counter() - started)
+        frames = result.frames if hasattr(result, "frames") else result.images[:, None]
+        if not bool(torch.isfinite(frames).all()):
+            raise AttarError("the generated video is not finite", where=prompt)
+        videos.append(frames.float().cpu())
+    return Generated(torch.cat(videos), seconds)

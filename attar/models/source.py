@@ -1,0 +1,188 @@
+"""From what a user types to a pipeline: a built-in name, a local diffusers folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from attar.errors import AttarError
+from attar.models.zoo import zoo_folder, zoo_names
+from attar.runtime.checkpoint import QUANT_METHOD
+from attar.runtime.integrity import verify_folder
+
+GENERATION_KEYS = {
+    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "max_sequence_length", "fps",
+    "negative_prompt",
+}  # fmt: skip
+
+
+@dataclass
+class Source:
+    """Where a model comes from, and how it wants to be called.
+
+    folder: local folder of the pipeline, None when it was given as an object. generation: the folder's own defaults
+    (generation.json), which go to the pipeline's call; "fps" among them is for the video file.
+    """
+
+    name: str
+    folder: Path | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)  # calibration prompts that come with the model
+
+    @property
+    def fps(self) -> float:
+        return float(self.generation.get("fps", 16))
+
+    def call_arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Arguments of the pipeline's call without the prompt: the model's defaults under the given ones."""
+        given = {k: v for k, v in overrides.items() if v is not None}
+        return {k: v for k, v in {**self.generation, **given}.items() if k != "fps"}
+
+
+def find_source(model: str) -> Source:
+    """Resolves a name without loading weights; a hub id is downloaded (HF_HOME and HF_HUB_OFFLINE are honoured).
+
+    Raises AttarError when nothing is found, or the folder holds no pipeline.
+    """
+    if model in zoo_names():
+        return _folder_source(model, zoo_folder(model))
+    path = Path(model)
+    if path.is_dir():
+        return _folder_source(model, path)
+    if path.is_file():
+        raise AttarError("a model is a diffusers folder, not a file", where=model)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        names = ", ".join(zoo_names())
+        raise AttarError("no such model", where=model, fix=f"Give a diffusers folder, a hub id, or one of: {names}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return _folder_source(model, Path(snapshot_download(model)))
+    except AttarError:
+        raise
+    except Exception as error:  # network, authentication, unknown repository: all the hub's own words
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AttarError(f"the hub gives no such model ({first})", where=model) from error
+
+
+def load(model: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+    """A pipeline by built-in name, folder or hub id, compressed or not, on a device. See `load_pipeline`."""
+    return load_pipeline(find_source(str(model)), dtype=dtype, device=device)
+
+
+def load_pipeline(
+    source: Source, *, dtype: torch.dtype | None = None, device: str | None = None, quiet: bool = True
+) -> Any:
+    """The pipeline of a source on a device. dtype defaults to float32 on CPU and bfloat16 elsewhere.
+
+    Raises AttarError for folders that diffusers cannot read, and for damaged weight files.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    assert source.folder is not None
+    check_weight_files(source.folder)
+    if is_compressed(source.folder):
+        verify_folder(source.folder)
+    verbosity = logging.get_verbosity()
+    try:
+        if quiet:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
+    except AttarError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AttarError(f"the pipeline cannot be loaded ({first})", where=source.name) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def check_weight_files(folder: Path) -> None:
+    """Every safetensors file of the folder opens. Raises AttarError for a truncated or malformed one."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise AttarError(
+                f"the weight file is damaged or incomplete ({error})",
+                where=str(path.relative_to(folder)),
+                fix="Copy or download it again",
+            ) from error
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a component of the pipeline folder is an attar checkpoint."""
+    return any(f'"{QUANT_METHOD}"' in path.read_text(errors="replace") for path in folder.glob("*/config.json"))
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The floating-point type in which most of a component's elements are stored, None if there are no files."""
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    counts: dict[torch.dtype, int] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                part = file.get_slice(key)
+                if part.get_dtype() in names:
+                    size = 1
+                    for length in part.get_shape():
+                        size *= length
+                    dtype = names[part.get_dtype()]
+                    counts[dtype] = counts.get(dtype, 0) + size
+    return max(counts, key=lambda d: counts[d]) if counts else None
+
+
+def read_prompts(path: str | Path, what: Callable[[str], bool] = bool) -> list[str]:
+    """Prompts of a text file, one a line; empty lines are left out. Raises AttarError if none is left, or no text."""
+    path = Path(path)
+    if not path.is_file():
+        raise AttarError("no such prompts file", where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise AttarError("the prompts file is not UTF-8 text", where=str(path), fix="Write one prompt a line") from error
+    prompts = [line.strip() for line in text.splitlines() if what(line.strip())]
+    if not prompts:
+        raise AttarError("the prompts file is empty", where=str(path), fix="Write one prompt a line")
+    if any("\x00" in prompt for prompt in prompts):
+        raise AttarError("the prompts file is not text", where=str(path), fix="Write one prompt a line")
+    return prompts
+
+
+def _folder_source(name: str, folder: Path) -> Source:
+    if not (folder / "model_index.json").is_file():
+        raise AttarError(
+            "the folder holds no diffusers pipeline (model_index.json is missing)",
+            where=name,
+            fix="Give the folder that has model_index.json in it",
+        )
+    prompts = folder / "calibration_prompts.txt"
+    return Source(name, folder, _generation(folder), read_prompts(prompts) if prompts.is_file() else [])
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AttarError("generation.json is not valid JSON", where=str(path)) from error
+    unknown = sorted(set(content) - GENERATION_KEYS) if isinstance(content, dict) else ["(no mapping)"]
+    if unknown:
+        raise AttarError(f"unknown key {unknown[0]!r}", where=str(path), fix=f"Known: {', '.join(sorted(GENERATION_KEYS))}")
+    return content

@@ -1,0 +1,176 @@
+"""One transformer block from full precision to packed layers: wrap, learn, round, bake."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.losses import relative_error
+from attar.quantize.initialize import (
+    TransformSettings,
+    build_rotation,
+    build_transforms,
+    collect_input_stats,
+)
+from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module
+from attar.quantize.plan import LayerPlan
+from attar.quantize.reconstruct import (
+    Loss,
+    ReconstructionResult,
+    ReconstructionSettings,
+    Streams,
+    reconstruct_block,
+)
+from attar.quantize.rounding import collect_hessians, gptq
+from attar.quantize.transforms import LearnedScale
+from attar.runtime.layers import PackedLinear
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How a block is quantized. `learning` None trains nothing; `gptq` None rounds to nearest."""
+
+    transforms: TransformSettings
+    weight_clip: bool = True
+    act_clip: bool = True
+    learning: ReconstructionSettings | None = None
+    train_scale: bool = True
+    train_rotation: bool = True
+    train_clip: bool = True
+    gptq_damping: float | None = None
+    gptq_block: int = 128
+
+
+@dataclass
+class BlockOutcome:
+    """Errors are squared output errors relative to the block's own update, averaged over the calibration samples.
+
+    error_before: with transforms and clipping at their start, nearest rounding. error_after: of the packed block.
+    """
+
+    error_before: float | None = None
+    error_after: float | None = None
+    learning: ReconstructionResult | None = None
+    layers: dict[str, PackedLinear] = field(default_factory=dict)
+
+
+def quantize_block(
+    module: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    targets: Sequence[Streams],
+    settings: BlockSettings,
+    *,
+    loss: Loss,
+    contexts: Sequence[Any] | None = None,
+    seed: str = "0",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> BlockOutcome:
+    """Replaces the planned linears of `module` by packed layers, in place.
+
+    plans: dotted name below `module` -> plan (skipped layers are left out by the caller). run: runs the block on one
+    call. calls, targets: calibration samples with the full-precision outputs; both may be empty for settings that need
+    no data. contexts: what `loss` gets beside them. seed: of the random rotations and the order of samples, a text.
+    Raises AttarError when the settings need data and there is none, or a weight is not finite.
+    """
+    outcome = BlockOutcome()
+    linears = {name: module.get_submodule(name) for name in plans}
+    for name, linear in linears.items():
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise AttarError("a weight is not finite", where=plans[name].name, fix="Check the model before compressing")
+    layers = _wrap(module, plans, linears, run, calls, settings, seed)
+    if calls:
+        outcome.error_before = _mean_relative_error(run, calls, targets)
+    if settings.learning is not None:
+        generator = torch.Generator().manual_seed(_number(seed, "order"))
+        outcome.learning = reconstruct_block(
+            run, calls, targets, _trained(layers.values(), settings), settings.learning, loss,
+            contexts=contexts, generator=generator, progress=progress,
+        )  # fmt: skip
+    codes: dict[str, Tensor] = {}
+    if settings.gptq_damping is not None:
+        acting = {name: layer for name, layer in layers.items() if layer.act_bits is not None}
+        hessians = collect_hessians(run, calls, acting)
+        for name, layer in acting.items():
+            weight, scale = layer.baked_weight(clipped=True)
+            codes[name] = gptq(
+                weight, hessians.pop(name), scale, layer.weight_bits, settings.gptq_damping, settings.gptq_block
+            )
+    for name, layer in layers.items():
+        outcome.layers[name] = layer.bake(codes.get(name))
+        replace_module(module, name, outcome.layers[name])
+    if calls:
+        outcome.error_after = _mean_relative_error(run, calls, targets)
+    return outcome
+
+
+def _wrap(
+    module: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    linears: Mapping[str, nn.Module],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    settings: BlockSettings,
+    seed: str,
+) -> dict[str, QuantizedLinear]:
+    """Puts a QuantizedLinear around every planned linear. Weight-only layers get neither transforms nor clipping."""
+    acting = [name for name, plan in plans.items() if plan.act_bits is not None]
+    generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in acting}
+    rotations = {
+        name: build_rotation(plans[name].in_features, settings.transforms, generators[name]) for name in acting
+    }
+    rotations = {name: rotation for name, rotation in rotations.items() if rotation is not None}
+    stats: dict[str, Tensor] = {}
+    if settings.transforms.scale and acting:
+        if not calls:
+            raise AttarError("channel scales need calibration samples")
+        first = rotations if settings.transforms.order == "rotate_then_scale" else None
+        stats = collect_input_stats(run, calls, {name: linears[name] for name in acting}, rotations=first)
+    layers = {}
+    for name, plan in plans.items():
+        linear: Any = linears[name]
+        if plan.act_bits is None:
+            layer = QuantizedLinear(linear, plan.weight_bits or 0, None, weight_clip=False)
+        else:
+            transforms = build_transforms(
+                linear, stats.get(name), settings.transforms, generators[name], rotations.get(name)
+            )
+            layer = QuantizedLinear(
+                linear, plan.weight_bits or 0, plan.act_bits, transforms,
+                weight_clip=settings.weight_clip, act_clip=settings.act_clip,
+            )  # fmt: skip
+        replace_module(module, name, layer)
+        layers[name] = layer
+    return layers
+
+
+def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Parameter]]:
+    groups = parameter_groups(layers)
+    scales = {
+        id(p) for layer in layers for t in layer.transforms if isinstance(t, LearnedScale) for p in t.parameters()
+    }
+    wanted = {True: settings.train_scale, False: settings.train_rotation}
+    return {
+        "transform": [p for p in groups["transform"] if wanted[id(p) in scales]],
+        "clip": groups["clip"] if settings.train_clip else [],
+    }
+
+
+@torch.no_grad()
+def _mean_relative_error(run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]) -> float:
+    errors = [
+        relative_error(run(call), target, call.streams).item() for call, target in zip(calls, targets, strict=True)
+    ]
+    return sum(errors) / len(errors)
+
+
+def _number(*parts: str) -> int:
+    """A seed from words, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:6], "big")

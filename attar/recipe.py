@@ -1,0 +1,222 @@
+"""A recipe: everything that decides how a model is compressed, as one checked and printable object.
+
+    name: my-w4a4
+    quantize: {weights: 4, acts: 4, rotation: hadamard}
+    reconstruct: null
+
+Unknown keys are refused. `load_recipe` takes the name of a published recipe or a path to a YAML file, and overrides
+such as {"quantize.acts": 4}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from attar.calibration.score import FEATURES
+from attar.calibration.select import POLICIES
+from attar.errors import AttarError
+
+
+class _Stage(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Trace(_Stage):
+    """The candidate pool: full-precision generations whose every denoising step is a candidate."""
+
+    prompts: int = Field(10, ge=1, description="how many calibration prompts are generated")
+    steps: int | None = Field(None, ge=1, description="denoising steps; default: the model's own")
+    guidance_scale: float | None = Field(None, ge=0, description="default: the model's own")
+
+
+class Select(_Stage):
+    """Which candidates become calibration samples."""
+
+    policy: str = "salient"
+    count: int = Field(40, ge=1, description="calibration samples M")
+    features: str = Field("latent", description="what C_quant is computed on")
+    norm: Literal["spectral", "frobenius"] = "spectral"
+    cap_per_prompt: int | None = Field(None, ge=1)
+    cap_per_step: int | None = Field(None, ge=1)
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        return _one_of(value, POLICIES)
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, value: str) -> str:
+        return _one_of(value, FEATURES)
+
+
+class Quantize(_Stage):
+    """Bits by role, equivalent transforms, and which of their parameters exist."""
+
+    weights: int = Field(4, description="bits of block linears, 2 to 8; modulation linears get them weight-only")
+    acts: int = Field(6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point")
+    roles: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="overrides by role or layer pattern: {weights, acts} or {skip: true}"
+    )
+    scale: bool = Field(True, description="channel scale c, started by SmoothQuant's rule")
+    alpha: float = Field(0.5, ge=0, le=1)
+    rotation: Literal["none", "hadamard", "kronecker", "orthogonal"] = "kronecker"
+    affine: bool = Field(False, description="let a Kronecker rotation stretch as well")
+    rotation_init: str = "auto"
+    order: Literal["scale_then_rotate", "rotate_then_scale"] = "scale_then_rotate"
+    weight_clip: bool = True
+    act_clip: bool = True
+
+    @field_validator("weights", "acts")
+    @classmethod
+    def _possible_bits(cls, value: int, info: Any) -> int:
+        if not (2 <= value <= 8 or (value == 16 and info.field_name == "acts")):
+            raise ValueError("choose between 2 and 8 bits" + (", or 16" if info.field_name == "acts" else ""))
+        return value
+
+
+class Reconstruct(_Stage):
+    """Block-by-block training of scales, rotations and clipping."""
+
+    epochs: int = Field(15, ge=0)
+    batch_size: int = Field(1, ge=1, description="calibration samples in a step; one sample holds both CFG branches")
+    transform_lr: float = Field(5e-3, gt=0)
+    clip_lr: float = Field(5e-2, gt=0)
+    eta_min_ratio: float = Field(1e-3, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    normalise_loss: bool = False
+    train_scale: bool = True
+    train_rotation: bool = True
+    train_clip: bool = True
+    loss: Literal["token_weighted", "mse"] = "token_weighted"
+    lambda_min: float = Field(0.5, gt=0)
+    lambda_max: float = Field(1.0, gt=0)
+    cap_quantile: float | None = Field(None, gt=0, le=1)
+    propagate: Literal["fp", "quant"] = Field("fp", description="what the next block is calibrated on")
+
+
+class Rounding(_Stage):
+    """How transformed weights become integers."""
+
+    method: Literal["nearest", "gptq"] = "gptq"
+    damping: float = Field(0.01, gt=0)
+    block: int = Field(128, ge=1)
+
+
+class Paper(_Stage):
+    title: str
+    url: str
+
+
+class Recipe(_Stage):
+    """How to compress a model. A stage set to null is left out."""
+
+    name: str
+    summary: str = ""
+    paper: Paper | None = None
+    notes: list[str] = Field(default_factory=list)
+    trace: Trace | None = Trace()
+    select: Select | None = Select()
+    quantize: Quantize = Quantize()
+    reconstruct: Reconstruct | None = Reconstruct()
+    rounding: Rounding = Rounding()
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration samples are used at all."""
+        learned = self.reconstruct is not None and self.reconstruct.epochs > 0
+        return learned or self.quantize.scale or self.rounding.method == "gptq"
+
+    @property
+    def bits(self) -> str:
+        return f"W{self.quantize.weights}A{self.quantize.acts}"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+DEFAULT_RECIPE = "attar-ptq"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with attar."""
+    folder = resources.files("attar") / "recipes"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, YAML path, mapping or object, with dotted overrides such as {"quantize.acts": 4}.
+
+    Raises AttarError for an unknown name, an unreadable file, an unknown key, or a value out of range.
+    """
+    if isinstance(source, Recipe):
+        content, where = source.model_dump(), source.name
+    elif isinstance(source, Mapping):
+        content, where = dict(source), "recipe"
+    else:
+        content, where = _read(str(source))
+    for key, value in (overrides or {}).items():
+        _set(content, key, value)
+    try:
+        recipe = Recipe(**content)
+    except (ValidationError, TypeError) as error:
+        raise _readable(error, where) from error
+    if recipe.needs_data and (recipe.trace is None or recipe.select is None):
+        raise AttarError("the recipe learns from data but has no trace or select stage", where=where)
+    return recipe
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise AttarError("no such recipe file", where=name, fix="Give a published name or a YAML file")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        if name not in recipe_names():
+            raise AttarError(f"unknown recipe {name!r}", fix=f"Use one of {', '.join(recipe_names())}, or a YAML file")
+        text = (resources.files("attar") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        first = str(error).splitlines()[0]
+        raise AttarError(f"the recipe is not valid YAML ({first})", where=name) from error
+    if not isinstance(content, dict):
+        raise AttarError("the recipe is not a mapping of stages", where=name)
+    return content, name
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = content.get(parent)
+        if child is None:  # a stage that is left out, or only implied, comes to be with its defaults
+            child = {}
+        if not isinstance(child, dict):
+            raise AttarError(f"{key!r} does not name a setting", fix="See attar recipes show NAME")
+        content[parent] = dict(child)
+        content = content[parent]
+    content[last] = value
+
+
+def _one_of(value: str, known: Any) -> str:
+    if value not in known:
+        raise ValueError(f"unknown value {value!r}; use one of {', '.join(known)}")
+    return value
+
+
+def _readable(error: Exception, where: str) -> AttarError:
+    if not isinstance(error, ValidationError):
+        return AttarError(f"the recipe cannot be read: {error}", where=where)
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return AttarError(f"unknown key {key!r}", where=where, fix="See attar recipes show NAME for all keys")
+    message = first["msg"].removeprefix("Value error, ")
+    return AttarError(f"{key} = {first['input']!r}: {message}", where=where)
