@@ -59,7 +59,9 @@ def find_source(model: str) -> Source:
         raise AttarError("a model is a diffusers folder, not a file", where=model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         names = ", ".join(zoo_names())
-        raise AttarError("no such model", where=model, fix=f"Give a diffusers folder, a hub id, or one of: {names}")
+        raise AttarError(
+            "no such model", where=model, fix=f"Give a diffusers folder, a hub id, or one of: {names}"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -126,7 +128,9 @@ def check_weight_files(folder: Path) -> None:
 
 def is_compressed(folder: Path) -> bool:
     """Whether a component of the pipeline folder is an attar checkpoint."""
-    return any(f'"{QUANT_METHOD}"' in path.read_text(errors="replace") for path in folder.glob("*/config.json"))
+    return any(
+        f'"{QUANT_METHOD}"' in path.read_text(errors="replace") for path in folder.glob("*/config.json")
+    )
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -154,7 +158,9 @@ def read_prompts(path: str | Path, what: Callable[[str], bool] = bool) -> list[s
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
-        raise AttarError("the prompts file is not UTF-8 text", where=str(path), fix="Write one prompt a line") from error
+        raise AttarError(
+            "the prompts file is not UTF-8 text", where=str(path), fix="Write one prompt a line"
+        ) from error
     prompts = [line.strip() for line in text.splitlines() if what(line.strip())]
     if not prompts:
         raise AttarError("the prompts file is empty", where=str(path), fix="Write one prompt a line")
@@ -184,5 +190,7 @@ def _generation(folder: Path) -> dict[str, Any]:
         raise AttarError("generation.json is not valid JSON", where=str(path)) from error
     unknown = sorted(set(content) - GENERATION_KEYS) if isinstance(content, dict) else ["(no mapping)"]
     if unknown:
-        raise AttarError(f"unknown key {unknown[0]!r}", where=str(path), fix=f"Known: {', '.join(sorted(GENERATION_KEYS))}")
+        raise AttarError(
+            f"unknown key {unknown[0]!r}", where=str(path), fix=f"Known: {', '.join(sorted(GENERATION_KEYS))}"
+        )
     return content

@@ -33,7 +33,10 @@ def centroids(ink: Tensor) -> Tensor:
     x = torch.arange(width, device=ink.device) + 0.5
     y = torch.arange(height, device=ink.device) + 0.5
     mass = ink.sum(dim=(-2, -1))
-    centre = torch.stack([(ink.sum(-2) * x).sum(-1), (ink.sum(-1) * y).sum(-1)], -1) / mass.clamp(min=1e-6)[..., None]
+    centre = (
+        torch.stack([(ink.sum(-2) * x).sum(-1), (ink.sum(-1) * y).sum(-1)], -1)
+        / mass.clamp(min=1e-6)[..., None]
+    )
     middle = torch.tensor([width / 2, height / 2], device=ink.device)
     return torch.where(mass[..., None] > 1e-3, centre, middle)
 
@@ -74,7 +77,9 @@ def crops(video: Tensor) -> Tensor:
     centre = centroids(ink).reshape(-1, 1, 1, 2)
     steps = torch.arange(CROP, device=video.device) + 0.5 - CROP / 2
     y, x = torch.meshgrid(steps, steps, indexing="ij")
-    where = (torch.stack([x, y], -1) + centre) / torch.tensor([width / 2, height / 2], device=video.device) - 1
+    where = (torch.stack([x, y], -1) + centre) / torch.tensor(
+        [width / 2, height / 2], device=video.device
+    ) - 1
     window = F.grid_sample(ink.reshape(-1, 1, height, width).float(), where.float(), align_corners=False)
     window = window / window.amax(dim=(-2, -1), keepdim=True).clamp(min=0.05)
     return window.reshape(batch, frames, CROP, CROP)
@@ -109,9 +114,13 @@ class DigitReader(nn.Module):
         """The trained reader of a zoo folder. Raises AttarError when its file is missing."""
         path = Path(folder) / "judge" / "digit_reader.safetensors"
         if not path.is_file():
-            raise AttarError("the digit reader is missing", where=str(path), fix="use the folder of digits-video")
+            raise AttarError(
+                "the digit reader is missing", where=str(path), fix="use the folder of digits-video"
+            )
         reader = cls()
-        reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+        reader.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        )
         return reader.eval()
 
 

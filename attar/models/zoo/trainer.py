@@ -20,9 +20,17 @@ class Trainer:
     """
 
     def __init__(
-        self, modules: list[nn.Module], rate: float, minutes: float, state: Path, muon_rate: float | None = None
+        self,
+        modules: list[nn.Module],
+        rate: float,
+        minutes: float,
+        state: Path,
+        muon_rate: float | None = None,
     ) -> None:
         self.parameters = [p for m in modules for p in m.parameters()]
+        names = {id(m): set(dict(m.named_parameters())) for m in modules}
+        # running statistics of batch norms, which are part of what is trained
+        self.buffers = [v for m in modules for k, v in m.state_dict().items() if k not in names[id(m)]]
         matrices = [p for p in self.parameters if p.ndim == 2 and min(p.shape) >= 64] if muon_rate else []
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
@@ -79,6 +87,8 @@ class Trainer:
         for i, (p, a) in enumerate(zip(self.parameters, self.average, strict=True)):
             yield f"{i}.weight", p.data, p.data.copy_
             yield f"{i}.average", a, a.copy_
+        for i, b in enumerate(self.buffers):
+            yield f"buffer.{i}", b, b.copy_
 
     def _save(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor, _ in self._slots()}
@@ -102,6 +112,8 @@ class Trainer:
                 if ".optimizer." in name:
                     index, _, key = name.split(".")
                     parameter = self.parameters[int(index)]
-                    owner = next(o for o in self.optimizers if any(p is parameter for p in o.param_groups[0]["params"]))
+                    owner = next(
+                        o for o in self.optimizers if any(p is parameter for p in o.param_groups[0]["params"])
+                    )
                     owner.state[parameter][key] = file.get_tensor(name)
             torch.set_rng_state(file.get_tensor("rng"))

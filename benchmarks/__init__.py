@@ -1,0 +1,1 @@
+"""Figures of attar, each printed again by one command."""

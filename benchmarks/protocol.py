@@ -1,0 +1,165 @@
+"""How one cell is measured: always paired with full precision, on the same prompts and the same noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attar.calibration.catch import catch_block_calls
+from attar.calibration.store import TraceStore
+from attar.calibration.trace import trace_pipeline
+from attar.evaluate.fidelity import latent_error, psnr, ssim
+from attar.losses import relative_error
+from attar.models.adapter import ModelAdapter, evaluating
+from attar.models.block import BlockCall, run_block
+from attar.models.source import Source, load_pipeline
+from attar.models.zoo.clips import Scene, split_scenes
+from attar.models.zoo.judges import DigitReader, judge
+from attar.quantize.reconstruct import concatenate_calls
+
+ATTRIBUTES = ("digit", "colour", "direction", "speed")
+HELD_OUT_PROMPTS, HELD_OUT_STEPS = 2, 8
+
+
+def evaluation_scenes(count: int) -> list[Scene]:
+    """Held-out scenes in a fixed shuffled order, so that a few of them already cover digits and directions."""
+    held_out = split_scenes()[1]
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(5)).tolist()
+    return [held_out[i] for i in order[:count]]
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any, prompts: Sequence[str], call: dict[str, Any], seed: int, batch: int = 20
+) -> tuple[Tensor, Tensor]:
+    """(final latents (B, C, F, h, w), videos (B, F, 3, H, W) in [0, 1]); prompt i has noise of its own."""
+    latents, videos = [], []
+    for start in range(0, len(prompts), batch):
+        some = list(prompts[start : start + batch])
+        noise = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(some))]
+        final = pipe(some, generator=noise, output_type="latent", **call).frames
+        latents.append(final.float())
+        videos.append(decode(pipe, final))
+    return torch.cat(latents), torch.cat(videos)
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents of a Wan pipeline -> videos (B, F, 3, H, W) in [0, 1]."""
+    vae = pipe.vae
+    mean, std = (
+        torch.tensor(v, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    video = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
+    return pipe.video_processor.postprocess_video(video, output_type="pt").float()
+
+
+@dataclass
+class HeldOut:
+    """Full-precision inputs and outputs of every block on samples that no method calibrates on."""
+
+    calls: list[list[BlockCall]]  # by block
+    targets: list[list[dict[str, Tensor]]]
+
+
+class Bench:
+    """Everything that the cells of one seed share: traces, held-out block data, full-precision videos."""
+
+    def __init__(self, source: Source, folder: Path, seed: int, prompts: int, steps: int | None) -> None:
+        self.source, self.folder, self.seed = source, folder, seed
+        self.call = source.call_arguments(num_inference_steps=steps)
+        self.steps = int(self.call["num_inference_steps"])
+        self.scenes = evaluation_scenes(prompts)
+        assert source.folder is not None
+        self.reader = DigitReader.load(source.folder)
+        self.store = TraceStore(folder / f"seed-{seed}" / "trace")
+        pipe = load_pipeline(source)
+        self._trace(pipe)
+        self.held_out = self._held_out(pipe)
+        started = time.time()
+        self.latents, self.videos = self._reference(pipe)
+        self.reference_seconds = time.time() - started
+        self.reference_accuracy = self.accuracy(self.videos)
+
+    def _trace(self, pipe: Any) -> None:
+        options = {k: v for k, v in self.call.items() if k not in ("num_inference_steps", "guidance_scale")}
+        pool = self.source.prompts
+        shift = (10 * self.seed) % (len(pool) - 9)
+        self.prompts = pool[shift : shift + 10]
+        arguments = {
+            "steps": self.steps,
+            "guidance_scale": self.call.get("guidance_scale"),
+            "generation": options,
+        }
+        trace_pipeline(pipe, self.prompts, self.store, seed=1000 * self.seed, **arguments)
+        others = [scene.prompt for scene in evaluation_scenes(240)[-HELD_OUT_PROMPTS:]]
+        self.other = TraceStore(self.folder / f"seed-{self.seed}" / "held-out")
+        trace_pipeline(pipe, others, self.other, seed=1000 * self.seed + 500, **arguments)
+
+    def _held_out(self, pipe: Any) -> HeldOut:
+        transformer = pipe.transformer
+        adapter = ModelAdapter.of(transformer)
+        chosen = [
+            self.other.calls("transformer", p, round(k * (self.steps - 1) / (HELD_OUT_STEPS - 1)))
+            for p in range(HELD_OUT_PROMPTS)
+            for k in range(HELD_OUT_STEPS)
+        ]
+        found = HeldOut([], [])
+        calls: list[BlockCall] = []
+        for branches in chosen:
+            calls.append(concatenate_calls(catch_block_calls(transformer, adapter, 0, branches)))
+        with evaluating(transformer):
+            for block in adapter.blocks:
+                targets = [run_block(block.module, call, block.outputs) for call in calls]
+                found.calls.append(calls)
+                found.targets.append(targets)
+                calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]
+        self.outputs = [block.outputs for block in adapter.blocks]
+        return found
+
+    def _reference(self, pipe: Any) -> tuple[Tensor, Tensor]:
+        return sample(pipe, [scene.prompt for scene in self.scenes], self.call, self.seed)
+
+    def accuracy(self, videos: Tensor) -> dict[str, list[bool]]:
+        verdicts = judge(videos, self.scenes, self.reader)
+        found = {name: [getattr(v, name) for v in verdicts] for name in ATTRIBUTES}
+        return {**found, "all": [all(row) for row in zip(*found.values(), strict=True)]}
+
+    @torch.no_grad()
+    def block_errors(self, transformer: Any) -> list[float]:
+        """Held-out error of every block, relative to the block's own update, on full-precision inputs."""
+        errors = []
+        for k, block in enumerate(ModelAdapter.of(transformer).blocks):
+            pairs = zip(self.held_out.calls[k], self.held_out.targets[k], strict=True)
+            values = [
+                relative_error(run_block(block.module, call, self.outputs[k]), target, call.streams).item()
+                for call, target in pairs
+            ]
+            errors.append(sum(values) / len(values))
+        return errors
+
+    def measure(self, pipe: Any, videos: bool = True) -> dict[str, Any]:
+        """All figures of a compressed pipeline."""
+        figures: dict[str, Any] = {"block_errors": self.block_errors(pipe.transformer)}
+        if not videos:
+            return figures
+        started = time.time()
+        latents, clips = sample(pipe, [scene.prompt for scene in self.scenes], self.call, self.seed)
+        accuracy = self.accuracy(clips)
+        return {
+            **figures,
+            "latent_error": latent_error(self.latents, latents).tolist(),
+            "psnr": psnr(self.videos, clips).tolist(),
+            "ssim": ssim(self.videos, clips).tolist(),
+            "accuracy": {k: sum(v) / len(v) for k, v in accuracy.items()},
+            "reference_accuracy": {k: sum(v) / len(v) for k, v in self.reference_accuracy.items()},
+            "prompts": len(self.scenes),
+            "sampling_seconds": round(time.time() - started, 1),
+        }

@@ -1,0 +1,136 @@
+"""Tables of the quality benchmark, from its results file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from attar.evaluate.statistics import Estimate, mean_interval, paired_difference
+from benchmarks.cells import STUDIES, Study
+
+INTRO = """# Quality on digits-video
+
+Printed by `python -m benchmarks.quality --table` from `benchmarks/results/quality.json`; the cells are filled by
+`python -m benchmarks.quality`. Every figure is paired with full precision: same prompts, same noise.
+
+- **block error**: held-out squared error of a block's output relative to the block's own update, mean over blocks
+- **latent error**: relative squared error of the final latents; **PSNR**, **SSIM**: of the videos, to full precision's
+- **all right**: held-out prompts whose digit, colour, direction and speed are all shown (in brackets: full precision)
+- ± is the half width of the 95 % t-interval over seeds; without it there is one seed only
+"""
+
+
+def write_tables(results: dict[str, Any], path: Path) -> str:
+    """Writes all tables to `path` and returns them."""
+    parts = [INTRO]
+    if "environment" in results:
+        e = results["environment"]
+        parts.append(
+            f"{e['prompts']} held-out prompts a cell, {e['steps']} steps, {e['device']}, "
+            + ", ".join(f"{k} {v}" for k, v in e["versions"].items())
+            + ".\n"
+        )
+    for study in STUDIES.values():
+        table = _study(study, results["cells"])
+        if table:
+            parts.append(table)
+    text = "\n".join(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def _study(study: Study, cells: dict[str, Any]) -> str:
+    rows = []
+    for weights, acts in study.bits:
+        bits = f"W{weights}A{acts}"
+        for method in study.methods:
+            found = {
+                int(k.rsplit("|", 1)[1]): c
+                for k, c in cells.items()
+                if k.startswith(f"{study.name}|{method.name}|{bits}|")
+            }
+            if found:
+                rows.append((bits, method.name, found))
+    if not rows:
+        return ""
+    lines = [
+        f"## {study.name}\n\n{study.question}\n",
+        "| bits | method | seeds | block error | latent error | PSNR dB | SSIM | all right | digit | calibration s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for bits, name, found in rows:
+        seeds = [found[s] for s in sorted(found)]
+        lines.append(
+            f"| {bits} | {name} | {len(seeds)} | {_over(seeds, _block, 4)} | "
+            f"{_over(seeds, _mean('latent_error'), 4)} | "
+            f"{_over(seeds, _mean('psnr'), 2)} | {_over(seeds, _mean('ssim'), 4)} | {_accuracy(seeds, 'all')} | "
+            f"{_accuracy(seeds, 'digit')} | {_over(seeds, lambda c: c['calibration_seconds'], 0)} |"
+        )
+    lines += _differences(study, rows) + _chosen(study, rows)
+    return "\n".join(lines) + "\n"
+
+
+def _block(cell: dict[str, Any]) -> float:
+    return sum(cell["block_errors"]) / len(cell["block_errors"])
+
+
+def _mean(name: str) -> Any:
+    return lambda cell: sum(cell[name]) / len(cell[name]) if name in cell else None
+
+
+def _over(cells: list[dict[str, Any]], value: Any, digits: int) -> str:
+    values = [v for v in map(value, cells) if v is not None]
+    return _estimate(mean_interval(values), digits) if values else "–"
+
+
+def _estimate(e: Estimate, digits: int) -> str:
+    return f"{e.mean:.{digits}f}" + ("" if e.high is None else f" ± {e.high - e.mean:.{digits}f}")
+
+
+def _accuracy(cells: list[dict[str, Any]], name: str) -> str:
+    found = [c for c in cells if "accuracy" in c]
+    if not found:
+        return "–"
+    share, full = (sum(c[k][name] for c in found) / len(found) for k in ("accuracy", "reference_accuracy"))
+    return f"{100 * share:.1f} ({100 * full:.1f})"
+
+
+def _differences(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list[str]:
+    """Against the study's first learned method, paired over seeds: the change of the block error in percent."""
+    base = {"selection": "random", "distillation": "λ_min = 1", "learning": "15 epochs, 40 samples, fp"}.get(
+        study.name
+    )
+    reference = next((found for _, name, found in rows if name == base), None)
+    if reference is None:
+        return []
+    lines = [f"\nChange of the held-out block error against *{base}*, paired over seeds:\n"]
+    for _, name, found in rows:
+        seeds = sorted(set(found) & set(reference))
+        if name == base or not seeds:
+            continue
+        before = [100.0 for _ in seeds]
+        after = [100 * _block(found[s]) / _block(reference[s]) for s in seeds]
+        lines.append(f"- {name}: {_estimate(paired_difference(before, after), 1)} %")
+    return lines
+
+
+def _chosen(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list[str]:
+    """Which steps each selection policy took, in tenths of the trajectory."""
+    if study.name != "selection":
+        return []
+    lines = [
+        "\nSamples by tenth of the trajectory (first seed):\n",
+        "| policy | " + " | ".join(str(k) for k in range(1, 11)) + " | prompts |",
+        "|---" * 12 + "|",
+    ]
+    for _, name, found in rows:
+        cell = found[min(found)]
+        steps = max(50, 1 + max(k for _, k in cell["chosen"]))
+        tenths = Counter(k * 10 // steps for _, k in cell["chosen"])
+        prompts = len({p for p, _ in cell["chosen"]})
+        lines.append(
+            f"| {name} | " + " | ".join(str(tenths.get(k, 0)) for k in range(10)) + f" | {prompts} |"
+        )
+    return lines
