@@ -12,7 +12,8 @@ from torch import Tensor
 
 from attar.calibration.catch import catch_block_calls
 from attar.calibration.trace import transformer_components
-from attar.conductor import block_settings, calibration_prompts, check_pool, plan_component, transform_settings
+from attar.component import block_settings, transform_settings
+from attar.conductor import calibration_prompts, check_pool, plan_component
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter
 from attar.models.block import bind, run_block
@@ -22,7 +23,9 @@ from attar.recipe import Recipe
 from attar.save import plan_rows
 
 
-def forecast_job(pipe: Any, source: Source, recipe: Recipe, prompts: Sequence[str] | None = None) -> dict[str, Any]:
+def forecast_job(
+    pipe: Any, source: Source, recipe: Recipe, prompts: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Plan, sizes in bytes, and an estimate of calibration seconds and peak bytes on this machine.
 
     One denoising step of the pipeline and one training step of the first block are timed; everything else is
@@ -41,7 +44,11 @@ def forecast_job(pipe: Any, source: Source, recipe: Recipe, prompts: Sequence[st
                 size = forecast(plan, settings)
                 dense, packed = dense + size.dense, packed + size.packed
         whole = sum(p.numel() for p in part.parameters())
-        inside = sum(p.in_features * p.out_features + (p.out_features if p.bias else 0) for p in plans[name] if not p.skipped)
+        inside = sum(
+            p.in_features * p.out_features + (p.out_features if p.bias else 0)
+            for p in plans[name]
+            if not p.skipped
+        )
         rest += 2 * (whole - inside)
     return {
         "recipe": recipe.name,
@@ -69,7 +76,12 @@ def _row(component: str, plan: LayerPlan) -> dict[str, Any]:
 def _time_and_memory(
     pipe: Any, components: dict[str, Any], recipe: Recipe, prompts: int, call: dict[str, Any]
 ) -> dict[str, Any]:
-    model = sum(t.numel() * t.element_size() for part in pipe.components.values() if hasattr(part, "parameters") for t in part.parameters())
+    model = sum(
+        t.numel() * t.element_size()
+        for part in pipe.components.values()
+        if hasattr(part, "parameters")
+        for t in part.parameters()
+    )
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
         return {"seconds": 0.0, "peak_bytes": model, "measured_on": None}
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
@@ -87,7 +99,9 @@ def _time_and_memory(
     # a training step costs about three forwards; each epoch is also measured once, and targets are made once
     learn = blocks * count * block_seconds * (epochs * (3 + 1) + 4)
     streams = sum(t.numel() * 4 for t in caught.streams.values()) * branches * count
-    constants = sum(t.numel() * 4 for t in caught.constants.values() if isinstance(t, Tensor)) * branches * count
+    constants = (
+        sum(t.numel() * 4 for t in caught.constants.values() if isinstance(t, Tensor)) * branches * count
+    )
     open_block = max(sum(p.numel() for p in b.module.parameters()) for b in adapter.blocks) * 4 * 4
     return {
         "seconds": round(prompts * steps * step_seconds + learn, 1),
@@ -98,7 +112,9 @@ def _time_and_memory(
 
 
 @torch.no_grad()
-def _one_step(pipe: Any, components: dict[str, Any], call: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
+def _one_step(
+    pipe: Any, components: dict[str, Any], call: dict[str, Any]
+) -> tuple[list[dict[str, Any]], float]:
     """(the transformer calls of one denoising step, its seconds)."""
     calls: list[dict[str, Any]] = []
 
@@ -114,7 +130,9 @@ def _one_step(pipe: Any, components: dict[str, Any], call: dict[str, Any]) -> tu
         pipe(prompt="a test", output_type="latent", generator=torch.Generator().manual_seed(0), **options)
         seconds = time.perf_counter() - started
     except (ValueError, TypeError) as error:
-        raise AttarError(f"the pipeline rejects its arguments ({error})", where=type(pipe).__name__) from error
+        raise AttarError(
+            f"the pipeline rejects its arguments ({error})", where=type(pipe).__name__
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -142,7 +160,9 @@ def print_forecast(result: dict[str, Any]) -> None:
     from attar.evaluate.size import format_bytes
 
     console = Console()
-    table = Table("layer", "role", "bits", "why", title=f"{result['recipe']} {result['bits']}", title_justify="left")
+    table = Table(
+        "layer", "role", "bits", "why", title=f"{result['recipe']} {result['bits']}", title_justify="left"
+    )
     for row in result["layers"]:
         bits = "kept" if row["weights"] is None else f"W{row['weights']}A{row['acts'] or 16}"
         table.add_row(f"{row['component']}.{row['name']}", row["role"], bits, row["reason"] or "")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+# where a model lies, and what wrote it; diffusers keeps the last entry in a random order
+_NO_IDENTITY = ("_name_or_path", "transformers_version", "_diffusers_version", "_use_default_values")
 _ENDS = 1 << 16  # bytes read at either end of a tensor: a 14B model is recognised in seconds
 
 
@@ -19,7 +21,7 @@ def pipeline_fingerprint(pipe: Any) -> str:
         config = getattr(component, "config", None)
         if config is not None:
             entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            entries = {k: v for k, v in entries.items() if k not in ("_name_or_path", "transformers_version")}
+            entries = {k: v for k, v in entries.items() if k not in _NO_IDENTITY}
             digest.update(f"{name}{json.dumps(entries, sort_keys=True, default=str)}".encode())
         if isinstance(component, nn.Module):
             for key, tensor in component.state_dict().items():

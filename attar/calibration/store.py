@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.files import writing
 from attar.models.tree import flatten, unflatten
 
 FORMAT = "attar-trace-1"
@@ -95,7 +95,8 @@ class TraceStore:
         return self.folder / f"prompt-{prompt:04d}.safetensors"
 
     def save_prompt(self, prompt: int, record: PromptRecord) -> None:
-        """Writes the trace of one prompt, atomically. Raises AttarError for a record that is not finished."""
+        """Writes the trace of one prompt, atomically. Raises AttarError for a record that is not finished, and when
+        the file cannot be written."""
         if record.final is None or len(record.latents) != len(record.steps) + 1 or not record.steps:
             raise AttarError("the trace of the prompt is not complete", where=f"prompt {prompt}")
         content = {
@@ -107,21 +108,8 @@ class TraceStore:
         text = json.dumps(content)
         # one entry, since safetensors writes several in a random order, and equal traces must be equal files
         metadata = {FORMAT: json.dumps({"hash": _text_hash(text), "trace": text})}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".prompt-{prompt:04d}.{os.getpid()}.tmp"
-        try:
+        with writing(self.path(prompt)) as temporary:
             save_file(record.pool.tensors, temporary, metadata=metadata)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path(prompt))
-        finally:
-            temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # some filesystems cannot sync a folder
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
         self._open.pop(prompt, None)
 
     def prompts_done(self) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attar.calibration.store import PromptRecord, TraceStore
 from attar.errors import AttarError
+from attar.files import reason
 from attar.models.block import bind
 
 Progress = Callable[[int, int, int], None]
@@ -53,8 +54,8 @@ def trace_pipeline(
     generation: further arguments of the pipeline (height, width, num_frames, negative_prompt, ...),
     JSON-able.
     progress: called as progress(prompt index, steps done, steps) after every step.
-    Raises AttarError if the pipeline cannot be traced (no `callback_on_step_end`, no latents in its
-    callback), or if a finished prompt was traced with other settings.
+    Raises AttarError if the pipeline cannot be traced (no step callback that shows the latents), if it
+    rejects its arguments, or if a finished prompt was traced with other settings.
     """
     _check_traceable(pipe)
     options = dict(generation or {})
@@ -83,22 +84,34 @@ def _generate(
     progress: Progress | None,
 ) -> Tensor:
     def on_step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        record.end_step(float(timestep), tensors["latents"])
-        if progress is not None:
-            progress(index, step + 1, steps)
+        on_step(step, timestep, tensors["latents"])
         return {}
 
+    def on_step(step: int, timestep: Any, latents: Tensor) -> None:
+        record.end_step(float(timestep), latents)
+        if progress is not None:
+            progress(index, step + 1, steps)
+
+    callback: dict[str, Any] = {"callback": on_step, "callback_steps": 1}
+    if "callback_on_step_end" in _call_parameters(pipe):
+        callback = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": ["latents"]}
     with _recording(pipe, record), _quiet(pipe), torch.no_grad():
-        result = pipe(
-            prompt=prompt,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=on_step_end,
-            callback_on_step_end_tensor_inputs=["latents"],
-            output_type="latent",
-            return_dict=False,
-            **options,
-        )
+        try:
+            result = pipe(
+                prompt=prompt,
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="latent",
+                return_dict=False,
+                **callback,
+                **options,
+            )
+        except (ValueError, TypeError) as error:
+            raise AttarError(
+                f"the pipeline rejects its arguments ({reason(error)})",
+                where=type(pipe).__name__,
+                fix="Check the generation settings (generation.json)",
+            ) from error
     if not isinstance(result[0], Tensor):
         raise AttarError('the pipeline returns no tensor for output_type="latent"', where=type(pipe).__name__)
     return result[0]
@@ -157,14 +170,20 @@ def _quiet(pipe: Any) -> Iterator[None]:
 def _check_traceable(pipe: Any) -> None:
     where = type(pipe).__name__
     transformer_components(pipe)
-    if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
+    parameters = _call_parameters(pipe)
+    if "callback_on_step_end" in parameters:
+        if "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
+            raise AttarError("the pipeline does not show its latents to callbacks", where=where)
+    elif not {"callback", "callback_steps"} <= parameters:  # the older form, as in PixArt
         raise AttarError(
             "the pipeline has no callback_on_step_end, so its steps cannot be followed", where=where
         )
-    if "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
-        raise AttarError("the pipeline does not show its latents to callbacks", where=where)
     if "sample" not in inspect.signature(pipe.scheduler.step).parameters:
         raise AttarError("the scheduler's step takes no sample", where=type(pipe.scheduler).__name__)
+
+
+def _call_parameters(pipe: Any) -> set[str]:
+    return set(inspect.signature(pipe.__call__).parameters)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

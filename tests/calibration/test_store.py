@@ -135,6 +135,6 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("attar.calibration.store.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(AttarError, match="disk full"):
         store.save_prompt(0, record())
     assert list(tmp_path.iterdir()) == []

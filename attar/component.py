@@ -1,0 +1,321 @@
+"""The compression of one transformer: selection, then block after block, with everything finished kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.calibration.catch import catch_block_calls
+from attar.calibration.score import score_candidates
+from attar.calibration.select import ScoreTable, select
+from attar.calibration.store import TraceStore
+from attar.errors import AttarError
+from attar.losses import joint_token_weights, mse, streams_token_weighted_mse, weight_percentiles
+from attar.models.adapter import Block, ModelAdapter, evaluating
+from attar.models.attention_mass import attention_mass
+from attar.models.block import BlockCall, run_block
+from attar.models.tree import map_tensors
+from attar.progress import Progress
+from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.initialize import TransformSettings
+from attar.quantize.plan import LayerPlan
+from attar.quantize.reconstruct import ReconstructionSettings, concatenate_calls
+from attar.recipe import Recipe
+from attar.stored import read_boundary, restore_block, save_block, write_boundary
+from attar.workspace import Workspace
+
+Calls = list[BlockCall]
+
+
+def transform_settings(recipe: Recipe) -> TransformSettings:
+    q = recipe.quantize
+    return TransformSettings(q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order)
+
+
+def block_settings(recipe: Recipe) -> BlockSettings:
+    """The plain settings of one block's quantization that a recipe stands for."""
+    q, r, rounding = recipe.quantize, recipe.reconstruct, recipe.rounding
+    learning = None
+    if r is not None and r.epochs:
+        learning = ReconstructionSettings(
+            epochs=r.epochs, batch_size=r.batch_size, transform_lr=r.transform_lr, clip_lr=r.clip_lr,
+            eta_min_ratio=r.eta_min_ratio, weight_decay=r.weight_decay, normalise_loss=r.normalise_loss,
+        )  # fmt: skip
+    return BlockSettings(
+        transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip, learning=learning,
+        train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
+        train_clip=r is not None and r.train_clip,
+        gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
+    )  # fmt: skip
+
+
+class ComponentJob:
+    """Compresses one transformer in place. One block is open at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        transformer: nn.Module,
+        plan: list[LayerPlan],
+        recipe: Recipe,
+        workspace: Workspace,
+        store: TraceStore,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.name, self.transformer, self.recipe = name, transformer, recipe
+        self.plan = {p.name: p for p in plan if not p.skipped}
+        self.workspace, self.store, self.seed, self.progress = workspace, store, seed, progress
+        self.adapter = ModelAdapter.of(transformer)
+        self.settings = block_settings(recipe)
+        self.device = next(transformer.parameters()).device
+        self.propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
+
+    def run(self, prompts: int) -> dict[str, Any]:
+        """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
+        self.transformer.requires_grad_(False).eval()
+        evidence: dict[str, Any] = {}
+        calls: list[list[dict[str, Any]]] = []
+        if self.recipe.needs_data:
+            table, chosen = self._selection(prompts)
+            assert self.recipe.select is not None
+            evidence["selection"] = {
+                "policy": self.recipe.select.policy,
+                "table": vars(table),
+                "chosen": chosen,
+            }
+            calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in chosen]
+            self.adapter.observe(calls[0][0])
+        blocks = self.adapter.blocks
+        first = self._first_unfinished()
+        starts = self._segment_starts(calls, first)
+        evidence["blocks"] = results = []
+        full: Calls = []
+        quantized: Calls = []
+        with self.progress.task(f"{self.name}: quantize", len(blocks)) as advance:
+            for block in blocks:
+                if block.index in starts:
+                    full = starts.pop(block.index)
+                    # later segments start behind glue that only a run of the model applies
+                    quantized = self._catch(block, calls) if self.propagates and block.index else full
+                boundary = self._boundary(block.index)
+                if block.index < first:
+                    result = restore_block(self.workspace, self._file(block.index), block.module)
+                    self.workspace.remove(boundary)  # a kill may have left it
+                else:
+                    if block.index == first and self.workspace.has(boundary):
+                        full, quantized = read_boundary(self.workspace, boundary, full, quantized)
+                    result, full, quantized = self._make(block, full, quantized, advance)
+                results.append(result)
+                note = block.name
+                if result["error_before"] is not None:
+                    note = f"{block.name} error {result['error_before']:.4f} → {result['error_after']:.4f}"
+                advance(block.index + 1, note)
+        return evidence
+
+    # -- what is there already
+
+    def _first_unfinished(self) -> int:
+        """The block to go on with: all before it are finished, and its inputs are on disk or can be caught."""
+        first, count = 0, len(self.adapter.blocks)
+        while first < count and self.workspace.has(self._file(first)):
+            first += 1
+        if self.recipe.needs_data and first < count:
+            heads = {segment[0].index for segment in self.adapter.segments}
+            while first not in heads and not self.workspace.has(self._boundary(first)):
+                first -= 1  # someone removed files: blocks behind the last known inputs are made again
+        return first
+
+    def _segment_starts(self, calls: list[list[dict[str, Any]]], first: int) -> dict[int, Calls]:
+        """Inputs of the first block of each unfinished segment, caught before any block is replaced."""
+        if not calls:
+            return {}
+        unfinished = [segment for segment in self.adapter.segments if segment[-1].index >= first]
+        return {segment[0].index: self._catch(segment[0], calls) for segment in unfinished}
+
+    def _selection(self, prompts: int) -> tuple[ScoreTable, list[int]]:
+        """The score table and the chosen rows, from the workspace where they are there already."""
+        chosen_by, file = self.recipe.select, f"{self.name}/selection.json"
+        assert chosen_by is not None
+        known = self.workspace.read_json(file)
+        if known is None:
+            with self.progress.task(f"{self.name}: score candidates", 1) as advance:
+                table = score_candidates(
+                    self.store, list(range(prompts)), self.name, self.adapter,
+                    features=chosen_by.features, norm=chosen_by.norm,
+                    progress=lambda done, total: advance(done / total, f"{done} of {total}"),
+                )  # fmt: skip
+            try:
+                chosen = select(
+                    chosen_by.policy, table, chosen_by.count, self.seed,
+                    cap_per_prompt=chosen_by.cap_per_prompt, cap_per_step=chosen_by.cap_per_step,
+                )  # fmt: skip
+            except AttarError as error:  # of two experts, one may have run in a few steps only
+                raise AttarError(error.what, where=self.name, fix=error.fix) from error
+            known = {"table": vars(table), "chosen": chosen}
+            self.workspace.write_json(file, known)
+        return ScoreTable(**known["table"]), known["chosen"]
+
+    # -- one block
+
+    def _catch(self, block: Block, calls: list[list[dict[str, Any]]]) -> Calls:
+        """The block's inputs for every sample, in float32 on the CPU.
+
+        Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a
+        sample of its own. Constants that are equal in consecutive samples are kept once.
+        """
+        flat = [call for branches in calls for call in branches]
+        caught = iter(
+            catch_block_calls(self.transformer, self.adapter, block.index, flat, store_device="cpu")
+        )
+        merged: Calls = []
+        for branches in calls:
+            for call in _one_batch([next(caught) for _ in branches]):
+                call = call.to(dtype=torch.float32)
+                merged.append(_sharing(call, merged[-1]) if merged else call)
+        return merged
+
+    def _make(
+        self, block: Block, full: Calls, quantized: Calls, advance: Callable[..., None]
+    ) -> tuple[dict[str, Any], Calls, Calls]:
+        """Quantizes the block and saves it; returns its result and the calls of the next block."""
+        module, prefix = block.module, f"{block.name}."
+        plans = {name.removeprefix(prefix): p for name, p in self.plan.items() if name.startswith(prefix)}
+        dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
+        if full:
+            module.float()  # learned in float32 whatever the model is stored in
+
+        def runner(call: BlockCall) -> dict[str, Tensor]:
+            return run_block(module, call.to(self.device), block.outputs)
+
+        targets, contexts, masses = self._targets(block, full)
+
+        def step(epoch: int, done: int, loss: float) -> None:
+            epochs = self.settings.learning.epochs if self.settings.learning else 1
+            advance(
+                block.index + min(0.99, epoch / epochs),
+                f"{block.name} epoch {epoch}/{epochs} loss {loss:.2e}",
+            )
+
+        learned = self.recipe.reconstruct
+        outcome = quantize_block(
+            module, plans, runner, quantized, targets, self.settings,
+            loss=_loss(learned.loss if learned else "mse"), contexts=contexts,
+            seed=f"{self.seed}/{self.name}/{block.name}", progress=step,
+        )  # fmt: skip
+        full = following = [call.with_streams(_cpu(t)) for call, t in zip(full, targets, strict=True)]
+        if self.propagates:
+            with torch.no_grad():
+                following = [call.with_streams(_cpu(runner(call))) for call in quantized]
+        for name, tensor in _tensors(module):
+            if name in dtypes:
+                tensor.data = tensor.data.to(dtypes[name])
+        for name, layer in outcome.layers.items():
+            layer.compute_dtype = dtypes.get(f"{name}.weight", layer.compute_dtype)
+        learning = outcome.learning
+        result = {
+            "block": block.name,
+            "error_before": outcome.error_before,
+            "error_after": outcome.error_after,
+            "loss": None if learning is None else [learning.error_before, *learning.history],
+            "rolled_back": None if learning is None else learning.rolled_back,
+            "stopped": None if learning is None else learning.stopped,
+            "attention": masses,
+        }
+        # the next block's inputs first: a block that is on disk always has its successor's inputs beside it
+        if full and self.adapter.segment_of(block)[-1] is not block:
+            write_boundary(
+                self.workspace, self._boundary(block.index + 1), full, following if self.propagates else None
+            )
+        save_block(self.workspace, self._file(block.index), outcome.layers, result)
+        self.workspace.remove(self._boundary(block.index))
+        return result, full, following
+
+    def _targets(
+        self, block: Block, calls: Calls
+    ) -> tuple[list[dict[str, Tensor]], list[Any] | None, dict[str, Any] | None]:
+        """Full-precision outputs of the block, and for token weighting the λ of every sample with their statistics."""
+        learned = self.recipe.reconstruct
+        if learned is None or not learned.epochs or learned.loss != "token_weighted":
+            with evaluating(block.module):
+                return (
+                    [_cpu(run_block(block.module, c.to(self.device), block.outputs)) for c in calls],
+                    None,
+                    None,
+                )
+        targets, contexts, shares = [], [], []
+        with evaluating(block.module):
+            for call in calls:
+                with attention_mass(self.adapter, block) as mass:
+                    targets.append(_cpu(run_block(block.module, call.to(self.device), block.outputs)))
+                found = mass.per_stream()
+                options = {
+                    "low": learned.lambda_min,
+                    "high": learned.lambda_max,
+                    "cap_quantile": learned.cap_quantile,
+                }
+                contexts.append(joint_token_weights(found, **options) if found else {})
+                if found:
+                    shares.append(_concentration(torch.cat(list(found.values()), dim=1)))
+        if not shares:
+            return targets, contexts, None
+        weights = torch.cat([w.flatten() for context in contexts for w in context.values()])
+        curve = [0.0, *torch.stack(shares).mean(0).tolist()]
+        return (
+            targets,
+            contexts,
+            {"curve": curve, "weights": weight_percentiles(weights, (5, 25, 50, 75, 95))},
+        )
+
+    def _file(self, index: int) -> str:
+        return f"{self.name}/block-{index:03d}.safetensors"
+
+    def _boundary(self, index: int) -> str:
+        return f"{self.name}/boundary-{index:03d}.safetensors"
+
+
+def _loss(name: str) -> Callable[..., Tensor]:
+    if name == "mse":
+        return lambda prediction, target, context: mse(prediction, target)
+    return lambda prediction, target, context: streams_token_weighted_mse(prediction, target, context or {})
+
+
+def _concentration(mass: Tensor, points: int = 20) -> Tensor:
+    """Share of the attention mass (B, N) that the most attended 5 %, 10 %, … 100 % of the tokens hold: (points,)."""
+    shares = mass.sort(dim=1, descending=True).values.cumsum(1).mean(0) / mass.sum(1).mean()
+    places = torch.linspace(0, mass.shape[1], points + 1)[1:].round().long().clamp_min(1)
+    return shares[places - 1].cpu()
+
+
+def _cpu(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu") for name, tensor in streams.items()}
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _one_batch(branches: Calls) -> Calls:
+    if len(branches) == 1:
+        return branches
+    try:
+        return [concatenate_calls(branches)]
+    except AttarError:
+        return branches
+
+
+def _sharing(call: BlockCall, previous: BlockCall) -> BlockCall:
+    """The call with those constants of the previous one that are equal to its own, so that they are held once."""
+    known: list[Tensor] = []
+    map_tensors(previous.constants, known.append)
+
+    def held(tensor: Tensor) -> Tensor:
+        alike = (
+            k for k in known if (k.shape, k.dtype) == (tensor.shape, tensor.dtype) and torch.equal(k, tensor)
+        )
+        return next(alike, tensor)
+
+    return BlockCall(call.streams, map_tensors(call.constants, held))

@@ -1,0 +1,89 @@
+"""What the workspace keeps of a transformer's blocks: packed layers, and the streams on the way to the next block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.models.block import BlockCall
+from attar.quantize.linear import replace_module
+from attar.runtime.layers import PackedLinear
+from attar.workspace import Workspace
+
+
+def save_block(
+    workspace: Workspace, file: str, layers: Mapping[str, PackedLinear], result: dict[str, Any]
+) -> None:
+    """The packed layers of one block by their names in it, and what its compression gave."""
+    tensors = {f"{name}.{k}": v for name, layer in layers.items() for k, v in layer.state_dict().items()}
+    shapes = {
+        name: {
+            "scheme": layer.scheme(), "in": layer.in_features, "out": layer.out_features,
+            "bias": layer.bias is not None, "dtype": str(layer.compute_dtype).removeprefix("torch."),
+        }
+        for name, layer in layers.items()
+    }  # fmt: skip
+    workspace.write_tensors(file, tensors, {"layers": shapes, "result": result})
+
+
+def restore_block(workspace: Workspace, file: str, module: nn.Module) -> dict[str, Any]:
+    """Puts the stored packed layers into the block; returns the result that was saved with them."""
+    stored = workspace.read_tensors(file)
+    if stored is None:
+        raise AttarError("the file is missing", where=str(workspace.folder / file), fix="Run again")
+    tensors, meta = stored
+    for name, shape in meta["layers"].items():
+        device = next(module.get_submodule(name).parameters()).device
+        layer = PackedLinear.from_scheme(
+            shape["scheme"],
+            shape["in"],
+            shape["out"],
+            shape["bias"],
+            device="cpu",
+            dtype=getattr(torch, shape["dtype"]),
+        )
+        prefix = f"{name}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        layer.load_state_dict(own, assign=True)  # the bias keeps its type
+        replace_module(module, name, layer.requires_grad_(False).to(device))
+    return meta["result"]
+
+
+def write_boundary(
+    workspace: Workspace, file: str, full: list[BlockCall], quantized: list[BlockCall] | None
+) -> None:
+    """The streams that enter a block: in full precision, and behind the quantized blocks where these are learned on."""
+    tensors = {
+        f"{path}.{i}.{name}": tensor
+        for path, calls in (("full", full), ("quantized", quantized or []))
+        for i, call in enumerate(calls)
+        for name, tensor in call.streams.items()
+    }
+    workspace.write_tensors(file, tensors)
+
+
+def read_boundary(
+    workspace: Workspace, file: str, full: list[BlockCall], quantized: list[BlockCall]
+) -> tuple[list[BlockCall], list[BlockCall]]:
+    """Calls of the same segment with the streams that were stored; without quantized ones both are the same."""
+    stored = workspace.read_tensors(file)
+    if stored is None:
+        raise AttarError("the file is missing", where=str(workspace.folder / file), fix="Run again")
+    tensors: dict[str, list[dict[str, Tensor]]] = {}
+    for path, calls in (("full", full), ("quantized", quantized)):
+        tensors[path] = [{} for _ in calls]
+    both = False
+    for key, tensor in stored[0].items():
+        path, index, name = key.split(".", 2)
+        tensors[path][int(index)][name] = tensor
+        both = both or path == "quantized"
+    full = [call.with_streams(streams) for call, streams in zip(full, tensors["full"], strict=True)]
+    if not both:
+        return full, full
+    return full, [
+        call.with_streams(streams) for call, streams in zip(quantized, tensors["quantized"], strict=True)
+    ]
