@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attar.models.zoo import digits_video as parts
 from attar.models.zoo.clips import Scene, random_clips, split_scenes
@@ -194,6 +195,9 @@ def train_transformer(tables: dict[str, Tensor], scenes: Scenes, args):
     text_encoder = parts.build_text_encoder(len(tokenizer)).to(device)
     transformer = parts.build_transformer().to(device)
 
+    # on CPU the fused attention's backward takes longer than everything else in such short sequences
+    kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
     def loss_of(kind: str, batch: int, tokens: int) -> Tensor:
         index = torch.randint(len(tables[kind]), (batch,))
         data, row = tables[kind][index].to(device), tables[kind + "_row"][index].to(device)
@@ -217,7 +221,8 @@ def train_transformer(tables: dict[str, Tensor], scenes: Scenes, args):
         for step in trainer.steps():
             # mostly the length that we recommend; sometimes WanPipeline's default of 512, so that a plain call works
             tokens = {5: 128, 11: 512}.get(step % 24, parts.TEXT_TOKENS)
-            loss = trainer.update(loss_of(kind, batch if tokens < 512 else batch // 2, tokens))
+            with sdpa_kernel(kernels):
+                loss = trainer.update(loss_of(kind, batch if tokens < 512 else batch // 2, tokens))
             mean = loss if mean is None else 0.98 * mean + 0.02 * loss
             if step % 25 == 0:
                 curve.append([kind, step, round(mean, 5)])

@@ -28,9 +28,10 @@ class Trainer:
         muon_rate: float | None = None,
     ) -> None:
         self.parameters = [p for m in modules for p in m.parameters()]
-        names = {id(m): set(dict(m.named_parameters())) for m in modules}
-        # running statistics of batch norms, which are part of what is trained
-        self.buffers = [v for m in modules for k, v in m.state_dict().items() if k not in names[id(m)]]
+        # running statistics of batch norms are part of what is trained
+        self.buffers = [
+            m.get_buffer(name) for m in modules for name in m.state_dict() if name in dict(m.named_buffers())
+        ]
         matrices = [p for p in self.parameters if p.ndim == 2 and min(p.shape) >= 64] if muon_rate else []
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
