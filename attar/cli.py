@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
+from safetensors import SafetensorError
 
 from attar.errors import AttarError
+from attar.files import check_writable, file_error
 
 app = typer.Typer(
     help="attar makes generative vision models small and fast.",
@@ -29,59 +33,79 @@ Model = Annotated[str, typer.Argument(help="a built-in name, a diffusers folder,
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: float32 on CPU)")]
-Seed = Annotated[int, typer.Option(help="of noise, selection, rotations and order")]
+Seed = Annotated[int, typer.Option(min=0, max=2**61, help="of noise, selection, rotations and order")]
+NoiseSeed = Annotated[int, typer.Option(min=0, max=2**61, help="of the noise; prompt i uses seed + i")]
 Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt a line")]
+Height = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
+Width = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
+Frames = Annotated[int | None, typer.Option(min=1, help="number of frames (default: the model's)")]
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default: the model's)")]
 
 
 @app.command()
 def compress(
     model: Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="folder of the compressed model")] = None,
-    recipe: Annotated[str, typer.Option(help="published name or YAML file; see `attar recipes`")] = "attar-ptq",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="folder of the compressed model")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="published name or YAML file; see `attar recipes`")
+    ] = "attar-ptq",
     weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
     acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")
+    ] = None,
     prompts: Prompts = None,
     workspace: Annotated[Path | None, typer.Option(help="folder for resuming (default: OUTPUT.work)")] = None,
     seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="replace a compressed model that is there already")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the forecast, change nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan and the forecast, change nothing")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a pipeline's transformers. A killed run goes on when it is started again."""
-    from attar.forecast import forecast_job, print_forecast
+    from attar.forecast import forecast_job, forecast_text
     from attar.models.source import find_source, load_pipeline, read_prompts
     from attar.progress import RichProgress
     from attar.recipe import load_recipe
 
-    chosen = load_recipe(recipe, {**_assignments(set_), **_given({"quantize.weights": weights, "quantize.acts": acts})})
+    chosen = load_recipe(
+        recipe, {**_assignments(set_), **_given({"quantize.weights": weights, "quantize.acts": acts})}
+    )
     if output is None and not dry_run:
         raise AttarError("no output folder was given", fix="Add -o FOLDER, or --dry-run to see the plan only")
+    precision = _dtype(dtype)
     given = None if prompts is None else read_prompts(prompts)
+    generation = _given({"height": height, "width": width, "num_frames": frames})
     source = find_source(model)
     if dry_run:
-        pipe = load_pipeline(source, dtype=_dtype(dtype), device=device)
-        result = forecast_job(pipe, source, chosen, given)
-        _emit(result) if as_json else print_forecast(result)
+        pipe = load_pipeline(source, dtype=precision, device=device)
+        result = forecast_job(pipe, source, chosen, given, generation)
+        _emit(result) if as_json else print(forecast_text(result))
         return
     assert output is not None
     from attar import conductor
-    from attar.save import check_destination, linear_bytes, plan_rows, save_compressed
+    from attar.save import check_destination, linear_bytes, save_compressed
     from attar.workspace import Workspace
 
-    check_destination(output, overwrite)
-    place = workspace or output.with_name(f"{output.name}.work")
-    pipe = load_pipeline(source, dtype=_dtype(dtype), device=device)
-    plans = {n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()}
-    progress = RichProgress()
-    pipe = conductor.run(pipe, source, chosen, Workspace(place), given, None, seed, progress)
-    for name, part in pipe.attar_compression.components.items():
-        part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
+    target = Path(os.path.abspath(output))
+    place = workspace or target.with_name(f"{target.name}.work")
+    check_destination(target, overwrite, place)
+    work = Workspace(place)
+    pipe = load_pipeline(source, dtype=precision, device=device)
+    plans = {
+        n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
+    }
+    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, RichProgress())
     dense, packed = linear_bytes(pipe, plans)
-    save_compressed(pipe, output, source, plans)
+    save_compressed(pipe, target, source, plans)
     summary = {
         "output": str(output),
         "workspace": str(place),
@@ -89,7 +113,7 @@ def compress(
         "bits": chosen.bits,
         "linear_bytes_bf16": dense,
         "linear_bytes_packed": packed,
-        "linear_ratio": round(dense / packed, 3) if packed else None,
+        "linear_ratio": round(dense / packed, 3),
         "seconds": {k: round(v, 1) for k, v in pipe.attar_compression.seconds.items()},
         "block_errors": {
             name: [[b["error_before"], b["error_after"]] for b in part["blocks"]]
@@ -99,23 +123,27 @@ def compress(
     if as_json:
         _emit(summary)
     else:
-        ratio = f"{dense / packed:.2f}×" if packed else "–"
-        print(f"{output}: {chosen.name} {chosen.bits}, block linears {dense / 1e6:.1f} → {packed / 1e6:.1f} MB ({ratio})")
-        print(f"resume data in {place} can be deleted; next: attar compare {model} {output} -o {output.name}-report")
+        sizes = f"{dense / 1e6:.1f} → {packed / 1e6:.1f} MB ({dense / packed:.2f}×)"
+        print(f"{output}: {chosen.name} {chosen.bits}, block linears {sizes}")
+        print(
+            f"resume data in {place} can be deleted; next: attar compare {model} {output} -o {target.name}-report"
+        )
 
 
 @app.command()
 def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Argument(help="one or more sentences")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="an .mp4 file (numbered for several prompts)")] = Path("out.mp4"),
-    seed: Annotated[int, typer.Option(help="of the noise; prompt i uses seed + i")] = 0,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="an .mp4 file (numbered for several prompts)")
+    ] = Path("out.mp4"),
+    seed: NoiseSeed = 0,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    frames: Annotated[int | None, typer.Option(help="number of frames")] = None,
-    fps: Annotated[float | None, typer.Option(help="of the file (default: the model's)")] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="of the file (default: the model's)")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -130,6 +158,7 @@ def generate(
 
     if output.suffix != ".mp4":
         raise AttarError("the output is not an .mp4 file", where=str(output), fix="Name it something.mp4")
+    check_writable(output.parent)
     source = find_source(model)
     pipe = load_pipeline(source, dtype=_dtype(dtype), device=device)
     if any(packed_layers(part) for part in (pipe.components.values()) if hasattr(part, "named_modules")):
@@ -145,7 +174,9 @@ def generate(
         path = output if len(prompt) == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
         meta = {"prompt": sentence, "seed": seed + i, "model": source.name, **{k: v for k, v in call.items()}}
         save_video(clip, path, fps or source.fps, max(1, 192 // clip.shape[2]), meta)
-        written.append({"file": str(path), "prompt": sentence, "seed": seed + i, "seconds": round(made.seconds[i], 2)})
+        written.append(
+            {"file": str(path), "prompt": sentence, "seed": seed + i, "seconds": round(made.seconds[i], 2)}
+        )
     if as_json:
         _emit(written)
     else:
@@ -155,12 +186,14 @@ def generate(
 
 @app.command()
 def compare(
-    reference: Annotated[str, typer.Argument(help="the original: a built-in name, a diffusers folder, or a hub id")],
+    reference: Annotated[
+        str, typer.Argument(help="the original: a built-in name, a diffusers folder, or a hub id")
+    ],
     compressed: Annotated[str, typer.Argument(help="the folder that `attar compress` wrote")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder of the report")] = Path("report"),
     prompts: Prompts = None,
     count: Annotated[int, typer.Option("-n", min=1, help="how many prompts at most")] = 8,
-    seed: Annotated[int, typer.Option(help="of the noise; prompt i uses seed + i")] = 1000,
+    seed: NoiseSeed = 1000,
     steps: Steps = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -174,8 +207,11 @@ def compare(
 
     original, small = find_source(reference), find_source(compressed)
     assert original.folder is not None
+    check_writable(output)
     own = original.folder / "evaluation_prompts.txt"
-    chosen = read_prompts(prompts) if prompts else read_prompts(own) if own.is_file() else list(GENERAL_PROMPTS)
+    chosen = (
+        read_prompts(prompts) if prompts else read_prompts(own) if own.is_file() else list(GENERAL_PROMPTS)
+    )
     data = run(
         original, small, chosen[:count], output, seed=seed,
         overrides={"num_inference_steps": steps}, dtype=_dtype(dtype), device=device, progress=RichProgress(),
@@ -196,11 +232,15 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
 
     rows = [load_recipe(name) for name in recipe_names()]
     if as_json:
-        _emit([{"name": r.name, "summary": r.summary, "paper": r.paper.url if r.paper else None} for r in rows])
+        _emit(
+            [{"name": r.name, "summary": r.summary, "paper": r.paper.url if r.paper else None} for r in rows]
+        )
         return
     for r in rows:
         mark = " (default)" if r.name == DEFAULT_RECIPE else ""
-        print(f"{r.name}{mark}\n    {r.summary}" + (f"\n    {r.paper.title}, {r.paper.url}" if r.paper else ""))
+        print(
+            f"{r.name}{mark}\n    {r.summary}" + (f"\n    {r.paper.title}, {r.paper.url}" if r.paper else "")
+        )
 
 
 @recipes_app.command()
@@ -222,7 +262,9 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         key, sign, value = pair.partition("=")
         if not sign or not key:
-            raise AttarError(f"{pair!r} is no assignment", where="--set", fix="Write KEY=VALUE, e.g. reconstruct.epochs=5")
+            raise AttarError(
+                f"{pair!r} is no assignment", where="--set", fix="Write KEY=VALUE, e.g. reconstruct.epochs=5"
+            )
         try:
             found[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -244,7 +286,21 @@ def _dtype(name: str | None) -> Any:
 
 
 def _emit(content: Any) -> None:
-    print(json.dumps(content, indent=1, default=str))
+    print(json.dumps(_json(content), indent=1, allow_nan=False))
+
+
+def _json(value: Any) -> Any:
+    """The value with what JSON lacks as text: infinities and NaN, paths."""
+    if isinstance(value, dict):
+        return {str(k): _json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(v) for v in value]
+    plain = (
+        value is None
+        or isinstance(value, (bool, int, str))
+        or (isinstance(value, float) and math.isfinite(value))
+    )
+    return value if plain else str(value)
 
 
 @contextmanager
@@ -258,27 +314,42 @@ def _calm() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point. An AttarError is one line on stderr and exit code 1; an interrupt is 130."""
+    """Entry point. Whatever a user can cause is one line on stderr and an exit code: 1; 2 for arguments that cannot
+    be parsed; 130 for an interrupt."""
     try:
         with _calm():
             app(standalone_mode=False)
+        sys.stdout.flush()
     except AttarError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted: run the same command again to go on", code=130)
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, SafetensorError) as error:
+        _fail(str(file_error(error)))
+    except MemoryError:
+        _fail("out of memory: compress a smaller model, or lower select.count, size or frames")
     except Exception as error:
-        import click
-
-        if isinstance(error, click.exceptions.Exit):
+        # the parser's own errors, whichever package they come from
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _fail(error.format_message(), code=error.exit_code)
+        if hasattr(error, "exit_code"):
             sys.exit(error.exit_code)
-        if isinstance(error, click.exceptions.Abort):
-            sys.exit(130)
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
+        if type(error).__name__ == "Abort":
+            _fail("interrupted", code=130)
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("the device is out of memory: use --device cpu, or lower select.count, size or frames")
         raise
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

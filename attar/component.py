@@ -162,21 +162,7 @@ class ComponentJob:
     # -- one block
 
     def _catch(self, block: Block, calls: list[list[dict[str, Any]]]) -> Calls:
-        """The block's inputs for every sample, in float32 on the CPU.
-
-        Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a
-        sample of its own. Constants that are equal in consecutive samples are kept once.
-        """
-        flat = [call for branches in calls for call in branches]
-        caught = iter(
-            catch_block_calls(self.transformer, self.adapter, block.index, flat, store_device="cpu")
-        )
-        merged: Calls = []
-        for branches in calls:
-            for call in _one_batch([next(caught) for _ in branches]):
-                call = call.to(dtype=torch.float32)
-                merged.append(_sharing(call, merged[-1]) if merged else call)
-        return merged
+        return catch_samples(self.transformer, self.adapter, block, calls) if calls else []
 
     def _make(
         self, block: Block, full: Calls, quantized: Calls, advance: Callable[..., None]
@@ -275,6 +261,24 @@ class ComponentJob:
 
     def _boundary(self, index: int) -> str:
         return f"{self.name}/boundary-{index:03d}.safetensors"
+
+
+def catch_samples(
+    transformer: nn.Module, adapter: ModelAdapter, block: Block, calls: list[list[dict[str, Any]]]
+) -> Calls:
+    """The block's inputs for every sample, in float32 on the CPU. calls: of each sample, one for each branch.
+
+    Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a sample
+    of its own. Constants that are equal in consecutive samples are held once.
+    """
+    flat = [call for branches in calls for call in branches]
+    caught = iter(catch_block_calls(transformer, adapter, block.index, flat, store_device="cpu"))
+    merged: Calls = []
+    for branches in calls:
+        for call in _one_batch([next(caught) for _ in branches]):
+            call = call.to(dtype=torch.float32)
+            merged.append(_sharing(call, merged[-1]) if merged else call)
+    return merged
 
 
 def _loss(name: str) -> Callable[..., Tensor]:

@@ -42,10 +42,23 @@ def writing(path: Path) -> Iterator[Path]:
 
 def not_written(error: Exception, path: str | os.PathLike[str]) -> AttarError:
     """What a failed write means to the user. error: an OSError, or what safetensors makes of one."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+    if is_full(error):
         fix = "Free some space and run the same command again; it goes on"
         return AttarError("the disk is full", where=os.fspath(path), fix=fix)
     return AttarError(f"cannot be written ({reason(error)})", where=os.fspath(path), fix="Check the place")
+
+
+def file_error(error: Exception) -> AttarError:
+    """The same for an OSError of which no more is known than what it says itself."""
+    path = getattr(error, "filename", None)
+    if is_full(error):
+        return not_written(error, path or "unknown file")
+    return AttarError(reason(error), where=None if path is None else os.fsdecode(path))
+
+
+def is_full(error: Exception) -> bool:
+    """Whether there was no space for a file."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def reason(error: Exception) -> str:

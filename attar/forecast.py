@@ -2,67 +2,59 @@
 
 from __future__ import annotations
 
-import math
+import copy
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attar.calibration.catch import catch_block_calls
 from attar.calibration.trace import transformer_components
-from attar.component import block_settings, transform_settings
+from attar.component import block_settings, catch_samples, transform_settings
 from attar.conductor import calibration_prompts, check_pool, plan_component
 from attar.errors import AttarError
-from attar.models.adapter import ModelAdapter
-from attar.models.block import bind, run_block
-from attar.models.source import Source
+from attar.files import reason
+from attar.losses import mse
+from attar.models.adapter import Block, ModelAdapter, evaluating
+from attar.models.block import BlockCall, bind, run_block
+from attar.models.source import Source, stored_dtypes
+from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, forecast
+from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 from attar.save import plan_rows
 
 
 def forecast_job(
-    pipe: Any, source: Source, recipe: Recipe, prompts: Sequence[str] | None = None
+    pipe: Any,
+    source: Source,
+    recipe: Recipe,
+    prompts: Sequence[str] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plan, sizes in bytes, and an estimate of calibration seconds and peak bytes on this machine.
 
-    One denoising step of the pipeline and one training step of the first block are timed; everything else is
-    arithmetic. Nothing of the pipeline is changed.
+    Sizes are exact. "block_linears_*" count the quantized linears with their biases, these and everything else in
+    bfloat16; "checkpoint" is what the transformers' files will hold, the floating-point rest in the types of the
+    source. For time and memory one denoising step of the pipeline and one training step of a copy of the first block
+    are run and measured; the rest is arithmetic. Nothing of the pipeline is changed.
+    Raises AttarError for everything that `compress` would refuse before its first step.
     """
     components = transformer_components(pipe)
     plans = {name: plan_component(part, recipe) for name, part in components.items()}
     chosen = calibration_prompts(recipe, source, prompts)
-    call = source.call_arguments()
+    call = source.call_arguments(**(generation or {}))
     check_pool(recipe, chosen, call)
-    settings = transform_settings(recipe)
-    dense = packed = rest = 0
-    for name, part in components.items():
-        for plan in plans[name]:
-            if not plan.skipped:
-                size = forecast(plan, settings)
-                dense, packed = dense + size.dense, packed + size.packed
-        whole = sum(p.numel() for p in part.parameters())
-        inside = sum(
-            p.in_features * p.out_features + (p.out_features if p.bias else 0)
-            for p in plans[name]
-            if not p.skipped
-        )
-        rest += 2 * (whole - inside)
     return {
         "recipe": recipe.name,
         "bits": recipe.bits,
         "layers": [_row(name, plan) for name in plans for plan in plans[name]],
         "rows": [vars(row) for row in plan_rows(plans)],
-        "bytes": {
-            "block_linears_bf16": dense,
-            "block_linears_packed": packed,
-            "rest_bf16": rest,
-            "linear_ratio": round(dense / packed, 3) if packed else None,
-            "transformer_ratio": round((dense + rest) / (packed + rest), 3),
-        },
-        **_time_and_memory(pipe, components, recipe, len(chosen), call),
+        "bytes": _sizes(components, plans, transform_settings(recipe), source),
+        **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
     }
 
 
@@ -73,111 +65,191 @@ def _row(component: str, plan: LayerPlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _time_and_memory(
-    pipe: Any, components: dict[str, Any], recipe: Recipe, prompts: int, call: dict[str, Any]
+def _sizes(
+    components: Mapping[str, nn.Module],
+    plans: Mapping[str, list[LayerPlan]],
+    settings: TransformSettings,
+    source: Source,
 ) -> dict[str, Any]:
-    model = sum(
-        t.numel() * t.element_size()
-        for part in pipe.components.values()
-        if hasattr(part, "parameters")
-        for t in part.parameters()
+    dense = packed = rest = checkpoint = 0
+    none = TransformSettings(scale=False, rotation="none")  # weight-only layers get no transforms
+    for name, part in components.items():
+        stored = {} if source.folder is None else stored_dtypes(source.folder / name)
+        quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
+        for plan in quantized.values():
+            size = forecast(plan, none if plan.act_bits is None else settings)
+            dense, packed = dense + size.dense, packed + size.packed
+            checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
+        for key, tensor in part.state_dict().items():
+            layer, _, leaf = key.rpartition(".")
+            if layer in quantized and leaf == "weight":
+                continue
+            checkpoint += tensor.numel() * stored.get(key, tensor.dtype).itemsize
+            rest += 0 if layer in quantized else 2 * tensor.numel()
+    return {
+        "block_linears_bf16": dense,
+        "block_linears_packed": packed,
+        "rest_bf16": rest,
+        "checkpoint": checkpoint,
+        "linear_ratio": round(dense / packed, 3),
+        "transformer_ratio": round((dense + rest) / (packed + rest), 3),
+    }
+
+
+def _time_and_memory(
+    pipe: Any,
+    components: Mapping[str, nn.Module],
+    plans: Mapping[str, list[LayerPlan]],
+    recipe: Recipe,
+    prompts: int,
+    call: dict[str, Any],
+) -> dict[str, Any]:
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    model = sum(t.nbytes for part in modules for t in [*part.parameters(), *part.buffers()])
+    largest = 4 * max(
+        sum(p.numel() for p in block.module.parameters())
+        for part in components.values()
+        for block in ModelAdapter.of(part).blocks
     )
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
-        return {"seconds": 0.0, "peak_bytes": model, "measured_on": None}
+        return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": model + largest, "measured_on": None}
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
-    arguments, step_seconds = _one_step(pipe, components, call)
-    first = next(iter(components.values()))
-    adapter = ModelAdapter.of(first)
+    name, branches, step_seconds = _one_step(pipe, components, call)
+    adapter = ModelAdapter.of(components[name])
+    adapter.observe(branches[0])
     block = adapter.blocks[0]
-    caught = catch_block_calls(first, adapter, 0, arguments)[0].to(dtype=torch.float32)
-    branches = len(arguments)
-    block_seconds = _block_step(block.module, caught, block.outputs) * branches
+    samples = catch_samples(components[name], adapter, block, [branches])
+    cost = _measure_block(block, plans[name], samples[0], block_settings(recipe))
+    settings = block_settings(recipe)
+    count = recipe.select.count * len(samples)
+    epochs = settings.learning.epochs if settings.learning else 0
     blocks = sum(len(ModelAdapter.of(part).blocks) for part in components.values())
-    count = recipe.select.count
-    learning = block_settings(recipe).learning
-    epochs = learning.epochs if learning else 0
-    # a training step costs about three forwards; each epoch is also measured once, and targets are made once
-    learn = blocks * count * block_seconds * (epochs * (3 + 1) + 4)
-    streams = sum(t.numel() * 4 for t in caught.streams.values()) * branches * count
-    constants = (
-        sum(t.numel() * 4 for t in caught.constants.values() if isinstance(t, Tensor)) * branches * count
-    )
-    open_block = max(sum(p.numel() for p in b.module.parameters()) for b in adapter.blocks) * 4 * 4
+    # beside the epochs a sample passes the block for its target, statistics, errors, Hessians and propagation
+    learn = blocks * (cost["once"] + count * (epochs * cost["epoch"] + 6 * cost["forward"]))
+    copies = 4 if recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant" else 2
+    held = count * (copies * _bytes(samples[0].streams) + _bytes(samples[0].constants))
     return {
         "seconds": round(prompts * steps * step_seconds + learn, 1),
         "trace_seconds": round(prompts * steps * step_seconds, 1),
-        "peak_bytes": int(model + 2 * streams + constants + open_block),
-        "measured_on": f"one denoising step ({step_seconds:.3g} s) and one forward of {block.name} on this machine",
+        "peak_bytes": int(model + held + largest + cost["saved"]),
+        "measured_on": f"one denoising step ({step_seconds:.3g} s) and one training step of {name}.{block.name} "
+        f"({cost['epoch']:.3g} s) on this machine",
     }
 
 
 @torch.no_grad()
 def _one_step(
-    pipe: Any, components: dict[str, Any], call: dict[str, Any]
-) -> tuple[list[dict[str, Any]], float]:
-    """(the transformer calls of one denoising step, its seconds)."""
-    calls: list[dict[str, Any]] = []
+    pipe: Any, components: Mapping[str, nn.Module], call: dict[str, Any]
+) -> tuple[str, list[dict[str, Any]], float]:
+    """(the component that runs first, its calls in one denoising step, the seconds of that step)."""
+    calls: list[tuple[str, dict[str, Any]]] = []
 
-    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append(bind(module, args, kwargs))
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.append((name, bind(module, args, kwargs)))
 
-    handles = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in components.values()]
-    options = {**call, "num_inference_steps": 1}
+        return hook
+
+    handles = [
+        part.register_forward_pre_hook(watch(name), with_kwargs=True) for name, part in components.items()
+    ]
+    seconds = 0.0
     try:
-        pipe(prompt="a test", output_type="latent", generator=torch.Generator().manual_seed(0), **options)
-        first, _ = list(calls), calls.clear()
-        started = time.perf_counter()
-        pipe(prompt="a test", output_type="latent", generator=torch.Generator().manual_seed(0), **options)
-        seconds = time.perf_counter() - started
+        for _ in range(2):  # the first one warms up
+            calls.clear()
+            started = time.perf_counter()
+            generator = torch.Generator().manual_seed(0)
+            options = {**call, "num_inference_steps": 1}
+            pipe(prompt="a test", output_type="latent", generator=generator, **options)
+            seconds = time.perf_counter() - started
     except (ValueError, TypeError) as error:
         raise AttarError(
-            f"the pipeline rejects its arguments ({error})", where=type(pipe).__name__
+            f"the pipeline rejects its arguments ({reason(error)})",
+            where=type(pipe).__name__,
+            fix="Check the generation settings (generation.json)",
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return first, seconds
+    first = calls[0][0]
+    return first, [arguments for name, arguments in calls if name == first], seconds
 
 
-@torch.no_grad()
-def _block_step(module: Any, call: Any, outputs: tuple) -> float:
-    best = math.inf
-    device = next(module.parameters()).device
-    dtype = next(module.parameters()).dtype
-    call = call.to(device=device, dtype=dtype)
-    for _ in range(3):
+def _measure_block(
+    block: Block, plan: list[LayerPlan], call: BlockCall, settings: BlockSettings
+) -> dict[str, float]:
+    """Seconds of one forward, one epoch over one sample and all that is done once; bytes kept for the backward pass."""
+    device = next(block.module.parameters()).device
+    call = call.to(device)
+    prefix = f"{block.name}."
+    plans = {p.name.removeprefix(prefix): p for p in plan if p.name.startswith(prefix) and not p.skipped}
+    saved = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.nbytes
+        return tensor
+
+    def total(epochs: int) -> tuple[float, float]:
+        nonlocal saved
+        module = copy.deepcopy(block.module).float().requires_grad_(False)
+
+        def run(given: BlockCall) -> dict[str, Tensor]:
+            return run_block(module, given, block.outputs)
+
         started = time.perf_counter()
-        run_block(module, call, outputs)
-        best = min(best, time.perf_counter() - started)
-    return best
+        with evaluating(module):
+            target = run(call)
+        forward, saved = time.perf_counter() - started, 0
+        learning = ReconstructionSettings(epochs=epochs) if epochs else None
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            quantize_block(
+                module, plans, run, [call], [target], dataclasses.replace(settings, learning=learning),
+                loss=lambda prediction, wanted, context: mse(prediction, wanted),
+            )  # fmt: skip
+        return time.perf_counter() - started, forward
+
+    total(0)
+    once, forward = total(0)
+    epoch = max(0.0, total(2)[0] - total(1)[0]) if settings.learning is not None else 0.0
+    return {"once": once, "forward": forward, "epoch": epoch, "saved": saved}
 
 
-def print_forecast(result: dict[str, Any]) -> None:
-    """The forecast as tables on stdout."""
-    from rich.console import Console
-    from rich.table import Table
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
+
+def forecast_text(result: dict[str, Any]) -> str:
+    """The forecast for people: a line for every linear, then sizes, time and memory."""
     from attar.evaluate.size import format_bytes
 
-    console = Console()
-    table = Table(
-        "layer", "role", "bits", "why", title=f"{result['recipe']} {result['bits']}", title_justify="left"
-    )
+    rows = [("layer", "role", "bits", "why")]
     for row in result["layers"]:
         bits = "kept" if row["weights"] is None else f"W{row['weights']}A{row['acts'] or 16}"
-        table.add_row(f"{row['component']}.{row['name']}", row["role"], bits, row["reason"] or "")
-    console.print(table)
+        rows.append((f"{row['component']}.{row['name']}", row["role"], bits, row["reason"] or ""))
+    widths = [max(len(row[k]) for row in rows) for k in range(3)]
+    lines = ["  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in rows]
     sizes = result["bytes"]
-    console.print(
-        f"block linears {format_bytes(sizes['block_linears_bf16'])} → {format_bytes(sizes['block_linears_packed'])} "
-        f"({sizes['linear_ratio']}×), whole transformer {sizes['transformer_ratio']}× against bfloat16",
-        highlight=False,
-    )
+    lines += [
+        "",
+        f"{result['recipe']} {result['bits']}: block linears {format_bytes(sizes['block_linears_bf16'])} → "
+        f"{format_bytes(sizes['block_linears_packed'])} ({sizes['linear_ratio']}×), with biases; whole transformer "
+        f"{sizes['transformer_ratio']}× against bfloat16; {format_bytes(sizes['checkpoint'])} in its files",
+    ]
     if result["measured_on"]:
-        console.print(
-            f"calibration about {result['seconds'] / 60:.1f} min, of which {result['trace_seconds'] / 60:.1f} min "
-            f"tracing; peak memory about {format_bytes(result['peak_bytes'])}\n(from {result['measured_on']})",
-            highlight=False,
+        lines.append(
+            f"calibration about {_duration(result['seconds'])}, of which {_duration(result['trace_seconds'])} tracing; "
+            f"peak memory about {format_bytes(result['peak_bytes'])}"
         )
+        lines.append(f"(from {result['measured_on']})")
     else:
-        console.print("no calibration data needed", highlight=False)
+        lines.append(f"no calibration data needed; peak memory about {format_bytes(result['peak_bytes'])}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

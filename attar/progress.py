@@ -43,7 +43,9 @@ class RichProgress:
             task = bars.add_task(name, total=total, note="")
 
             def advance(done: float, note: str = "") -> None:
-                if "→" in note and not self.console.is_terminal:  # a log file gets one line for each finished block
+                if (
+                    "→" in note and not self.console.is_terminal
+                ):  # a log file gets one line for each finished block
                     self.console.print(f"{name}: {note}", highlight=False)
                 elif "→" in note:
                     bars.console.print(f"  {note}", highlight=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
@@ -59,16 +59,19 @@ class Select(_Stage):
 class Quantize(_Stage):
     """Bits by role, equivalent transforms, and which of their parameters exist."""
 
-    weights: int = Field(4, description="bits of block linears, 2 to 8; modulation linears get them weight-only")
+    weights: int = Field(
+        4, description="bits of block linears, 2 to 8; modulation linears get them weight-only"
+    )
     acts: int = Field(6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point")
     roles: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="overrides by role or layer pattern: {weights, acts} or {skip: true}"
+        default_factory=dict,
+        description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
     )
     scale: bool = Field(True, description="channel scale c, started by SmoothQuant's rule")
     alpha: float = Field(0.5, ge=0, le=1)
     rotation: Literal["none", "hadamard", "kronecker", "orthogonal"] = "kronecker"
     affine: bool = Field(False, description="let a Kronecker rotation stretch as well")
-    rotation_init: str = "auto"
+    rotation_init: Literal["auto", "hadamard", "random_orthogonal", "identity"] = "auto"
     order: Literal["scale_then_rotate", "rotate_then_scale"] = "scale_then_rotate"
     weight_clip: bool = True
     act_clip: bool = True
@@ -80,12 +83,20 @@ class Quantize(_Stage):
             raise ValueError("choose between 2 and 8 bits" + (", or 16" if info.field_name == "acts" else ""))
         return value
 
+    @model_validator(mode="after")
+    def _stretch_needs_factors(self) -> Quantize:
+        if self.affine and self.rotation != "kronecker":
+            raise ValueError("affine needs the rotation kronecker")
+        return self
+
 
 class Reconstruct(_Stage):
     """Block-by-block training of scales, rotations and clipping."""
 
     epochs: int = Field(15, ge=0)
-    batch_size: int = Field(1, ge=1, description="calibration samples in a step; one sample holds both CFG branches")
+    batch_size: int = Field(
+        1, ge=1, description="calibration samples in a step; one sample holds both CFG branches"
+    )
     transform_lr: float = Field(5e-3, gt=0)
     clip_lr: float = Field(5e-2, gt=0)
     eta_min_ratio: float = Field(1e-3, ge=0, le=1)
@@ -99,6 +110,12 @@ class Reconstruct(_Stage):
     lambda_max: float = Field(1.0, gt=0)
     cap_quantile: float | None = Field(None, gt=0, le=1)
     propagate: Literal["fp", "quant"] = Field("fp", description="what the next block is calibrated on")
+
+    @model_validator(mode="after")
+    def _ordered_weights(self) -> Reconstruct:
+        if self.lambda_min > self.lambda_max:
+            raise ValueError("lambda_min is larger than lambda_max")
+        return self
 
 
 class Rounding(_Stage):
@@ -150,7 +167,9 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
     """A recipe by name, YAML path, mapping or object, with dotted overrides such as {"quantize.acts": 4}.
 
     Raises AttarError for an unknown name, an unreadable file, an unknown key, or a value out of range.
@@ -180,7 +199,9 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
         if name not in recipe_names():
-            raise AttarError(f"unknown recipe {name!r}", fix=f"Use one of {', '.join(recipe_names())}, or a YAML file")
+            raise AttarError(
+                f"unknown recipe {name!r}", fix=f"Use one of {', '.join(recipe_names())}, or a YAML file"
+            )
         text = (resources.files("attar") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     try:
         content = yaml.safe_load(text)
@@ -219,4 +240,6 @@ def _readable(error: Exception, where: str) -> AttarError:
     if first["type"] == "extra_forbidden":
         return AttarError(f"unknown key {key!r}", where=where, fix="See attar recipes show NAME for all keys")
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing" or isinstance(first["input"], (dict, Recipe)):
+        return AttarError(f"{key or 'recipe'}: {message}", where=where)
     return AttarError(f"{key} = {first['input']!r}: {message}", where=where)

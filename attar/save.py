@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import inspect
 import json
 import os
 import shutil
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from attar import __version__
 from attar.calibration.trace import transformer_components
@@ -18,61 +20,104 @@ from attar.errors import AttarError
 from attar.evaluate.model_card import ModelCard, model_card
 from attar.evaluate.report_data import PlanRow
 from attar.evaluate.size import model_size
-from attar.models.source import Source, stored_dtype
+from attar.files import check_writable, not_written
+from attar.models.source import Source, stored_dtypes
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.runtime.backend import backend_description
+from attar.runtime.integrity import sort_header
 from attar.runtime.layers import packed_layers
 
+# files beside the components that belong to the model
+_COPIED = (
+    "model_index.json",
+    "generation.json",
+    "calibration_prompts.txt",
+    "evaluation_prompts.txt",
+    "LICENSE",
+)
 
-def check_destination(folder: Path, overwrite: bool) -> None:
+
+def check_destination(folder: Path, overwrite: bool, workspace: Path | None = None) -> None:
     """Raises AttarError if `folder` cannot be written, or would replace something that is not ours to replace."""
     if folder.exists() and not folder.is_dir():
         raise AttarError("the output is a file", where=str(folder), fix="Name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise AttarError("the output folder is not empty", where=str(folder), fix="Name a new one, or add --overwrite")
-    if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / "compression.json").is_file():
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            fix = "Name a new one, or add --overwrite"
+            raise AttarError("the output folder is not empty", where=str(folder), fix=fix)
+        if not (folder / "compression.json").is_file():
+            what = "the output folder holds something else than a compressed model"
+            raise AttarError(what, where=str(folder), fix="Name a new one")
+    place = Path(os.path.abspath(folder))
+    if workspace is not None and place in [work := Path(os.path.abspath(workspace)), *work.parents]:
+        fix = "Name another --workspace"
+        raise AttarError("the workspace lies in the output folder", where=str(workspace), fix=fix)
+    if place.is_mount():  # it could not be replaced in one go
         raise AttarError(
-            "the output folder holds something else than a compressed model", where=str(folder), fix="Name a new one"
+            "the output folder is a mount point", where=str(folder), fix="Name a folder inside it"
         )
+    check_writable(place.parent)
 
 
 def save_compressed(pipe: Any, folder: str | Path, source: Source, plans: dict[str, list[LayerPlan]]) -> Path:
     """Saves the pipeline with its evidence (compression.json), generation defaults and model card.
 
     Components that were not touched are copied from the source as they are; the floating-point rest of a transformer
-    is stored in the type that it had there. The folder appears under its name only when it is complete.
-    Raises AttarError when the disk is full.
+    is stored in the types that it has there. The folder appears under its name only when it is complete, and then
+    replaces a former one. Equal pipelines give equal files.
+    Raises AttarError when the disk is full or the place cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     compression: Compression = pipe.attar_compression
-    recipe = Recipe(**compression.recipe)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial, former = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "former"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        components = transformer_components(pipe)
-        for name, transformer in components.items():
-            if source.folder is not None:
-                dtype = stored_dtype(source.folder / name)
-                if dtype is not None:
-                    transformer.to(dtype)
-        pipe.save_pretrained(partial)
-        if source.folder is not None:
-            _copy_untouched(source.folder, partial, set(components))
-        _write(partial / "compression.json", json.dumps(compression.to_json(), indent=1) + "\n")
-        card = _card(pipe, folder.name, source, recipe, plans, partial)
-        _write(partial / "README.md", model_card(card))
+        _save_components(pipe, partial, source)
+        content = compression.to_json()
+        for name, part in content["components"].items():
+            part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
+        (partial / "compression.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        card = _card(pipe, folder.name, source, Recipe(**compression.recipe), plans, partial)
+        (partial / "README.md").write_text(model_card(card), encoding="utf-8")
+        shutil.rmtree(former, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, former)
         os.replace(partial, folder)
-    except OSError as error:
+        shutil.rmtree(former, ignore_errors=True)
+    except (OSError, shutil.Error, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise AttarError(
-                "the disk is full", where=str(folder), fix="Free some space and run the same command again; it goes on"
-            ) from error
-        raise AttarError(f"the model cannot be written ({error.strerror or error})", where=str(folder)) from error
+        raise not_written(error, folder) from error
     return folder
+
+
+def _save_components(pipe: Any, target: Path, source: Source) -> None:
+    transformers = transformer_components(pipe)
+    if source.folder is None:
+        pipe.save_pretrained(target)
+    else:
+        target.mkdir(parents=True)
+        for name, transformer in transformers.items():
+            _restore_dtypes(transformer, stored_dtypes(source.folder / name))
+            transformer.save_pretrained(target / name)  # type: ignore[operator]
+        parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
+        for name in parts:
+            if name not in transformers and (source.folder / name).is_dir():
+                shutil.copytree(source.folder / name, target / name)
+        for name in _COPIED:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, target / name)
+    for name in transformers:
+        for path in (target / name).glob("*.safetensors"):
+            sort_header(path)
+
+
+def _restore_dtypes(transformer: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Floating-point parameters, and what packed layers compute in, in the types of the source."""
+    for name, parameter in transformer.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    for name, layer in packed_layers(transformer).items():
+        layer.compute_dtype = dtypes.get(f"{name}.weight", layer.compute_dtype)
 
 
 def plan_rows(plans: dict[str, list[LayerPlan]]) -> list[PlanRow]:
@@ -89,50 +134,48 @@ def plan_rows(plans: dict[str, list[LayerPlan]]) -> list[PlanRow]:
 
 
 def linear_bytes(pipe: Any, plans: dict[str, list[LayerPlan]]) -> tuple[int, int]:
-    """(bfloat16, packed) bytes of the linears that were quantized: codes, scales, clips, transforms and biases."""
+    """(bfloat16, packed) bytes of the linears that were quantized: codes, scales, clips, transforms and biases.
+
+    Biases count two bytes an element in both, whatever type this pipeline holds them in.
+    """
     dense = packed = 0
     for name, transformer in transformer_components(pipe).items():
         for plan in plans[name]:
             if not plan.skipped:
-                dense += 2 * plan.in_features * plan.out_features + (2 * plan.out_features if plan.bias else 0)
+                dense += 2 * plan.in_features * plan.out_features + (
+                    2 * plan.out_features if plan.bias else 0
+                )
         for layer in packed_layers(transformer).values():
             packed += sum(t.numel() * t.element_size() for t in layer.buffers())
             packed += 2 * layer.bias.numel() if layer.bias is not None else 0
     return dense, packed
 
 
-def _copy_untouched(source: Path, target: Path, compressed: set[str]) -> None:
-    """Components as they are in the source, and its own small files about prompts and generation."""
-    for item in source.iterdir():
-        if item.is_dir() and item.name not in compressed and not item.name.startswith("."):
-            shutil.rmtree(target / item.name, ignore_errors=True)
-            shutil.copytree(item, target / item.name)
-        elif item.name in ("generation.json", "calibration_prompts.txt", "evaluation_prompts.txt", "LICENSE"):
-            shutil.copyfile(item, target / item.name)
-
-
 def _card(
     pipe: Any, name: str, source: Source, recipe: Recipe, plans: dict[str, list[LayerPlan]], folder: Path
 ) -> ModelCard:
     sizes = {}
-    if source.folder is not None:
+    if source.folder is not None and any(source.folder.rglob("*.safetensors")):
         before, after = model_size(source.folder), model_size(folder)
         sizes = {part: (before.get(part, size), size) for part, size in after.items()}
-    settings: dict[str, Any] = {"recipe": recipe.name, "weights": recipe.quantize.weights, "acts": recipe.quantize.acts}
+    settings: dict[str, Any] = {
+        "recipe": recipe.name,
+        "weights": recipe.quantize.weights,
+        "acts": recipe.quantize.acts,
+    }
     if recipe.needs_data and recipe.select is not None:
         settings |= {"calibration samples": recipe.select.count, "selection": recipe.select.policy}
     settings |= {"rotation": recipe.quantize.rotation, "rounding": recipe.rounding.method}
-    call = {k: v for k, v in source.generation.items() if k in ("height", "width", "num_frames", "max_sequence_length")}
+    call = {
+        k: v
+        for k, v in source.generation.items()
+        if k in ("height", "width", "num_frames", "max_sequence_length")
+    }
+    video = "num_frames" in inspect.signature(pipe.__call__).parameters
     return ModelCard(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
-        pipeline_tag="text-to-video" if hasattr(pipe, "vae_scale_factor_temporal") else "text-to-image",
+        pipeline_tag="text-to-video" if video else "text-to-image",
         fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
         call=call, backend=backend_description(), settings=settings, sizes=sizes, plan=plan_rows(plans),
         example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
     )  # fmt: skip
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-

@@ -13,6 +13,8 @@ from attar.calibration.select import ScoreTable, amplification_metric, change_me
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter, evaluating
+from attar.models.block import as_outputs
+from attar.models.families import FAMILIES
 from attar.models.tree import map_tensors
 
 FEATURES = ("latent", "block0_input", "last_hidden", "model_output")
@@ -64,12 +66,15 @@ def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Te
         return caught.streams["hidden_states"][0].float()
     kept: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        kept.append(output if isinstance(output, Tensor) else output[adapter.blocks[-1].outputs.index("hidden_states")])
-
     adapter.observe(call)
+    last = adapter.blocks[-1]
+    stream = last.outputs.index("hidden_states")
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        kept.append(as_outputs(output)[stream])
+
     device = next(adapter.transformer.parameters()).device
-    handle = adapter.blocks[-1].module.register_forward_hook(keep)
+    handle = last.module.register_forward_hook(keep)
     try:
         with evaluating(adapter.transformer):
             output = adapter.transformer(**map_tensors(dict(call), lambda t: t.to(device)))
@@ -81,10 +86,15 @@ def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Te
 
 
 def as_tokens(transformer: nn.Module, latents: Tensor) -> Tensor:
-    """Latents cut into the transformer's patches, (B, n, C·p²) float32; latents that are tokens already stay so."""
+    """Latents cut into the transformer's patches, (B, n, C·p²) float32; latents that are tokens already stay so.
+
+    Raises AttarError for latents of another number of axes, or of a size that is no multiple of the patch.
+    """
     if latents.ndim == 3:
         return latents.float()
-    config = transformer.config
+    if latents.ndim not in (4, 5):
+        raise AttarError(f"latents of shape {tuple(latents.shape)} are neither image, video nor tokens")
+    config: Any = transformer.config
     patch = config.get("patch_size") or 1
     if not isinstance(patch, int):
         patch = tuple(patch)
@@ -93,6 +103,5 @@ def as_tokens(transformer: nn.Module, latents: Tensor) -> Tensor:
         patch = (config.get("patch_size_t") or 1, patch, patch)
     if latents.ndim == 4:
         return patchify(latents.float(), patch, "BCHW")
-    channels = {config.get("in_channels"), config.get("out_channels")}
-    layout = "BCFHW" if latents.shape[1] in channels or latents.shape[2] not in channels else "BFCHW"
-    return patchify(latents.float(), patch, layout)
+    family = FAMILIES.get(type(transformer).__name__)
+    return patchify(latents.float(), patch, getattr(family, "LATENT_LAYOUT", "BCFHW"))

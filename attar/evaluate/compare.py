@@ -29,7 +29,9 @@ from attar.evaluate.report_data import (
 )
 from attar.evaluate.size import model_size
 from attar.evaluate.video import save_video, to_frames
+from attar.models.block import bind
 from attar.models.source import Source, load_pipeline
+from attar.models.tree import map_tensors
 from attar.models.zoo.clips import parse_prompt
 from attar.models.zoo.judges import DigitReader, judge
 from attar.progress import Progress
@@ -61,7 +63,10 @@ def compare(
     pipe = load_pipeline(reference, dtype=dtype, device=device)
     with progress.task("original", len(prompts) * steps) as advance, _Recorder(pipe, steps) as recorded:
         before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
-    kind, precision = type(pipe).__name__, str(next(pipe.transformer.parameters()).dtype).removeprefix("torch.")
+    kind, precision = (
+        type(pipe).__name__,
+        str(next(pipe.transformer.parameters()).dtype).removeprefix("torch."),
+    )
     del pipe
     pipe = load_pipeline(compressed, dtype=dtype, device=device)
     if type(pipe).__name__ != kind:
@@ -101,13 +106,12 @@ def _pairs(
         paths = []
         for name, clips in zip(("original", "compressed"), frames, strict=True):
             meta = {"prompt": prompt, "seed": seed + i, "model": name}
-            paths.append(save_video(clips[i], out / "videos" / f"{i:03d}-{name}.mp4", source.fps, upscale, meta))
-        pairs.append(
-            VideoPair(
-                prompt, str(paths[0]), str(paths[1]), psnr=closeness[i], ssim=similarity[i],
-                reference_quality=verdicts[0][i], compressed_quality=verdicts[1][i], seed=seed + i,
-            )  # fmt: skip
-        )
+            paths.append(
+                save_video(clips[i], out / "videos" / f"{i:03d}-{name}.mp4", source.fps, upscale, meta)
+            )
+        quality = {"reference_quality": verdicts[0][i], "compressed_quality": verdicts[1][i]}
+        files = str(paths[0]), str(paths[1])
+        pairs.append(VideoPair(prompt, *files, closeness[i], similarity[i], **quality, seed=seed + i))
     return pairs
 
 
@@ -125,7 +129,9 @@ class _Recorder:
 
     def __init__(self, pipe: Any, steps: int) -> None:
         self.transformers = {
-            name: part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None
+            name: part
+            for name, part in pipe.components.items()
+            if name.startswith("transformer") and part is not None
         }
         wanted = max(1, min(ERROR_POINTS, steps))
         self.wanted = {round(k * (steps - 1) / max(1, wanted - 1)) for k in range(wanted)}
@@ -135,7 +141,8 @@ class _Recorder:
 
     def __enter__(self) -> _Recorder:
         self._handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self.transformers.items()
+            module.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, module in self.transformers.items()
         ]
         return self
 
@@ -146,15 +153,18 @@ class _Recorder:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            if self._step >= self.steps:
+                return
+            kwargs = bind(module, args, kwargs)
             timestep = kwargs.get("timestep")
-            if args or timestep is None or self._step >= self.steps:
+            if not isinstance(timestep, Tensor):
                 return
             key = float(timestep.flatten()[0])
             if key == self._last:
                 return  # another guidance branch of the same step
             self._last, self._step = key, self._step + 1
             if self._step in self.wanted and self._step < self.steps:
-                kept = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+                kept = map_tensors(kwargs, lambda tensor: tensor.detach().clone())
                 first = output[0] if isinstance(output, tuple) else output.sample
                 self.calls.append((self._step, name, kept, first.detach().clone()))
 
@@ -168,7 +178,9 @@ def _timestep_errors(pipe: Any, recorded: _Recorder) -> list[TimestepError]:
     for step, name, kwargs, expected in recorded.calls:
         output = getattr(pipe, name)(**kwargs)
         got = output[0] if isinstance(output, tuple) else output.sample
-        error = (got.float() - expected.float()).square().sum() / expected.float().square().sum().clamp_min(1e-12)
+        error = (got.float() - expected.float()).square().sum() / expected.float().square().sum().clamp_min(
+            1e-12
+        )
         errors.append(TimestepError(step, float(kwargs["timestep"].flatten()[0]), error.item()))
     return errors
 
@@ -223,7 +235,9 @@ def _evidence(source: Source) -> dict[str, Any]:
                 )
             if block["attention"]:
                 weights = {int(float(k)): v for k, v in block["attention"]["weights"].items()}
-                found["attention"].append(AttentionMass(prefix + block["block"], block["attention"]["curve"], weights))
+                found["attention"].append(
+                    AttentionMass(prefix + block["block"], block["attention"]["curve"], weights)
+                )
         found["plan"] += [PlanRow(**row) for row in part.get("plan", [])]
         if "selection" in part and "selection" not in found:
             found["selection"] = _selection(part["selection"], record["prompts"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.files import reason
 
 
 @dataclass
@@ -38,15 +39,22 @@ def generate(
     """
     videos, seconds, done = [], [], 0
     options = dict(call or {})
-    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters and step is not None:
+    parameters = inspect.signature(pipe.__call__).parameters
 
-        def on_step(_: Any, k: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            nonlocal done
-            done += 1
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if step is not None:
             step(done)
-            return {}
 
-        options["callback_on_step_end"] = on_step
+    def on_step_end(_: Any, k: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        count()
+        return {}
+
+    if step is not None and "callback_on_step_end" in parameters:
+        options["callback_on_step_end"] = on_step_end
+    elif step is not None and "callback" in parameters:  # the older form, as in PixArt
+        options |= {"callback": lambda k, t, latents: count(), "callback_steps": 1}
     for i, prompt in enumerate(prompts):
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed + i)
@@ -54,7 +62,9 @@ def generate(
             with torch.no_grad():
                 result = pipe(prompt=prompt, generator=generator, output_type="pt", **options)
         except (ValueError, TypeError) as error:
-            raise AttarError(f"the pipeline rejects its arguments ({error})", where=type(pipe).__name__) from error
+            raise AttarError(
+                f"the pipeline rejects its arguments ({reason(error)})", where=type(pipe).__name__
+            ) from error
         seconds.append(time.perf_counter() - started)
         frames = result.frames if hasattr(result, "frames") else result.images[:, None]
         if not bool(torch.isfinite(frames).all()):

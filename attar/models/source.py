@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from attar.errors import AttarError
+from attar.files import reason
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.checkpoint import QUANT_METHOD
 from attar.runtime.integrity import verify_folder
 
-GENERATION_KEYS = {
-    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "max_sequence_length", "fps",
-    "negative_prompt",
+GENERATION_KEYS: dict[str, type] = {
+    "height": int, "width": int, "num_frames": int, "num_inference_steps": int, "max_sequence_length": int,
+    "guidance_scale": float, "fps": float, "negative_prompt": str,
 }  # fmt: skip
 
 
@@ -69,8 +71,7 @@ def find_source(model: str) -> Source:
     except AttarError:
         raise
     except Exception as error:  # network, authentication, unknown repository: all the hub's own words
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AttarError(f"the hub gives no such model ({first})", where=model) from error
+        raise AttarError(f"the hub gives no such model ({reason(error)})", where=model) from error
 
 
 def load(model: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
@@ -86,30 +87,54 @@ def load_pipeline(
     Raises AttarError for folders that diffusers cannot read, and for damaged weight files.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     assert source.folder is not None
     check_weight_files(source.folder)
     if is_compressed(source.folder):
         verify_folder(source.folder)
-    verbosity = logging.get_verbosity()
     try:
-        if quiet:
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-        pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
+        with _quiet() if quiet else nullcontext():
+            pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
     except AttarError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AttarError(f"the pipeline cannot be loaded ({first})", where=source.name) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        raise AttarError(f"the pipeline cannot be loaded ({reason(error)})", where=source.name) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers and transformers neither advise nor show bars inside."""
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    verbosity = ours.get_verbosity(), theirs.get_verbosity()
+    bars = theirs.is_progress_bar_enabled()
+    try:
+        for logging in (ours, theirs):
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        yield
+    finally:
+        ours.set_verbosity(verbosity[0])
+        theirs.set_verbosity(verbosity[1])
+        ours.enable_progress_bar()
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def check_device(name: str) -> None:
+    """Raises AttarError for a device that is not here."""
+    try:
+        known = torch.device(name).type != "meta" and torch.empty(1, device=name).numel() == 1
+    except (RuntimeError, AssertionError, NotImplementedError):
+        known = False
+    if not known:
+        raise AttarError("no such device here", where=name, fix="Use cpu, or cuda where there is a GPU")
 
 
 def check_weight_files(folder: Path) -> None:
@@ -133,21 +158,17 @@ def is_compressed(folder: Path) -> bool:
     )
 
 
-def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The floating-point type in which most of a component's elements are stored, None if there are no files."""
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    counts: dict[torch.dtype, int] = {}
-    for path in folder.glob("*.safetensors"):
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The floating-point type of every tensor in a component's safetensors files, by name."""
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    found: dict[str, torch.dtype] = {}
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                part = file.get_slice(key)
-                if part.get_dtype() in names:
-                    size = 1
-                    for length in part.get_shape():
-                        size *= length
-                    dtype = names[part.get_dtype()]
-                    counts[dtype] = counts.get(dtype, 0) + size
-    return max(counts, key=lambda d: counts[d]) if counts else None
+                dtype = known.get(file.get_slice(key).get_dtype())
+                if dtype is not None:
+                    found[key] = dtype
+    return found
 
 
 def read_prompts(path: str | Path, what: Callable[[str], bool] = bool) -> list[str]:
@@ -156,8 +177,8 @@ def read_prompts(path: str | Path, what: Callable[[str], bool] = bool) -> list[s
     if not path.is_file():
         raise AttarError("no such prompts file", where=str(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
+    except UnicodeDecodeError as error:
         raise AttarError(
             "the prompts file is not UTF-8 text", where=str(path), fix="Write one prompt a line"
         ) from error
@@ -188,9 +209,14 @@ def _generation(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AttarError("generation.json is not valid JSON", where=str(path)) from error
-    unknown = sorted(set(content) - GENERATION_KEYS) if isinstance(content, dict) else ["(no mapping)"]
-    if unknown:
-        raise AttarError(
-            f"unknown key {unknown[0]!r}", where=str(path), fix=f"Known: {', '.join(sorted(GENERATION_KEYS))}"
-        )
+    if not isinstance(content, dict):
+        raise AttarError("generation.json is no mapping", where=str(path))
+    for key, value in content.items():
+        kind = GENERATION_KEYS.get(key)
+        if kind is None:
+            known = ", ".join(sorted(GENERATION_KEYS))
+            raise AttarError(f"unknown key {key!r}", where=str(path), fix=f"Known: {known}")
+        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not fits or (kind is not str and not value >= (0 if key == "guidance_scale" else 1)):
+            raise AttarError(f"{key} cannot be {value!r}", where=str(path), fix="Correct this entry")
     return content

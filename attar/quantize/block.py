@@ -84,7 +84,9 @@ def quantize_block(
     linears = {name: module.get_submodule(name) for name in plans}
     for name, linear in linears.items():
         if not bool(torch.isfinite(linear.weight).all()):
-            raise AttarError("a weight is not finite", where=plans[name].name, fix="Check the model before compressing")
+            raise AttarError(
+                "a weight is not finite", where=plans[name].name, fix="Check the model before compressing"
+            )
     layers = _wrap(module, plans, linears, run, calls, settings, seed)
     if calls:
         outcome.error_before = _mean_relative_error(run, calls, targets)
@@ -101,7 +103,12 @@ def quantize_block(
         for name, layer in acting.items():
             weight, scale = layer.baked_weight(clipped=True)
             codes[name] = gptq(
-                weight, hessians.pop(name), scale, layer.weight_bits, settings.gptq_damping, settings.gptq_block
+                weight,
+                hessians.pop(name),
+                scale,
+                layer.weight_bits,
+                settings.gptq_damping,
+                settings.gptq_block,
             )
     for name, layer in layers.items():
         outcome.layers[name] = layer.bake(codes.get(name))
@@ -124,7 +131,8 @@ def _wrap(
     acting = [name for name, plan in plans.items() if plan.act_bits is not None]
     generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in acting}
     rotations = {
-        name: build_rotation(plans[name].in_features, settings.transforms, generators[name]) for name in acting
+        name: build_rotation(plans[name].in_features, settings.transforms, generators[name])
+        for name in acting
     }
     rotations = {name: rotation for name, rotation in rotations.items() if rotation is not None}
     stats: dict[str, Tensor] = {}
@@ -154,7 +162,11 @@ def _wrap(
 def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Parameter]]:
     groups = parameter_groups(layers)
     scales = {
-        id(p) for layer in layers for t in layer.transforms if isinstance(t, LearnedScale) for p in t.parameters()
+        id(p)
+        for layer in layers
+        for t in layer.transforms
+        if isinstance(t, LearnedScale)
+        for p in t.parameters()
     }
     wanted = {True: settings.train_scale, False: settings.train_rotation}
     return {
@@ -164,9 +176,12 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
 
 
 @torch.no_grad()
-def _mean_relative_error(run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]) -> float:
+def _mean_relative_error(
+    run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
+) -> float:
     errors = [
-        relative_error(run(call), target, call.streams).item() for call, target in zip(calls, targets, strict=True)
+        relative_error(run(call), target, call.streams).item()
+        for call, target in zip(calls, targets, strict=True)
     ]
     return sum(errors) / len(errors)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
-from attar.runtime.integrity import checksum_metadata, verify_files
+from attar.runtime.integrity import checksum_metadata, sort_header, verify_files
 from attar.runtime.layers import packed_layers
 
 
@@ -190,6 +190,8 @@ def save_transformer(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, max_shard_size=max_shard_size)
+    for path in partial.glob("*.safetensors"):
+        sort_header(path)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,24 @@ def tensor_checksums(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 def checksum_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     """What goes into the header of each weight file."""
     return {CHECKSUM_KEY: json.dumps(tensor_checksums(state_dict), separators=(",", ":"), sort_keys=True)}
+
+
+def sort_header(path: str | os.PathLike[str]) -> None:
+    """Puts the metadata of a safetensors file into alphabetical order, in place.
+
+    safetensors writes several entries in a random order; this way equal checkpoints are equal files. The tensors
+    and the length of the header stay as they are.
+    """
+    with open(path, "rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        ordered = {"__metadata__": dict(sorted(metadata.items())), **header} if metadata else header
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise AttarError("the header of the file is not as safetensors writes it", where=str(path))
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def verify_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

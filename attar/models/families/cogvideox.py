@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+LATENT_LAYOUT = "BFCHW"
+
 
 def token_grid(config: Mapping[str, Any], call: Mapping[str, Any]) -> tuple[int, int, int]:
     frames, _, height, width = call["hidden_states"].shape[1:]
