@@ -318,8 +318,12 @@ def main() -> None:
     be parsed; 130 for an interrupt."""
     try:
         with _calm():
-            app(standalone_mode=False)
+            code = app(standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:
+            raise KeyboardInterrupt
+        if isinstance(code, int):
+            sys.exit(code)
     except AttarError as error:
         _fail(str(error))
     except KeyboardInterrupt:

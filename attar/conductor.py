@@ -7,6 +7,7 @@ It knows the order and what is on disk; every piece of mathematics lives in the 
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def run(
     components = transformer_components(pipe)
     plans = {name: plan_component(transformer, recipe) for name, transformer in components.items()}
     chosen_prompts = calibration_prompts(recipe, source, prompts)
-    call = source.call_arguments(**(generation or {}))
+    call = plain_arguments(source.call_arguments(**(generation or {})))
     check_pool(recipe, chosen_prompts, call)
     check_seed(seed)
     for name, transformer in components.items():
@@ -189,6 +190,14 @@ def check_seed(seed: int) -> None:
     """Raises AttarError for a seed that torch's generators do not take."""
     if not isinstance(seed, int) or not 0 <= seed < 2**62:
         raise AttarError(f"the seed cannot be {seed}", where="seed", fix="Give a whole number from 0")
+
+
+def plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as they come back from a file. Raises AttarError for one that JSON does not know."""
+    try:
+        return json.loads(json.dumps(call))
+    except TypeError as error:
+        raise AttarError(f"a generation argument cannot be stored as JSON: {error}") from error
 
 
 def check_finite(name: str, transformer: nn.Module) -> None:

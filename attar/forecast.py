@@ -53,7 +53,7 @@ def forecast_job(
         "bits": recipe.bits,
         "layers": [_row(name, plan) for name in plans for plan in plans[name]],
         "rows": [vars(row) for row in plan_rows(plans)],
-        "bytes": _sizes(components, plans, transform_settings(recipe), source),
+        "bytes": _sizes(components, plans, recipe, source),
         **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
     }
 
@@ -68,7 +68,7 @@ def _row(component: str, plan: LayerPlan) -> dict[str, Any]:
 def _sizes(
     components: Mapping[str, nn.Module],
     plans: Mapping[str, list[LayerPlan]],
-    settings: TransformSettings,
+    recipe: Recipe,
     source: Source,
 ) -> dict[str, Any]:
     dense = packed = rest = checkpoint = 0
@@ -77,7 +77,9 @@ def _sizes(
         stored = {} if source.folder is None else stored_dtypes(source.folder / name)
         quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
         for plan in quantized.values():
-            size = forecast(plan, none if plan.act_bits is None else settings)
+            size = forecast(plan, none if plan.act_bits is None else transform_settings(recipe))
+            if plan.act_bits is not None and not recipe.quantize.act_clip:
+                size = dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors
             dense, packed = dense + size.dense, packed + size.packed
             checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
         for key, tensor in part.state_dict().items():

@@ -4,3 +4,5 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from support.fixtures import cli, commands, wan_folder  # noqa: F401 - shared fixtures

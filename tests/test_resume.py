@@ -5,12 +5,11 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import pipelines
-from support.commands import Commands, contents
+from support.commands import contents
 
 SMALL = ("--set", "trace.prompts=2", "--set", "select.count=3", "--set", "reconstruct.epochs=2")
 RUNS = {
@@ -25,13 +24,6 @@ RUNS = {
         ["--recipe", "s2q-vdit", *SMALL, "--set", "trace.steps=3", "--set", "reconstruct.propagate=quant"],
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    server = Commands(tmp_path_factory.mktemp("logs"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def score_candidates(
     C_diff compares the latents that enter and leave the step. C_quant is taken on `features`: the latent as tokens
     (n, C·p²); the input of the first block; the output of the last one; or the model's output as tokens. One sample
     is held at a time. Of a guidance pair the first branch is scored.
-    Raises AttarError if the component never ran in these traces.
+    Raises AttarError if the component never ran in these traces, or a candidate is not finite.
     """
     where: list[tuple[int, int]] = [
         (p, k) for p in prompts for k in range(store.steps(p)) if component in store.components(p, k)
@@ -50,11 +50,14 @@ def score_candidates(
         x = trajectory[1]
         change.append(change_metric(x[step][:1], x[step + 1][:1])[0])
         call = store.calls(component, prompt, step)[0]
-        amplification.append(amplification_metric(_tokens(adapter, call, features), norm)[0])
+        tokens = _tokens(adapter, call, features)
+        # the decomposition does not end on NaN; the table says where it came up
+        finite = bool(torch.isfinite(tokens).all())
+        amplification.append(amplification_metric(tokens, norm)[0] if finite else torch.tensor(torch.nan))
         if progress is not None:
             progress(done + 1, len(where))
     rows = [p for p, _ in where], [k for _, k in where]
-    return ScoreTable.build(*rows, torch.stack(change), torch.stack(amplification).cpu())
+    return ScoreTable.build(*rows, torch.stack(change), torch.stack([a.cpu() for a in amplification]))
 
 
 def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Tensor:

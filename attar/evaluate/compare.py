@@ -60,6 +60,7 @@ def compare(
     out = Path(out)
     call = reference.call_arguments(**(overrides or {}))
     steps = int(call.get("num_inference_steps", 50))
+    evidence = _evidence(compressed)
     pipe = load_pipeline(reference, dtype=dtype, device=device)
     with progress.task("original", len(prompts) * steps) as advance, _Recorder(pipe, steps) as recorded:
         before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
@@ -86,7 +87,7 @@ def compare(
         pairs=_pairs(reference, prompts, before, after, out, seed),
         timestep_errors=_timestep_errors(pipe, recorded),
         notes=_notes(len(prompts)),
-        **_evidence(compressed),
+        **evidence,
     )  # fmt: skip
     build_report(data, out)
     return data
@@ -204,8 +205,7 @@ def _is_packed(pipe: Any) -> bool:
 def _bits(source: Source, pipe: Any) -> str:
     record = _record(source)
     if record:
-        bits = record["recipe"]["quantize"]
-        return f"W{bits['weights']}A{bits['acts']}"
+        return record["bits"]
     return str(next(pipe.transformer.parameters()).dtype).removeprefix("torch.")
 
 
@@ -214,16 +214,22 @@ def _record(source: Source) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        bits = record["recipe"]["quantize"]
+        record["bits"] = f"W{bits['weights']}A{bits['acts']}"
+        record["sections"] = _sections(record)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise AttarError("compression.json is damaged", where=str(path), fix="Compress again") from error
+    return record
 
 
 def _evidence(source: Source) -> dict[str, Any]:
-    """What the compression recorded about itself, as sections of the report."""
     record = _record(source)
-    if record is None:
-        return {}
+    return {} if record is None else record["sections"]
+
+
+def _sections(record: dict[str, Any]) -> dict[str, Any]:
+    """What a compression recorded about itself, as sections of the report."""
     found: dict[str, Any] = {"block_errors": [], "attention": [], "plan": []}
     many = len(record["components"]) > 1
     for name, part in record["components"].items():

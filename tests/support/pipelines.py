@@ -73,8 +73,9 @@ def llama() -> LlamaModel:
 
 def image_vae(latent_channels: int, shift: float | None = None) -> AutoencoderKL:
     torch.manual_seed(4)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), **blocks,
         latent_channels=latent_channels, norm_num_groups=2, layers_per_block=1, sample_size=16, shift_factor=shift,
     ).eval()  # fmt: skip
 

@@ -1,0 +1,39 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import pipelines
+from support.commands import Cli, Commands
+
+SMALL = (
+    "--recipe",
+    "s2q-vdit",
+    "--set",
+    "trace.prompts=2",
+    "--set",
+    "select.count=3",
+    "--set",
+    "reconstruct.epochs=2",
+)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    server = Commands(tmp_path_factory.mktemp("logs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Wan pipeline; not to be changed."""
+    return pipelines.save(tmp_path_factory.mktemp("models") / "wan")

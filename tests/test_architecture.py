@@ -1,0 +1,131 @@
+"""Imports run one way, and `import attar` stays lean."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attar
+
+ROOT = Path(attar.__file__).parent
+VERBS = {"calibration", "quantize"}
+CONDUCTING = {
+    "conductor",
+    "component",
+    "stored",
+    "save",
+    "forecast",
+    "recipe",
+    "workspace",
+    "identity",
+    "cli",
+}
+
+# part -> the parts of attar that it may import; every part may import itself, errors and files
+ALLOWED = {
+    "losses": set(),
+    "runtime": set(),
+    "models": {"runtime"},
+    "calibration": {"models", "losses"},
+    "quantize": {"models", "losses", "runtime"},
+    "evaluate": {"models", "runtime", "progress"},
+    "recipe": {"calibration"},
+    "workspace": set(),
+    "identity": set(),
+    "progress": set(),
+    "stored": {"models", "quantize", "runtime", "workspace"},
+    "component": {*VERBS, "losses", "models", "progress", "recipe", "stored", "workspace"},
+    "conductor": {*VERBS, "component", "identity", "models", "progress", "recipe", "runtime", "workspace"},
+    "save": {*VERBS, "conductor", "evaluate", "models", "recipe", "runtime"},
+    "forecast": {*VERBS, "component", "conductor", "evaluate", "losses", "models", "recipe", "save"},
+    "errors": set(),
+    "files": set(),
+    "__init__": {"conductor", "models", "recipe", "runtime"},
+    "__main__": {"cli"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of attar's modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "attar"}
+
+
+def part_of(name: str) -> str:
+    parts = name.split(".")
+    known = len(parts) > 1 and ((ROOT / parts[1]).is_dir() or (ROOT / f"{parts[1]}.py").is_file())
+    return parts[1] if known else "__init__"
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    relative = path.relative_to(ROOT)
+    part = relative.parts[0].removesuffix(".py")
+    if part == "cli":
+        return
+    assert part in ALLOWED, f"say in this test what {part} may import"
+    allowed = {part, "errors"} | ({"files"} if part != "losses" else set()) | ALLOWED[part]
+    found = {part_of(name) for name in imports(path)} - (
+        {"__init__"} if part == "save" else set()
+    )  # __version__
+    assert found <= allowed, f"{relative} imports {sorted(found - allowed)}"
+
+
+def test_only_the_loader_of_models_knows_the_runtime():
+    users = [
+        p.name for p in (ROOT / "models").rglob("*.py") if any(part_of(n) == "runtime" for n in imports(p))
+    ]
+    assert users == ["source.py"]
+
+
+def test_verbs_do_not_know_each_other():
+    for verb in VERBS:
+        for path in (ROOT / verb).rglob("*.py"):
+            assert not {part_of(n) for n in imports(path)} & (VERBS - {verb} | CONDUCTING), path
+
+
+HEAVY = (
+    "matplotlib",
+    "sklearn",
+    "typer",
+    "jinja2",
+    "imageio",
+    "imageio_ffmpeg",
+    "torchmetrics",
+    "peft",
+    "rich",
+    "yaml",
+)
+
+
+def test_importing_attar_is_lean():
+    """Of the heavy packages only what diffusers itself has already loaded."""
+    code = f"""
+import sys
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.quantizers import auto
+before = {{m for m in {HEAVY} if m in sys.modules}}
+import attar
+after = {{m for m in {HEAVY} if m in sys.modules}}
+print(sorted(after - before), [m for m in sys.modules if m.startswith("attar.quantize") or m == "attar.conductor"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
+
+
+def test_public_names():
+    assert all(getattr(attar, name) is not None for name in attar.__all__)
+    assert len(attar.__all__) <= 12
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        attar.nothing  # noqa: B018

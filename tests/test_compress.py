@@ -1,0 +1,187 @@
+"""Compress, save, load with plain diffusers: the same model, whichever way it went."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanPipeline
+from support import pipelines
+from support.commands import contents
+from support.fixtures import SMALL
+
+import attar
+from attar.errors import AttarError
+from attar.models.source import find_source, load_pipeline
+from attar.recipe import Recipe, load_recipe
+from attar.runtime.layers import packed_layers
+
+FEW = {"trace.prompts": 2, "select.count": 3, "reconstruct.epochs": 1}
+
+
+def compressed(name="wan", recipe="s2q-vdit", **options):
+    case = pipelines.CASES[name]
+    settings = dict(
+        prompts=pipelines.PROMPTS[:2], generation={**case.generation, "num_inference_steps": case.steps}
+    )
+    return attar.compress(pipelines.make(name), recipe, overrides=FEW, **{**settings, **options})
+
+
+def reload(folder, **options):
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def small():
+    return compressed("wan")
+
+
+@pytest.fixture(scope="module")
+def saved(cli_once, wan_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("saved") / "small"
+    assert cli_once("compress", wan_folder, "-o", out, *SMALL) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def cli_once(commands):
+    return commands.run
+
+
+def test_the_python_interface(small, tmp_path):
+    assert type(small) is WanPipeline and len(packed_layers(small.transformer)) == 30
+    evidence = small.attar_compression
+    assert evidence.prompts == pipelines.PROMPTS[:2] and set(evidence.seconds) == {"trace", "transformer"}
+    selection = evidence.components["transformer"]["selection"]
+    assert selection["policy"] == "salient" and len(selection["chosen"]) == 3
+    assert selection["table"]["prompt"] == [0, 0, 0, 1, 1, 1] and selection["table"]["step"] == [0, 1, 2] * 2
+    for block in evidence.components["transformer"]["blocks"]:
+        assert 0 < block["error_after"] < block["error_before"] and len(block["loss"]) == 2
+        curve = block["attention"]["curve"]
+        assert len(curve) == 21 and curve == sorted(curve) and curve[0] == 0 and curve[-1] == pytest.approx(1)
+        weights = list(block["attention"]["weights"].values())
+        assert weights == sorted(weights) and weights[0] >= 0.5 and weights[-1] <= 1
+    json.dumps(evidence.to_json(), allow_nan=False)
+    small.save_pretrained(tmp_path)
+    expected = pipelines.generate(small, "wan")
+    torch.testing.assert_close(pipelines.generate(reload(tmp_path), "wan"), expected, atol=1e-5, rtol=0)
+
+
+def test_saving_again_gives_the_same_tensors(saved, tmp_path):
+    pipe = reload(saved)
+    pipe.save_pretrained(tmp_path / "again")
+    states = [reload(folder).transformer.state_dict() for folder in (saved, tmp_path / "again")]
+    assert states[0].keys() == states[1].keys()
+    assert all(
+        torch.equal(states[0][k], states[1][k]) and states[0][k].dtype == states[1][k].dtype
+        for k in states[0]
+    )
+
+
+def test_the_saved_folder(saved, wan_folder):
+    found = contents(saved)
+    assert json.loads(found["compression.json"])["recipe"]["name"] == "s2q-vdit"
+    rows = json.loads(found["compression.json"])["components"]["transformer"]["plan"]
+    assert {row["bits"] for row in rows} == {"W4A6", "kept"}
+    card = found["README.md"].decode()
+    assert card.startswith("---\npipeline_tag: text-to-video") and "| `ffn.up` | W4A6 | 3 |" in card
+    for name in ("generation.json", "calibration_prompts.txt", "model_index.json"):
+        assert found[name] == (wan_folder / name).read_bytes()
+    assert attar.verify_folder(saved) == [saved / "transformer"]
+
+
+def test_the_command_and_the_interface_give_the_same_model(saved, wan_folder):
+    recipe = load_recipe("s2q-vdit", {"trace.prompts": 2, "select.count": 3, "reconstruct.epochs": 2})
+    pipe = attar.compress(str(wan_folder), recipe)
+    theirs, ours = reload(saved).transformer.state_dict(), pipe.transformer.state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
+
+
+def test_loading_in_bfloat16(saved):
+    pipe, exact = reload(saved, torch_dtype=torch.bfloat16), reload(saved)
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    assert layer.bias.dtype == torch.bfloat16 and layer.weight_scale.dtype == torch.float32
+    assert torch.equal(layer.codes, exact.transformer.blocks[0].attn1.to_q.codes)
+    difference = (pipelines.generate(pipe, "wan").float() - pipelines.generate(exact, "wan")).norm()
+    assert difference < 0.05 * pipelines.generate(exact, "wan").norm()
+
+
+def test_compressing_a_bfloat16_model(tmp_path):
+    pipe = pipelines.make("wan").to(torch.bfloat16)
+    small = attar.compress(
+        pipe, "s2q-vdit", overrides=FEW, prompts=pipelines.PROMPTS[:2],
+        generation={**pipelines.CASES["wan"].generation, "num_inference_steps": 3}, workspace=tmp_path / "work",
+    )  # fmt: skip
+    assert {p.dtype for p in small.transformer.parameters()} == {torch.bfloat16}
+    assert small.transformer.blocks[1].ffn.net[2].compute_dtype == torch.bfloat16
+    again = attar.compress(
+        pipelines.make("wan").to(torch.bfloat16), "s2q-vdit", overrides=FEW, prompts=pipelines.PROMPTS[:2],
+        generation={**pipelines.CASES["wan"].generation, "num_inference_steps": 3}, workspace=tmp_path / "work",
+    )  # fmt: skip
+    first, second = small.transformer.state_dict(), again.transformer.state_dict()
+    assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first)
+    assert again.transformer.blocks[1].ffn.net[2].compute_dtype == torch.bfloat16
+
+
+def test_two_experts_are_one_job(tmp_path):
+    pipe = compressed("wan22")
+    assert len(packed_layers(pipe.transformer)) == len(packed_layers(pipe.transformer_2)) == 30
+    steps = {
+        n: set(part["selection"]["table"]["step"]) for n, part in pipe.attar_compression.components.items()
+    }
+    assert (
+        steps["transformer"] and steps["transformer_2"] and not steps["transformer"] & steps["transformer_2"]
+    )
+    pipe.save_pretrained(tmp_path)
+    assert len(attar.verify_folder(tmp_path)) == 2
+    expected = pipelines.generate(pipe, "wan22")
+    torch.testing.assert_close(pipelines.generate(reload(tmp_path), "wan22"), expected, atol=1e-5, rtol=0)
+
+
+def test_an_expert_that_never_ran(tmp_path):
+    with pytest.raises(AttarError, match=r"finds|did not run") as caught:
+        compressed("wan22", generation={**pipelines.CASES["wan22"].generation, "num_inference_steps": 2})
+    assert "transformer" in str(caught.value)
+
+
+def test_unknown_arguments_of_the_pipeline():
+    with pytest.raises(AttarError, match=r"rejects its arguments.*colour"):
+        compressed("wan", generation={"colour": "red"})
+    with pytest.raises(AttarError, match="stored as JSON"):
+        compressed("wan", generation={"latents": torch.zeros(1)})
+
+
+def test_overwriting_a_compressed_model(cli, wan_folder, tmp_path):
+    out = tmp_path / "small"
+    assert cli("compress", wan_folder, "-o", out, "--recipe", "rtn").code == 0
+    (out / "stale.txt").write_text("x")
+    options = ("--overwrite", "--workspace", tmp_path / "other", "--recipe", "hadamard")
+    assert cli("compress", wan_folder, "-o", out, *options).code == 0
+    assert not (out / "stale.txt").exists() and "hadamard" in (out / "README.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "small", "small.work"]
+
+
+def test_sharded_checkpoints(saved, tmp_path):
+    pipe = reload(saved)
+    pipe.transformer.save_pretrained(tmp_path / "transformer", max_shard_size="40KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    assert attar.verify_folder(tmp_path)
+
+
+def test_a_recipe_object_and_short_arguments():
+    recipe = Recipe(name="mine", **{k: v for k, v in load_recipe("rtn").model_dump().items() if k != "name"})
+    pipe = attar.compress(pipelines.make("wan"), recipe, weights=3, acts=16)
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    assert (layer.weight_bits, layer.act_bits) == (3, None)
+    assert pipe.attar_compression.recipe["name"] == "mine"
+
+
+def test_loading_leaves_the_libraries_as_they_were(wan_folder, capfd):
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    before = ours.get_verbosity(), theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    load_pipeline(find_source(str(wan_folder)))
+    assert (ours.get_verbosity(), theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == before
+    assert "Loading" not in capfd.readouterr().err

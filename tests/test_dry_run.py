@@ -1,0 +1,101 @@
+"""`attar compress --dry-run`: the plan, and sizes that come true."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import pipelines
+from support.commands import contents
+from support.fixtures import SMALL
+
+from attar.evaluate.size import model_size
+from attar.models.adapter import ModelAdapter
+
+FEW = SMALL[2:]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    made = {
+        name: pipelines.save(root / name, name, pipelines.CASES[name].steps) for name in ("wan22", "flux")
+    }
+    half = pipelines.make("wan")
+    half.transformer.to(torch.bfloat16)
+    half.transformer.scale_shift_table.data = half.transformer.scale_shift_table.data.float()
+    made["wan"] = pipelines.save(root / "wan", pipe=half)
+    return made
+
+
+def test_every_linear_is_listed_with_its_bits_or_the_reason(cli, wan_folder):
+    before = contents(wan_folder)
+    done = cli("compress", wan_folder, "--dry-run", *SMALL)
+    assert done.code == 0, done.err
+    adapter = ModelAdapter.of(pipelines.make("wan").transformer)
+    lines = {line.split()[0]: line for line in done.out.splitlines() if line.startswith("transformer.")}
+    inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
+    outside = adapter.outside_linears()
+    assert set(lines) == {f"transformer.{linear.name}" for linear in [*inside, *outside]}
+    assert all("W4A6" in lines[f"transformer.{linear.name}"] for linear in inside)
+    for linear in outside:
+        assert "kept" in lines[f"transformer.{linear.name}"]
+        assert lines[f"transformer.{linear.name}"].endswith("outside the transformer blocks")
+    last = done.out.splitlines()[-3:]
+    assert "block linears" in last[0] and "calibration about" in last[1] and "peak memory about" in last[1]
+    assert contents(wan_folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("wan", ["--recipe", "rtn"]),
+        ("wan", ["--recipe", "hadamard", "--weights", "3"]),
+        ("wan", [*SMALL, "--set", "quantize.roles={ffn.down: {weights: 8}, cross_attn.*: {acts: 16}}"]),
+        ("wan22", ["--recipe", "smoothquant", *FEW[:4]]),
+        ("wan22", [*SMALL, "--set", "quantize.rotation=orthogonal"]),
+        ("flux", [*SMALL, "--set", "quantize.affine=true", "--set", "trace.steps=3"]),
+    ],
+)  # fmt: skip
+def test_forecast_sizes_are_the_real_ones(cli, folders, tmp_path, name, options):
+    forecast = cli("compress", folders[name], "--dry-run", "--json", *options)
+    assert forecast.code == 0, forecast.err
+    sizes = json.loads(forecast.out)["bytes"]
+    done = cli("compress", folders[name], "-o", tmp_path / "out", "--json", *options)
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    assert summary["linear_bytes_bf16"] == sizes["block_linears_bf16"]
+    assert summary["linear_bytes_packed"] == sizes["block_linears_packed"]
+    assert summary["linear_ratio"] == sizes["linear_ratio"]
+    files = sum(size for part, size in model_size(tmp_path / "out").items() if part.startswith("transformer"))
+    assert files == sizes["checkpoint"]
+
+
+def test_the_rest_keeps_the_types_of_the_source(cli, folders, tmp_path):
+    assert cli("compress", folders["wan"], "-o", tmp_path / "out", "--recipe", "rtn").code == 0
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    before, after = load_file(folders["wan"] / name), load_file(tmp_path / "out" / name)
+    same = [key for key in before if key in after]
+    assert {after[key].dtype for key in same} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in same)
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        assert contents(folders["wan"] / part) == contents(tmp_path / "out" / part)
+
+
+def test_the_forecast_as_json(cli, folders):
+    done = cli("compress", folders["wan22"], "--dry-run", "--json", *SMALL)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert {row["component"] for row in result["layers"]} == {"transformer", "transformer_2"}
+    assert result["bits"] == "W4A6" and result["recipe"] == "s2q-vdit"
+    assert result["seconds"] >= result["trace_seconds"] >= 0 and result["peak_bytes"] > 0
+    assert "one denoising step" in result["measured_on"]
+    result = json.loads(cli("compress", folders["wan22"], "--dry-run", "--json", "--recipe", "rtn").out)
+    assert result["measured_on"] is None and result["seconds"] == 0
+
+
+def test_the_dry_run_asks_what_the_run_would(cli, wan_folder):
+    options = ("--dry-run", *SMALL, "--set", "select.count=7")
+    assert "fewer candidates" in cli("compress", wan_folder, *options).message
+    options = ("--dry-run", *SMALL, "--height", "15")
+    assert "rejects its arguments" in cli("compress", wan_folder, *options).message

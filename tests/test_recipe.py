@@ -1,0 +1,91 @@
+"""Recipes: what they hold, how they are overridden, and what is refused."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from attar.calibration.prompts import GENERAL_PROMPTS
+from attar.conductor import calibration_prompts
+from attar.errors import AttarError
+from attar.models.source import Source
+from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_published_recipes(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.summary.endswith(".")
+    file = tmp_path / "copy.yaml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(str(file)) == load_recipe(file) == load_recipe(recipe) == recipe
+    assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_papers_settings():
+    recipe = load_recipe("s2q-vdit")
+    assert (recipe.trace.prompts, recipe.select.count, recipe.select.policy) == (10, 40, "salient")
+    assert (recipe.reconstruct.epochs, recipe.reconstruct.batch_size) == (15, 1)
+    assert (recipe.reconstruct.transform_lr, recipe.reconstruct.clip_lr) == (5e-3, 5e-2)
+    assert (recipe.reconstruct.lambda_min, recipe.reconstruct.lambda_max) == (0.5, 1.0)
+    assert recipe.rounding.method == "gptq" and recipe.bits == "W4A6"
+    assert DEFAULT_RECIPE in recipe_names()
+
+
+def test_which_recipes_need_data():
+    needs = {name: load_recipe(name).needs_data for name in recipe_names()}
+    assert not needs["rtn"] and not needs["hadamard"] and needs["smoothquant"] and needs["s2q-vdit"]
+    assert load_recipe("rtn", {"rounding.method": "gptq", "trace": {}, "select": {}}).needs_data
+    with pytest.raises(AttarError, match="no trace or select stage"):
+        load_recipe("rtn", {"rounding.method": "gptq"})
+
+
+def test_overrides():
+    recipe = load_recipe("s2q-vdit", {"quantize.weights": 3, "reconstruct": None, "select.count": 7})
+    assert recipe.quantize.weights == 3 and recipe.reconstruct is None and recipe.select.count == 7
+    assert load_recipe("rtn", {"reconstruct.epochs": 3, "trace": {}, "select": {}}).reconstruct.epochs == 3
+    original = load_recipe("s2q-vdit")
+    load_recipe(original, {"quantize.weights": 3})
+    assert original.quantize.weights == 4
+    mapping = {"name": "mine", "quantize": {"weights": 5}}
+    assert load_recipe(mapping, {"quantize.acts": 8}).bits == "W5A8"
+    assert mapping == {"name": "mine", "quantize": {"weights": 5}}
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(ValidationError):
+        load_recipe("rtn").name = "other"
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, -4, 16, 4.5, "x", None, True, []])
+def test_impossible_weights(bits):
+    with pytest.raises(AttarError, match="quantize.weights"):
+        load_recipe("s2q-vdit", {"quantize.weights": bits})
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 17, "x", None])
+def test_impossible_activations(bits):
+    with pytest.raises(AttarError, match="quantize.acts"):
+        load_recipe("s2q-vdit", {"quantize.acts": bits})
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_possible_bits(bits):
+    assert (
+        load_recipe("s2q-vdit", {"quantize.weights": bits, "quantize.acts": bits}).bits == f"W{bits}A{bits}"
+    )
+    assert load_recipe("s2q-vdit", {"quantize.acts": 16}).bits == "W4A16"
+
+
+# ----------------------------------------------------------------------------------------------- prompts
+
+
+def test_where_calibration_prompts_come_from():
+    recipe = load_recipe("s2q-vdit", {"trace.prompts": 2})
+    own = Source("model", prompts=["one", "two", "three"])
+    assert calibration_prompts(recipe, own, None) == ["one", "two"]
+    assert calibration_prompts(recipe, own, ["a", "b", "c", "d"]) == ["a", "b", "c", "d"]
+    assert calibration_prompts(recipe, Source("model"), None) == list(GENERAL_PROMPTS[:2])
+    assert calibration_prompts(load_recipe("rtn"), own, ["a"]) == []
+    with pytest.raises(AttarError, match="the recipe traces 4 prompts, the model brings 3"):
+        calibration_prompts(load_recipe("s2q-vdit", {"trace.prompts": 4}), own, None)
+    assert len(set(GENERAL_PROMPTS)) == len(GENERAL_PROMPTS) >= Recipe(name="x").trace.prompts
