@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,6 +28,8 @@ SEED = 20
 
 
 def log(message: str) -> None:
+    if distributed.is_initialized() and distributed.get_rank() > 0:
+        return
     print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
 
 
@@ -363,6 +366,8 @@ def train_digits_video(args) -> None:
     log(f"autoencoder: {quality}")
     tables = encode_clips(vae, scenes, args.images, args.clips, args.work / "latents.safetensors")
     tokenizer, text_encoder, transformer, curve = train_transformer(tables, scenes, args)
+    if distributed.is_initialized() and distributed.get_rank() > 0:
+        return  # the first process does the rest
     vae_curve += train_decoder(vae, scenes, args)
     quality = autoencoder_quality(vae, reader, held_out)
     log(f"autoencoder: {quality}")
@@ -421,6 +426,8 @@ def main() -> None:
     parser.add_argument("--score-prompts", type=int, default=240)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
     train_digits_video(args)
 
 

@@ -1,4 +1,8 @@
-"""One resumable optimisation: AdamW or Muon, an averaged copy of the weights, a state file without pickle."""
+"""One resumable optimisation: AdamW or Muon, an averaged copy of the weights, a state file without pickle.
+
+Under `torchrun` the processes train one model together: each draws its own samples, gradients are averaged, and the
+first process keeps the clock and the state file.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 class Trainer:
@@ -45,6 +49,9 @@ class Trainer:
         self.minutes, self.state, self.step, self.used = minutes, state, 0, 0.0
         if state.is_file():
             self._load()
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        if distributed.is_initialized():
+            torch.manual_seed(1009 * self.step + self.rank)  # samples of its own
 
     def steps(self) -> Iterator[int]:
         """Step numbers until the budget is used. Saves the state every two minutes and at the end."""
@@ -55,10 +62,15 @@ class Trainer:
             now = time.time()
             self.used += min(now - clock, 30.0)  # a machine that slept does not use up the budget
             clock = now
-            if now - saved > 120:
+            if distributed.is_initialized():
+                used = torch.tensor([self.used], dtype=torch.float64)
+                distributed.broadcast(used, 0)
+                self.used = used.item()
+            if now - saved > 120 and self.rank == 0:
                 self._save()
                 saved = time.time()
-        self._save()
+        if self.rank == 0:
+            self._save()
 
     @property
     def progress(self) -> float:
@@ -71,12 +83,21 @@ class Trainer:
                 group["lr"] = peak * max(factor, 0.0)
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if distributed.is_initialized():
+            self._average_gradients()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         decay = min(0.998, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return loss.item()
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients]) / distributed.get_world_size()
+        distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
     def use_average(self) -> None:
