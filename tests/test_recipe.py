@@ -58,13 +58,13 @@ def test_recipes_are_frozen():
 
 @pytest.mark.parametrize("bits", [0, 1, 9, -4, 16, 4.5, "x", None, True, []])
 def test_impossible_weights(bits):
-    with pytest.raises(AttarError, match="quantize.weights"):
+    with pytest.raises(AttarError, match=r"quantize\.weights"):
         load_recipe("s2q-vdit", {"quantize.weights": bits})
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 17, "x", None])
 def test_impossible_activations(bits):
-    with pytest.raises(AttarError, match="quantize.acts"):
+    with pytest.raises(AttarError, match=r"quantize\.acts"):
         load_recipe("s2q-vdit", {"quantize.acts": bits})
 
 

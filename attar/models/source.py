@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -118,7 +119,9 @@ def _quiet() -> Iterator[None]:
         for logging in (ours, theirs):
             logging.set_verbosity_error()
             logging.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype, which older versions need
+            yield
     finally:
         ours.set_verbosity(verbosity[0])
         theirs.set_verbosity(verbosity[1])

@@ -38,8 +38,8 @@ for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
     if pid == 0:
-        stream = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(stream, 1), os.dup2(stream, 2)
+        for descriptor, name in ((1, job["out"]), (2, job["log"])):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["attar", *job["args"]]
         if job["writes"] is not None:
             os.replace = deadly(os.replace, job["writes"])
@@ -60,10 +60,11 @@ for line in sys.stdin:
 
 @dataclass
 class Command:
-    """A running command; `wait` gives its exit code, -9 when it was killed."""
+    """A running command; `wait` gives its exit code, -9 when it was killed. out, log: files of what it prints."""
 
     pid: int
     server: Commands
+    out: Path
     log: Path
 
     def kill(self) -> None:
@@ -92,12 +93,12 @@ class Commands:
     def start(self, *args: object, writes: int | None = None) -> Command:
         """writes: how many files may be put in their place before the process kills itself (SIGKILL)."""
         self.count += 1
-        log = self.folder / f"log-{self.count}.txt"
-        job = {"args": [str(a) for a in args], "log": str(log), "writes": writes}
+        out, log = (self.folder / f"{name}-{self.count}.txt" for name in ("out", "log"))
+        job = {"args": [str(a) for a in args], "out": str(out), "log": str(log), "writes": writes}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return Command(int(self.answer()), self, log)
+        return Command(int(self.answer()), self, out, log)
 
     def run(self, *args: object, writes: int | None = None) -> int:
         command = self.start(*args, writes=writes)
