@@ -95,7 +95,7 @@ def compress(
     from attar.save import check_destination, linear_bytes, save_compressed
     from attar.workspace import Workspace
 
-    target = Path(os.path.abspath(output))
+    target = Path(os.path.realpath(output))
     place = workspace or target.with_name(f"{target.name}.work")
     check_destination(target, overwrite, place)
     work = Workspace(place)
@@ -139,7 +139,7 @@ def generate(
     ] = Path("out.mp4"),
     seed: NoiseSeed = 0,
     steps: Steps = None,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance scale")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="classifier-free guidance scale")] = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,

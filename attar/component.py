@@ -187,11 +187,16 @@ class ComponentJob:
             )
 
         learned = self.recipe.reconstruct
-        outcome = quantize_block(
-            module, plans, runner, quantized, targets, self.settings,
-            loss=_loss(learned.loss if learned else "mse"), contexts=contexts,
-            seed=f"{self.seed}/{self.name}/{block.name}", progress=step,
-        )  # fmt: skip
+        try:
+            outcome = quantize_block(
+                module, plans, runner, quantized, targets, self.settings,
+                loss=_loss(learned.loss if learned else "mse"), contexts=contexts,
+                seed=f"{self.seed}/{self.name}/{block.name}", progress=step,
+            )  # fmt: skip
+        except AttarError as error:
+            raise AttarError(
+                error.what, where=error.where or f"{self.name}.{block.name}", fix=error.fix
+            ) from error
         full = following = [call.with_streams(_cpu(t)) for call, t in zip(full, targets, strict=True)]
         if self.propagates:
             with torch.no_grad():

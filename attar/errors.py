@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 
 class AttarError(Exception):
     """A request that cannot be carried out: says what is wrong, where, and what to do about it.
@@ -13,3 +17,24 @@ class AttarError(Exception):
         self.what, self.where, self.fix = what, where, fix
         message = what if where is None else f"{what} [{where}]"
         super().__init__(message if fix is None else f"{message}. {fix}")
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, without the parts that AttarError shows itself."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(text).splitlines()[0].rstrip(".")
+
+
+@contextmanager
+def calling(pipe: Any) -> Iterator[None]:
+    """What a pipeline raises inside, because of what it was called with, comes out as an AttarError."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise AttarError(
+            f"the pipeline rejects its arguments ({reason(error)})",
+            where=type(pipe).__name__,
+            fix="Check the generation settings (generation.json) and the options",
+        ) from error

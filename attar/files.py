@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from attar.errors import AttarError
+from attar.errors import AttarError, reason
 
 
 @contextlib.contextmanager
@@ -59,12 +59,6 @@ def file_error(error: Exception) -> AttarError:
 def is_full(error: Exception) -> bool:
     """Whether there was no space for a file."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an exception says, without the parts that AttarError shows itself."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return str(text).splitlines()[0].rstrip(".")
 
 
 def check_writable(folder: Path) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from attar.calibration.trace import transformer_components
 from attar.component import block_settings, catch_samples, transform_settings
 from attar.conductor import calibration_prompts, check_pool, plan_component
-from attar.errors import AttarError
-from attar.files import reason
+from attar.errors import calling
 from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind, run_block
@@ -162,14 +161,9 @@ def _one_step(
             started = time.perf_counter()
             generator = torch.Generator().manual_seed(0)
             options = {**call, "num_inference_steps": 1}
-            pipe(prompt="a test", output_type="latent", generator=generator, **options)
+            with calling(pipe):
+                pipe(prompt="a test", output_type="latent", generator=generator, **options)
             seconds = time.perf_counter() - started
-    except (ValueError, TypeError) as error:
-        raise AttarError(
-            f"the pipeline rejects its arguments ({reason(error)})",
-            where=type(pipe).__name__,
-            fix="Check the generation settings (generation.json)",
-        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -49,10 +49,12 @@ def check_destination(folder: Path, overwrite: bool, workspace: Path | None = No
         if not (folder / "compression.json").is_file():
             what = "the output folder holds something else than a compressed model"
             raise AttarError(what, where=str(folder), fix="Name a new one")
-    place = Path(os.path.abspath(folder))
-    if workspace is not None and place in [work := Path(os.path.abspath(workspace)), *work.parents]:
-        fix = "Name another --workspace"
-        raise AttarError("the workspace lies in the output folder", where=str(workspace), fix=fix)
+    place = Path(os.path.realpath(folder))
+    if workspace is not None:
+        work = Path(os.path.realpath(workspace))
+        if {place, *_passing(place)} & {work, *work.parents}:
+            fix = "Name another --workspace"
+            raise AttarError("the workspace lies in the output folder", where=str(workspace), fix=fix)
     if place.is_mount():  # it could not be replaced in one go
         raise AttarError(
             "the output folder is a mount point", where=str(folder), fix="Name a folder inside it"
@@ -68,9 +70,9 @@ def save_compressed(pipe: Any, folder: str | Path, source: Source, plans: dict[s
     replaces a former one. Equal pipelines give equal files.
     Raises AttarError when the disk is full or the place cannot be written.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     compression: Compression = pipe.attar_compression
-    partial, former = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "former"))
+    partial, former = _passing(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         _save_components(pipe, partial, source)
@@ -89,6 +91,11 @@ def save_compressed(pipe: Any, folder: str | Path, source: Source, plans: dict[s
         shutil.rmtree(partial, ignore_errors=True)
         raise not_written(error, folder) from error
     return folder
+
+
+def _passing(folder: Path) -> tuple[Path, Path]:
+    """Where a checkpoint grows, and where the one waits that it replaces."""
+    return folder.with_name(f".{folder.name}.attar-partial"), folder.with_name(f".{folder.name}.attar-former")
 
 
 def _save_components(pipe: Any, target: Path, source: Source) -> None:

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attar.errors import AttarError
-from attar.files import check_writable, reason, writing
+from attar.errors import AttarError, reason
+from attar.files import check_writable, writing
 
 FORMAT = 1
 LOCK = ".lock"

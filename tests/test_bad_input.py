@@ -44,7 +44,7 @@ def refuses(cli, tmp_path):
         new = set(tmp_path.rglob("*")) - before
         work = tmp_path / "out.work"  # what is finished may stay in the workspace
         assert all(p == work or work in p.parents for p in new), new
-        assert not [p for p in new if p.name.endswith((".tmp", ".partial"))]
+        assert not [p for p in new if p.name.endswith((".tmp", "-partial", "-former"))]
         return message
 
     return run
@@ -107,6 +107,8 @@ def test_recipe_files_with_mistakes(refuses, wan_folder, tmp_path, text, says):
         ("quantize.roles={nothing: {skip: true}}", "matches no layer [nothing]"),
         ("quantize.roles={'*': {skip: true}}", "keeps every layer in full precision"),
         ("select.count=0", "select.count = 0"),
+        ("reconstruct.clip_lr=.inf", "reconstruct.clip_lr = inf"),
+        ("quantize.alpha=.nan", "quantize.alpha = nan"),
     ],
 )
 def test_settings_that_do_not_exist(refuses, wan_folder, tmp_path, assignment, says):
@@ -317,7 +319,7 @@ def test_outputs_that_are_taken(refuses, cli, wan_folder, tmp_path):
     assert (out / "thesis.txt").read_text() == "dear"
     assert "the output is a file" in refuses("compress", wan_folder, "-o", out / "thesis.txt", *SHORT)
     assert "a file stands" in refuses("compress", wan_folder, "-o", out / "thesis.txt" / "small", *SHORT)
-    for place in (tmp_path / "new", tmp_path / "new" / "work"):
+    for place in (tmp_path / "new", tmp_path / "new" / "work", tmp_path / ".new.attar-partial"):
         options = ("--workspace", place, *SHORT)
         assert "workspace lies in the output" in refuses(
             "compress", wan_folder, "-o", tmp_path / "new", *options
@@ -325,6 +327,26 @@ def test_outputs_that_are_taken(refuses, cli, wan_folder, tmp_path):
     assert "not an .mp4" in refuses("generate", wan_folder, "a dog", "-o", tmp_path / "x.avi")
     assert "a file stands" in refuses("generate", wan_folder, "a dog", "-o", out / "thesis.txt" / "x.mp4")
     assert "a file stands" in refuses("compare", wan_folder, wan_folder, "-o", out / "thesis.txt" / "report")
+
+
+def test_a_link_as_output(cli, wan_folder, tmp_path):
+    """What it points to is written; the link stays."""
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        (tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+        assert cli("compress", wan_folder, "-o", tmp_path / f"to-{name}", *SHORT).code == 0
+        assert (tmp_path / f"to-{name}").is_symlink() and (tmp_path / name / "model_index.json").is_file()
+
+
+def test_sizes_beyond_the_model(refuses, wan_folder, tmp_path):
+    """The model itself fails on them, deep inside."""
+    message = refuses(*compress(wan_folder, tmp_path, *SMALL, "--height", "100000"))
+    assert "rejects its arguments" in message and "[WanPipeline]" in message
+
+
+def test_settings_that_end_in_nothing(refuses, wan_folder, tmp_path):
+    message = refuses(*compress(wan_folder, tmp_path, *SMALL, "--set", "rounding.damping=1e300"))
+    assert "Hessian" in message and "[blocks.0.attn1.to_q]" in message
 
 
 def test_the_current_folder_as_output(cli, wan_folder, tmp_path, monkeypatch):
@@ -378,7 +400,7 @@ def test_a_write_fails(cli, wan_folder, tmp_path, monkeypatch, after):
     monkeypatch.setattr(os, "replace", replace)
     assert "the disk is full" in result.message and "it goes on" in result.message
     assert not (tmp_path / "out").exists()
-    assert not [p for p in tmp_path.rglob("*") if p.name.endswith((".tmp", ".partial"))]
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith((".tmp", "-partial", "-former"))]
     if after in (0, 5, 9):
         assert cli(*compress(wan_folder, tmp_path, *SMALL)).code == 0
 
@@ -410,8 +432,8 @@ def test_a_disk_that_is_really_full(cli, wan_folder, disk, size):
     for options in (("-o", place / "out"), ("-o", place / "out", "--workspace", place.parent / "work")):
         result = cli("compress", wan_folder, *options, *SMALL)
         assert "the disk is full" in result.message, result.err
-        assert not (place / "out").exists() and not (place / "out.partial").exists()
-        assert not [p for p in place.rglob("*") if p.name.endswith(".tmp")]
+        assert not (place / "out").exists()
+        assert not [p for p in place.rglob("*") if p.name.endswith((".tmp", "-partial"))]
 
 
 def test_videos_on_a_full_disk(cli, wan_folder, disk):

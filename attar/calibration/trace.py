@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.store import PromptRecord, TraceStore
-from attar.errors import AttarError
-from attar.files import reason
+from attar.errors import AttarError, calling
 from attar.models.block import bind
 
 Progress = Callable[[int, int, int], None]
@@ -95,23 +94,16 @@ def _generate(
     callback: dict[str, Any] = {"callback": on_step, "callback_steps": 1}
     if "callback_on_step_end" in _call_parameters(pipe):
         callback = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": ["latents"]}
-    with _recording(pipe, record), _quiet(pipe), torch.no_grad():
-        try:
-            result = pipe(
-                prompt=prompt,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="latent",
-                return_dict=False,
-                **callback,
-                **options,
-            )
-        except (ValueError, TypeError) as error:
-            raise AttarError(
-                f"the pipeline rejects its arguments ({reason(error)})",
-                where=type(pipe).__name__,
-                fix="Check the generation settings (generation.json)",
-            ) from error
+    with _recording(pipe, record), _quiet(pipe), torch.no_grad(), calling(pipe):
+        result = pipe(
+            prompt=prompt,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            return_dict=False,
+            **callback,
+            **options,
+        )
     if not isinstance(result[0], Tensor):
         raise AttarError('the pipeline returns no tensor for output_type="latent"', where=type(pipe).__name__)
     return result[0]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attar.errors import AttarError
-from attar.files import reason
+from attar.errors import AttarError, calling
 
 
 @dataclass
@@ -58,13 +57,8 @@ def generate(
     for i, prompt in enumerate(prompts):
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed + i)
-        try:
-            with torch.no_grad():
-                result = pipe(prompt=prompt, generator=generator, output_type="pt", **options)
-        except (ValueError, TypeError) as error:
-            raise AttarError(
-                f"the pipeline rejects its arguments ({reason(error)})", where=type(pipe).__name__
-            ) from error
+        with torch.no_grad(), calling(pipe):
+            result = pipe(prompt=prompt, generator=generator, output_type="pt", **options)
         seconds.append(time.perf_counter() - started)
         frames = result.frames if hasattr(result, "frames") else result.images[:, None]
         if not bool(torch.isfinite(frames).all()):

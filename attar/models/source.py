@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from attar.errors import AttarError
-from attar.files import reason
+from attar.errors import AttarError, reason
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.checkpoint import QUANT_METHOD
 from attar.runtime.integrity import verify_folder

@@ -102,14 +102,11 @@ def quantize_block(
         hessians = collect_hessians(run, calls, acting)
         for name, layer in acting.items():
             weight, scale = layer.baked_weight(clipped=True)
-            codes[name] = gptq(
-                weight,
-                hessians.pop(name),
-                scale,
-                layer.weight_bits,
-                settings.gptq_damping,
-                settings.gptq_block,
-            )
+            hessian, damping = hessians.pop(name), settings.gptq_damping
+            try:
+                codes[name] = gptq(weight, hessian, scale, layer.weight_bits, damping, settings.gptq_block)
+            except AttarError as error:
+                raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
     for name, layer in layers.items():
         outcome.layers[name] = layer.bake(codes.get(name))
         replace_module(module, name, outcome.layers[name])
