@@ -335,10 +335,11 @@ def main() -> None:
         _fail(str(file_error(error)))
     except MemoryError:
         _fail("out of memory: compress a smaller model, or lower select.count, size or frames")
-    except Exception as error:
+    except Exception as caught:
+        error: Any = caught
         # the parser's own errors, whichever package they come from
         if type(error).__name__ == "NoArgsIsHelpError":
-            error.show()  # type: ignore[attr-defined]
+            error.show()
             sys.exit(2)
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _fail(error.format_message(), code=error.exit_code)

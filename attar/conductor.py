@@ -130,7 +130,7 @@ def run(
             job = ComponentJob(name, transformer, plans[name], recipe, workspace, store, seed, progress)
             report.components[name] = job.run(len(chosen_prompts))
             report.seconds[name] = time.monotonic() - started
-            mark_compressed(transformer, recipe.name)
+            mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]
     finally:
         workspace.release()
     pipe.attar_compression = report

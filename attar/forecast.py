@@ -85,7 +85,7 @@ def _sizes(
             layer, _, leaf = key.rpartition(".")
             if layer in quantized and leaf == "weight":
                 continue
-            checkpoint += tensor.numel() * stored.get(key, tensor.dtype).itemsize
+            checkpoint += tensor.numel() * (stored.get(key) or tensor.dtype).itemsize
             rest += 0 if layer in quantized else 2 * tensor.numel()
     return {
         "block_linears_bf16": dense,
@@ -239,11 +239,13 @@ def forecast_text(result: dict[str, Any]) -> str:
     if result["measured_on"]:
         lines.append(
             f"calibration about {_duration(result['seconds'])}, of which {_duration(result['trace_seconds'])} tracing; "
-            f"peak memory about {format_bytes(result['peak_bytes'])}"
+            f"peak memory about {format_bytes(result['peak_bytes'])} beside the libraries"
         )
         lines.append(f"(from {result['measured_on']})")
     else:
-        lines.append(f"no calibration data needed; peak memory about {format_bytes(result['peak_bytes'])}")
+        lines.append(
+            f"no calibration data needed; peak memory about {format_bytes(result['peak_bytes'])} beside the libraries"
+        )
     return "\n".join(lines)
 
 

@@ -30,20 +30,20 @@ class _Stage(BaseModel):
 class Trace(_Stage):
     """The candidate pool: full-precision generations whose every denoising step is a candidate."""
 
-    prompts: int = Field(10, ge=1, description="how many calibration prompts are generated")
-    steps: int | None = Field(None, ge=1, description="denoising steps; default: the model's own")
-    guidance_scale: float | None = Field(None, ge=0, description="default: the model's own")
+    prompts: int = Field(default=10, ge=1, description="how many calibration prompts are generated")
+    steps: int | None = Field(default=None, ge=1, description="denoising steps; default: the model's own")
+    guidance_scale: float | None = Field(default=None, ge=0, description="default: the model's own")
 
 
 class Select(_Stage):
     """Which candidates become calibration samples."""
 
     policy: str = "salient"
-    count: int = Field(40, ge=1, description="calibration samples M")
-    features: str = Field("latent", description="what C_quant is computed on")
+    count: int = Field(default=40, ge=1, description="calibration samples M")
+    features: str = Field(default="latent", description="what C_quant is computed on")
     norm: Literal["spectral", "frobenius"] = "spectral"
-    cap_per_prompt: int | None = Field(None, ge=1)
-    cap_per_step: int | None = Field(None, ge=1)
+    cap_per_prompt: int | None = Field(default=None, ge=1)
+    cap_per_step: int | None = Field(default=None, ge=1)
 
     @field_validator("policy")
     @classmethod
@@ -60,17 +60,19 @@ class Quantize(_Stage):
     """Bits by role, equivalent transforms, and which of their parameters exist."""
 
     weights: int = Field(
-        4, description="bits of block linears, 2 to 8; modulation linears get them weight-only"
+        default=4, description="bits of block linears, 2 to 8; modulation linears get them weight-only"
     )
-    acts: int = Field(6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point")
+    acts: int = Field(
+        default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
+    )
     roles: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
     )
-    scale: bool = Field(True, description="channel scale c, started by SmoothQuant's rule")
-    alpha: float = Field(0.5, ge=0, le=1)
+    scale: bool = Field(default=True, description="channel scale c, started by SmoothQuant's rule")
+    alpha: float = Field(default=0.5, ge=0, le=1)
     rotation: Literal["none", "hadamard", "kronecker", "orthogonal"] = "kronecker"
-    affine: bool = Field(False, description="let a Kronecker rotation stretch as well")
+    affine: bool = Field(default=False, description="let a Kronecker rotation stretch as well")
     rotation_init: Literal["auto", "hadamard", "random_orthogonal", "identity"] = "auto"
     order: Literal["scale_then_rotate", "rotate_then_scale"] = "scale_then_rotate"
     weight_clip: bool = True
@@ -93,23 +95,25 @@ class Quantize(_Stage):
 class Reconstruct(_Stage):
     """Block-by-block training of scales, rotations and clipping."""
 
-    epochs: int = Field(15, ge=0)
+    epochs: int = Field(default=15, ge=0)
     batch_size: int = Field(
-        1, ge=1, description="calibration samples in a step; one sample holds both CFG branches"
+        default=1, ge=1, description="calibration samples in a step; one sample holds both CFG branches"
     )
-    transform_lr: float = Field(5e-3, gt=0)
-    clip_lr: float = Field(5e-2, gt=0)
-    eta_min_ratio: float = Field(1e-3, ge=0, le=1)
-    weight_decay: float = Field(0.01, ge=0)
+    transform_lr: float = Field(default=5e-3, gt=0)
+    clip_lr: float = Field(default=5e-2, gt=0)
+    eta_min_ratio: float = Field(default=1e-3, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
     normalise_loss: bool = False
     train_scale: bool = True
     train_rotation: bool = True
     train_clip: bool = True
     loss: Literal["token_weighted", "mse"] = "token_weighted"
-    lambda_min: float = Field(0.5, gt=0)
-    lambda_max: float = Field(1.0, gt=0)
-    cap_quantile: float | None = Field(None, gt=0, le=1)
-    propagate: Literal["fp", "quant"] = Field("fp", description="what the next block is calibrated on")
+    lambda_min: float = Field(default=0.5, gt=0)
+    lambda_max: float = Field(default=1.0, gt=0)
+    cap_quantile: float | None = Field(default=None, gt=0, le=1)
+    propagate: Literal["fp", "quant"] = Field(
+        default="fp", description="what the next block is calibrated on"
+    )
 
     @model_validator(mode="after")
     def _ordered_weights(self) -> Reconstruct:
@@ -122,8 +126,8 @@ class Rounding(_Stage):
     """How transformed weights become integers."""
 
     method: Literal["nearest", "gptq"] = "gptq"
-    damping: float = Field(0.01, gt=0)
-    block: int = Field(128, ge=1)
+    damping: float = Field(default=0.01, gt=0)
+    block: int = Field(default=128, ge=1)
 
 
 class Paper(_Stage):

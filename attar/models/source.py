@@ -86,7 +86,7 @@ def load_pipeline(
 
     Raises AttarError for folders that diffusers cannot read, and for damaged weight files.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)

@@ -81,7 +81,7 @@ def quantize_block(
     Raises AttarError when the settings need data and there is none, or a weight is not finite.
     """
     outcome = BlockOutcome()
-    linears = {name: module.get_submodule(name) for name in plans}
+    linears: dict[str, Any] = {name: module.get_submodule(name) for name in plans}
     for name, linear in linears.items():
         if not bool(torch.isfinite(linear.weight).all()):
             raise AttarError(

@@ -23,9 +23,12 @@ _OVERRIDE_KEYS = {"weights", "acts", "skip"}
 class NamedLinear(Protocol):
     """A linear layer as the model adapter describes it."""
 
-    name: str
-    module: nn.Module
-    role: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def role(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline
 from support import pipelines
 
 import attar
+from attar.recipe import load_recipe, recipe_names
 from attar.runtime.layers import packed_layers
 
 FEW = {"trace.prompts": 2, "select.count": 3, "reconstruct.epochs": 2}
@@ -56,3 +57,19 @@ def test_the_command_line_on_other_families(name, cli, tmp_path):
     assert (tmp_path / "small" / "README.md").read_text().splitlines()[1] == (
         "pipeline_tag: text-to-video" if name == "cogvideox" else "pipeline_tag: text-to-image"
     )
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_published_recipe(recipe):
+    case, few = pipelines.CASES["wan"], dict(FEW)
+    if not load_recipe(recipe).needs_data:
+        few = {}
+    elif load_recipe(recipe).reconstruct is None:
+        few.pop("reconstruct.epochs")
+    small = attar.compress(
+        pipelines.make("wan"), recipe, overrides=few, prompts=pipelines.PROMPTS[:2],
+        generation={**case.generation, "num_inference_steps": case.steps},
+    )  # fmt: skip
+    assert len(packed_layers(small.transformer)) == 30
+    assert small.transformer.config["quantization_config"].fields["recipe"] == recipe
+    assert torch.isfinite(pipelines.generate(small, "wan")).all()
