@@ -339,7 +339,7 @@ clips (`judge/`); colour, direction and speed are measured from the pixels. The 
 {card["autoencoder"]["psnr_db"]:.1f} dB.
 
 Trained in {minutes["autoencoder"] + minutes["decoder"]:g} minutes (autoencoder), {minutes["images"]:g} (transformer on
-frames) and {minutes["clips"]:g} (on clips) on one {card["device"]} core, seed {card["seed"]}; the curves are in
+frames) and {minutes["clips"]:g} (on clips) on {card["processes"]} {card["device"]} process(es), seed {card["seed"]}; the curves are in
 `training.json`. Again with
 
     python -m attar.models.zoo.train digits-video
@@ -384,6 +384,7 @@ def train_digits_video(args) -> None:
             "clips": args.minutes,
         },
         "batch": args.batch,
+        "processes": args.processes,
         "reader_accuracy": round(reader_accuracy, 4),
         "autoencoder": quality,
         "scores": scores,
@@ -426,6 +427,7 @@ def main() -> None:
     parser.add_argument("--score-prompts", type=int, default=240)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.processes = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
     train_digits_video(args)
