@@ -142,7 +142,10 @@ class ScoreTable:
 
     @classmethod
     def build(
-        cls, prompt: Sequence[int], step: Sequence[int], change: Sequence[float] | Tensor,
+        cls,
+        prompt: Sequence[int],
+        step: Sequence[int],
+        change: Sequence[float] | Tensor,
         amplification: Sequence[float] | Tensor,
     ) -> ScoreTable:
         """The table with its scores. Raises AttarError when a metric is not finite."""
@@ -273,8 +276,13 @@ POLICIES: dict[str, Callable[[ScoreTable, int, Random], list[int]]] = {
 
 
 def select(
-    policy: str, table: ScoreTable, count: int, seed: int = 0, *,
-    cap_per_prompt: int | None = None, cap_per_step: int | None = None,
+    policy: str,
+    table: ScoreTable,
+    count: int,
+    seed: int = 0,
+    *,
+    cap_per_prompt: int | None = None,
+    cap_per_step: int | None = None,
 ) -> list[int]:
     """Indices into the table of the `count` candidates that the policy prefers, best first.
 

@@ -143,7 +143,8 @@ def collect_input_stats(
     missing = [name for name in linears if name not in stats]
     if missing:
         raise AttarError(
-            f"{len(missing)} layers were not reached by any calibration call", where=missing[0],
+            f"{len(missing)} layers were not reached by any calibration call",
+            where=missing[0],
             fix="Skip these layers, or calibrate with calls that use them",
         )
     return stats

@@ -21,8 +21,10 @@ def make_table(prompts=6, steps=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pairs = [(p, s) for p in range(prompts) for s in range(steps)]
     return ScoreTable.build(
-        [p for p, _ in pairs], [s for _, s in pairs],
-        torch.rand(len(pairs), generator=generator), torch.rand(len(pairs), generator=generator),
+        [p for p, _ in pairs],
+        [s for _, s in pairs],
+        torch.rand(len(pairs), generator=generator),
+        torch.rand(len(pairs), generator=generator),
     )
 
 
@@ -115,7 +117,9 @@ def test_salient_and_lowest_are_opposite_ends_and_ties_go_by_index():
 def test_prompt_policies_take_the_prompts_they_name():
     table = make_table(prompts=8, steps=10)
     for policy, count, prompts in (
-        ("one_prompt_all_steps", 10, 1), ("few_prompts_all_steps", 20, 5), ("few_prompts_random_steps", 20, 5)
+        ("one_prompt_all_steps", 10, 1),
+        ("few_prompts_all_steps", 20, 5),
+        ("few_prompts_random_steps", 20, 5),
     ):
         histogram = selection_histogram(table, select(policy, table, count, seed=3))
         assert len(histogram["prompt"]) == prompts

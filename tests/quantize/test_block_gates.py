@@ -83,9 +83,13 @@ class Case:
     def learn(self, block, groups=("transform", "clip"), epochs=15):
         parameters = parameter_groups(block.modules())
         return reconstruct_block(
-            lambda c: self.run(block, c), self.train, self.train_targets,
-            {name: parameters[name] for name in groups}, ReconstructionSettings(epochs=epochs),
-            lambda p, t, c: mse(p, t), generator=torch.Generator().manual_seed(0),
+            lambda c: self.run(block, c),
+            self.train,
+            self.train_targets,
+            {name: parameters[name] for name in groups},
+            ReconstructionSettings(epochs=epochs),
+            lambda p, t, c: mse(p, t),
+            generator=torch.Generator().manual_seed(0),
             validation=(self.test, self.test_targets, None),
         )
 

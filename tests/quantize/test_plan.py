@@ -54,10 +54,16 @@ def test_sixteen_bits_keep_a_layer_or_its_activations():
 
 
 def test_overrides_by_role_and_name_the_last_one_wins_key_by_key():
-    plans = plan(overrides={
-        "cross_attn.*": {"weights": 8}, "blocks.1.*": {"acts": 8}, "blocks.1.ffn.0": {"skip": True},
-        "head": {"weights": 8}, "embedding": {"acts": 6}, "modulation": {"weights": 16},
-    })
+    plans = plan(
+        overrides={
+            "cross_attn.*": {"weights": 8},
+            "blocks.1.*": {"acts": 8},
+            "blocks.1.ffn.0": {"skip": True},
+            "head": {"weights": 8},
+            "embedding": {"acts": 6},
+            "modulation": {"weights": 16},
+        }
+    )
     bits = {name: (p.weight_bits, p.act_bits) for name, p in plans.items()}
     assert bits["blocks.0.attn2.to_k"] == (8, 6)
     assert bits["blocks.1.attn2.to_k"] == (8, 8)
@@ -69,14 +75,21 @@ def test_overrides_by_role_and_name_the_last_one_wins_key_by_key():
     assert "blocks.1.ffn.0" in plans["blocks.1.ffn.0"].reason
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"weights": 1}, "weights cannot be 1"), ({"weights": 9}, "9"), ({"weights": True}, "True"),
-    ({"acts": 1}, "acts"),
-    ({"weights": None}, "None"), ({"overrides": {"ffn.up": {"weight": 4}}}, "weights, acts and skip"),
-    ({"overrides": {"ffn.up": {"weights": 12}}}, "12"), ({"overrides": {"ffn.up": {"skip": "yes"}}}, "skip"),
-    ({"overrides": {"ffn.middle": {"weights": 8}}}, "matches no layer"),
-    ({"overrides": {"ffn.up": 8}}, "knows"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"weights": 1}, "weights cannot be 1"),
+        ({"weights": 9}, "9"),
+        ({"weights": True}, "True"),
+        ({"acts": 1}, "acts"),
+        ({"weights": None}, "None"),
+        ({"overrides": {"ffn.up": {"weight": 4}}}, "weights, acts and skip"),
+        ({"overrides": {"ffn.up": {"weights": 12}}}, "12"),
+        ({"overrides": {"ffn.up": {"skip": "yes"}}}, "skip"),
+        ({"overrides": {"ffn.middle": {"weights": 8}}}, "matches no layer"),
+        ({"overrides": {"ffn.up": 8}}, "knows"),
+    ],
+)
 def test_bad_plans_are_refused(arguments, message):
     with pytest.raises(AttarError, match=message):
         plan(**arguments)

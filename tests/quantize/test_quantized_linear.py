@@ -24,8 +24,10 @@ def make_linear(dtype=torch.float32, bias=True):
 def make_transforms(*names):
     scale = torch.rand(D, generator=torch.Generator().manual_seed(1)) + 0.1
     kinds = {
-        "scale": lambda: LearnedScale(scale), "hadamard": lambda: FixedHadamard(D),
-        "kronecker": lambda: LearnedKronecker(D), "affine": lambda: LearnedKronecker(D, affine=True),
+        "scale": lambda: LearnedScale(scale),
+        "hadamard": lambda: FixedHadamard(D),
+        "kronecker": lambda: LearnedKronecker(D),
+        "affine": lambda: LearnedKronecker(D, affine=True),
         "orthogonal": lambda: LearnedOrthogonal(D),
     }
     return [kinds[name]() for name in names]
@@ -42,8 +44,15 @@ def train(layer, x, steps=5, lr=2e-2):
 
 
 STACKS = [
-    (), ("scale",), ("hadamard",), ("kronecker",), ("affine",), ("orthogonal",), ("scale", "kronecker"),
-    ("kronecker", "scale"), ("scale", "hadamard", "affine", "orthogonal"),
+    (),
+    ("scale",),
+    ("hadamard",),
+    ("kronecker",),
+    ("affine",),
+    ("orthogonal",),
+    ("scale", "kronecker"),
+    ("kronecker", "scale"),
+    ("scale", "hadamard", "affine", "orthogonal"),
 ]
 
 

@@ -338,9 +338,9 @@ The digit is judged by a small network that reads {100 * card["reader_accuracy"]
 clips (`judge/`); colour, direction and speed are measured from the pixels. The autoencoder alone keeps
 {card["autoencoder"]["psnr_db"]:.1f} dB.
 
-Trained in {minutes["autoencoder"] + minutes["decoder"]:g} minutes (autoencoder), {minutes["images"]:g} (transformer on
-frames) and {minutes["clips"]:g} (on clips) on {card["processes"]} {card["device"]} process(es), seed {card["seed"]}; the curves are in
-`training.json`. Again with
+Trained in {minutes["autoencoder"] + minutes["decoder"]:g} minutes (autoencoder), {minutes["images"]:g} (transformer
+on frames) and {minutes["clips"]:g} (on clips) on {card["processes"]} process(es) of a {card["device"]}, seed
+{card["seed"]}; the curves are in `training.json`. Again with
 
     python -m attar.models.zoo.train digits-video
 
