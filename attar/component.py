@@ -114,7 +114,18 @@ class ComponentJob:
                 if result["error_before"] is not None:
                     note = f"{block.name} error {result['error_before']:.4f} → {result['error_after']:.4f}"
                 advance(block.index + 1, note)
+        self._outside()
         return evidence
+
+    def _outside(self) -> None:
+        """Linears outside the blocks that an override asks for: weights only, rounded to nearest, no data needed."""
+        inside = tuple(f"{block.name}." for block in self.adapter.blocks)
+        plans = {name: plan for name, plan in self.plan.items() if not name.startswith(inside)}
+        plain = BlockSettings(
+            TransformSettings(scale=False, rotation="none"), weight_clip=False, act_clip=False
+        )
+        if plans:
+            quantize_block(self.transformer, plans, lambda call: {}, [], [], plain, loss=_loss("mse"))
 
     # -- what is there already
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attar.component import ComponentJob
 
+from attar.component import ComponentJob
 from attar.conductor import plan_component
 from attar.errors import AttarError
 from attar.models.source import find_source, load_pipeline

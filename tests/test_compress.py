@@ -185,3 +185,19 @@ def test_loading_leaves_the_libraries_as_they_were(wan_folder, capfd):
     load_pipeline(find_source(str(wan_folder)))
     assert (ours.get_verbosity(), theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == before
     assert "Loading" not in capfd.readouterr().err
+
+
+def test_layers_outside_the_blocks_follow_an_override_as_weights_only(tmp_path):
+    case = pipelines.CASES["wan"]
+    roles = {"head": {"weights": 8, "acts": 8}, "time_conditioning": {"weights": 8}}
+    pipe = attar.compress(pipelines.make("wan"), "rtn", overrides={"quantize.roles": roles})
+    packed = packed_layers(pipe.transformer)
+    assert (packed["proj_out"].weight_bits, packed["proj_out"].act_bits) == (8, None)
+    assert any(name.startswith("condition_embedder.time") for name in packed)
+    call = {**case.generation, "num_inference_steps": 2, "output_type": "latent"}
+    before = pipe(pipelines.PROMPTS[0], generator=torch.Generator().manual_seed(0), **call)[0]
+    pipe.save_pretrained(tmp_path / "out")
+    again = reload(tmp_path / "out")
+    assert packed_layers(again.transformer).keys() == packed.keys()
+    after = again(pipelines.PROMPTS[0], generator=torch.Generator().manual_seed(0), **call)[0]
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)

@@ -76,7 +76,7 @@ def plan_layers(
 
     Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
     others): linears in blocks get `weights` and `acts` bits, modulation gets `weights` bits with
-    floating-point activations, linears outside blocks stay as they are.
+    floating-point activations, linears outside blocks stay as they are, or become weight-only by an override.
     weights: 2..8, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
     overrides: {pattern: {"weights": bits, "acts": bits, "skip": bool}}; a pattern is a role or a dotted
     name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
@@ -134,6 +134,9 @@ def _plan(
         reason = f"override {pattern!r}"
         if chosen.get("skip", False):
             weights = KEEP
+        if not inside:  # no calibration data passes here
+            acts = None
+            reason += ", outside the transformer blocks" + ("" if weights == KEEP else ": weights only")
     kept = weights == KEEP
     module: Any = linear.module
     return LayerPlan(
