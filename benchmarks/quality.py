@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 from attar.component import ComponentJob
 from attar.conductor import plan_component
 from attar.errors import AttarError
+from attar.files import writing
 from attar.models.source import find_source, load_pipeline
 from attar.progress import SilentProgress
 from attar.recipe import load_recipe
@@ -69,10 +69,8 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 def save_results(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=0) + "\n")
-    os.replace(temporary, path)
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=0) + "\n")
 
 
 def environment(prompts: int, steps: int) -> dict[str, Any]:

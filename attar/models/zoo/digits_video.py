@@ -11,9 +11,8 @@ from diffusers import (
 )
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from attar.models.zoo.clips import BACKGROUND, FPS, FRAMES, SIZE, all_scenes
+from attar.models.zoo.clips import FPS, FRAMES, SIZE, all_scenes
 
-__all__ = ["BACKGROUND", "FRAMES"]
 TEXT_TOKENS, TEXT_WIDTH, LATENT_CHANNELS = 32, 128, 8
 FLOW_SHIFT = 3.0
 

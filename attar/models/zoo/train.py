@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attar.models.zoo import digits_video as parts
-from attar.models.zoo.clips import Scene, random_clips, split_scenes
+from attar.models.zoo.clips import BACKGROUND, FRAMES, Scene, random_clips, split_scenes
 from attar.models.zoo.judges import DigitReader, crops, judge
 from attar.models.zoo.trainer import Trainer
 
@@ -107,6 +107,14 @@ def ink_windows(clips: Tensor, frames: int, side: int) -> Tensor:
     return clips[:, :, start : start + frames, top : top + side, left : left + side]
 
 
+def ink_weighted_error(out: Tensor, x: Tensor, squared: float = 1.0) -> Tensor:
+    """Absolute plus `squared` times squared error of clips (B, 3, F, H, W) in [-1, 1]; ink counts four times."""
+    ground = torch.tensor(BACKGROUND, device=x.device)[None, :, None, None, None] * 2 - 1
+    weight = 1 + 3 * ((x - ground).abs().amax(dim=1, keepdim=True) > 0.1)
+    error = (out - x) * weight
+    return error.abs().mean() + squared * (error * (out - x)).mean()
+
+
 def train_vae(scenes: Scenes, args):
     """Autoencoder on short windows: it is convolutional and causal, so what it learns there holds for whole clips."""
     device = scenes.table.device
@@ -123,11 +131,8 @@ def train_vae(scenes: Scenes, args):
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + (0.5 * posterior.logvar).exp() * torch.randn_like(posterior.mean)
         out = vae.decode(z).sample
-        ground = torch.tensor(parts.BACKGROUND, device=device)[None, :, None, None, None] * 2 - 1
-        weight = 1 + 3 * ((x - ground).abs().amax(dim=1, keepdim=True) > 0.1)
-        error = (out - x) * weight
         kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar)
-        loss = trainer.update(error.abs().mean() + (error * (out - x)).mean() + 3e-4 * kl.mean())
+        loss = trainer.update(ink_weighted_error(out, x) + 3e-4 * kl.mean())
         if step % 50 == 0:
             curve.append([step, round(loss, 5)])
             log(f"autoencoder {step} ({trainer.progress:.2f}) loss {loss:.5f}")
@@ -137,10 +142,8 @@ def train_vae(scenes: Scenes, args):
 
 def train_decoder(vae, scenes: Scenes, args) -> list[list]:
     """Sharpen the decoder for the latents as they are: the encoder, and so the transformer's data, stays fixed."""
-    device = scenes.table.device
     parameters = nn.ModuleList([vae.decoder, vae.post_quant_conv])
     trainer = Trainer([parameters], 1.5e-3, args.decoder_minutes, args.work / "decoder.state.safetensors")
-    ground = torch.tensor(parts.BACKGROUND, device=device)[None, :, None, None, None] * 2 - 1
     curve = []
     for step in trainer.steps():
         with torch.no_grad():
@@ -149,9 +152,7 @@ def train_decoder(vae, scenes: Scenes, args) -> list[list]:
             z = vae.encode(x).latent_dist.mean
             z = z + 0.05 * z.std() * torch.randn_like(z)  # generated latents are not quite encoded ones
         out = vae.decode(z).sample
-        weight = 1 + 3 * ((x - ground).abs().amax(dim=1, keepdim=True) > 0.1)
-        error = (out - x) * weight
-        loss = trainer.update(error.abs().mean() + 2 * (error * (out - x)).mean())
+        loss = trainer.update(ink_weighted_error(out, x, squared=2.0))
         if step % 50 == 0:
             curve.append([step, round(loss, 5)])
             log(f"decoder {step} ({trainer.progress:.2f}) loss {loss:.5f}")
@@ -166,7 +167,7 @@ def encode_clips(vae, scenes: Scenes, images: int, clips: int, path: Path) -> di
     if not path.is_file():
         torch.manual_seed(SEED + 3)
         out: dict[str, list[Tensor]] = {"image": [], "image_row": [], "clip": [], "clip_row": []}
-        for name, count, frames, batch in (("image", images, 1, 128), ("clip", clips, parts.FRAMES, 16)):
+        for name, count, frames, batch in (("image", images, 1, 128), ("clip", clips, FRAMES, 16)):
             for done in range(0, count, batch):
                 row, x = scenes.draw(batch)
                 first = torch.randint(0, x.shape[2] - frames + 1, (1,)).item()

@@ -6,7 +6,6 @@ first process keeps the clock and the state file.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
+
+from attar.files import writing
 
 
 class Trainer:
@@ -119,9 +120,8 @@ class Trainer:
                 for key, value in optimizer.state.get(p, {}).items():
                     tensors[f"{i}.optimizer.{key}"] = value.reshape(value.shape).contiguous().float()
         tensors["rng"] = torch.get_rng_state()
-        temporary = self.state.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"step": str(self.step), "used": repr(self.used)})
-        os.replace(temporary, self.state)
+        with writing(self.state) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(self.step), "used": repr(self.used)})
 
     def _load(self) -> None:
         with safe_open(self.state, framework="pt") as file:
