@@ -1,12 +1,18 @@
 """What the quality benchmark measures: methods as recipes with overrides, grouped into studies.
 
-A cell is one (method, bits, seed). A study lists its methods once; the runner fills the cells one at a time.
+A cell is one (method, bits, seed). A study lists its methods once; the runner fills the cells one at a time. Studies
+share cells: what two of them call by different names is measured once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from attar.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -17,15 +23,62 @@ class Method:
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict)
 
+    def resolve(self, bits: tuple[int, int]) -> Recipe:
+        """The recipe at (weights, acts) bits."""
+        widths = {"quantize.weights": bits[0], "quantize.acts": bits[1]}
+        return load_recipe(self.recipe, {**self.overrides, **widths})
+
 
 @dataclass(frozen=True)
 class Study:
-    """A table: its methods at some bit widths."""
+    """A table: its methods at some bit widths.
+
+    prompts: held-out videos of a cell, 0 for block errors alone. outliers: on the model with planted outlier channels.
+    """
 
     name: str
     question: str
     bits: tuple[tuple[int, int], ...]
     methods: tuple[Method, ...]
+    prompts: int = 24
+    outliers: bool = False
+
+
+def digest(recipe: Recipe, *without: str) -> str:
+    """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
+    unsaid = {"name", "summary", "notes", "paper", *without}
+    text = json.dumps(recipe.model_dump(exclude=unsaid), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _names() -> dict[str, list[tuple[str, str, tuple[int, int]]]]:
+    """Every (study, method, bits) by what it does, and to which model."""
+    found: dict[str, list[tuple[str, str, tuple[int, int]]]] = {}
+    for study in STUDIES.values():
+        for bits in study.bits:
+            for method in study.methods:
+                place = (study.name, method.name, bits)
+                found.setdefault(f"{digest(method.resolve(bits))}-{study.outliers}", []).append(place)
+    return found
+
+
+def key(study: str, method: str, bits: tuple[int, int], seed: int) -> str:
+    return f"{study}|{method}|W{bits[0]}A{bits[1]}|{seed}"
+
+
+def find_cell(
+    cells: dict[str, Any], study: Study, method: Method, bits: tuple[int, int], seed: int
+) -> dict[str, Any] | None:
+    """The cell, if this study or another one measured it with as many prompts."""
+    does = digest(method.resolve(bits))
+    for place in _names()[f"{does}-{study.outliers}"]:
+        cell = cells.get(key(*place, seed))
+        if cell is None or cell["recipe"] != does:  # the recipe was another one then
+            continue
+        if not study.prompts or cell.get("prompts") == study.prompts:
+            return cell
+    return None
 
 
 NEAREST = {"rounding.method": "nearest"}
@@ -50,11 +103,11 @@ MAIN = Study(
         Method("base + STD", "s2q-vdit", _base(reconstruct__loss="token_weighted")),
         Method("S²Q-VDiT without GPTQ", "s2q-vdit", {**FULL, **NEAREST}),
         Method("S²Q-VDiT (with GPTQ)", "s2q-vdit"),
+        Method("learned base + GPTQ", "s2q-vdit", _base(rounding__method="gptq")),
         Method("attar-ptq (default)", "attar-ptq"),
     ),
 )
 
-NO_LEARNING = {"reconstruct": None, "quantize.weight_clip": False, "quantize.act_clip": False}
 LADDER = Study(
     "ladder",
     "Does every part of the learned base lower the held-out block error?",
@@ -72,7 +125,15 @@ LADDER = Study(
         Method("+ learned scale", "learned-base"),
         Method("+ GPTQ", "learned-base", {"rounding.method": "gptq"}),
     ),
+    prompts=0,
 )  # fmt: skip
+
+OUTLIERS = replace(
+    LADDER,
+    name="ladder with outliers",
+    question="The same where some channels are 20 times larger, as in large transformers?",
+    outliers=True,
+)
 
 POLICIES = (
     "salient", "salient_stratified", "last_steps", "random", "uniform_steps", "one_prompt_all_steps",
@@ -83,20 +144,22 @@ SELECTION = Study(
     "Does it matter which samples are chosen? (plain error, nearest rounding)",
     ((4, 4),),
     tuple(Method(policy, "s2q-vdit", _base(select__policy=policy)) for policy in POLICIES),
+    prompts=0,
 )
+
+
+def _weighted(low: float) -> Method:
+    return Method(
+        f"λ_min = {low:g}", "s2q-vdit", _base(reconstruct__loss="token_weighted", reconstruct__lambda_min=low)
+    )
+
 
 DISTILLATION = Study(
     "distillation",
     "What does weighting tokens by attention do? (random samples, nearest rounding)",
     ((4, 4),),
-    tuple(
-        Method(
-            f"λ_min = {low:g}",
-            "s2q-vdit",
-            _base(reconstruct__loss="token_weighted", reconstruct__lambda_min=low),
-        )
-        for low in (0.1, 0.25, 0.5, 0.75, 1.0)
-    ),
+    (Method("plain error", "s2q-vdit", BASE), *map(_weighted, (0.1, 0.25, 0.5, 0.75))),
+    prompts=0,
 )
 
 LEARNING = Study(
@@ -108,7 +171,10 @@ LEARNING = Study(
         for name, changes in (
             ("15 epochs, 40 samples, fp", {}),
             ("propagate quant", {"reconstruct.propagate": "quant"}),
+            ("1 epoch", {"reconstruct.epochs": 1}),
             ("5 epochs", {"reconstruct.epochs": 5}),
+            ("5 epochs, batches of 4", {"reconstruct.epochs": 5, "reconstruct.batch_size": 4}),
+            ("15 epochs, batches of 4", {"reconstruct.batch_size": 4}),
             ("10 samples", {"select.count": 10}),
             ("20 samples", {"select.count": 20}),
             ("80 samples", {"select.count": 80}),
@@ -117,6 +183,21 @@ LEARNING = Study(
             ("rotate, then scale", {"quantize.order": "rotate_then_scale"}),
         )
     ),
+    prompts=0,
 )
 
-STUDIES = {study.name: study for study in (MAIN, LADDER, SELECTION, DISTILLATION, LEARNING)}
+ACCURACY = Study(
+    "accuracy",
+    "Do the compressed models still show what every held-out prompt says?",
+    ((4, 6),),
+    (
+        Method("round to nearest", "rtn"),
+        Method("S²Q-VDiT (with GPTQ)", "s2q-vdit"),
+        Method("attar-ptq (default)", "attar-ptq"),
+    ),
+    prompts=240,
+)
+
+STUDIES = {
+    study.name: study for study in (MAIN, LADDER, OUTLIERS, ACCURACY, SELECTION, DISTILLATION, LEARNING)
+}

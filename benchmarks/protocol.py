@@ -22,6 +22,7 @@ from attar.models.source import Source, load_pipeline
 from attar.models.zoo.clips import Scene, split_scenes
 from attar.models.zoo.judges import DigitReader, judge
 from attar.quantize.reconstruct import concatenate_calls
+from benchmarks.outliers import plant_outliers
 
 ATTRIBUTES = ("digit", "colour", "direction", "speed")
 HELD_OUT_PROMPTS, HELD_OUT_STEPS = 2, 8
@@ -69,24 +70,43 @@ class HeldOut:
     targets: list[list[dict[str, Tensor]]]
 
 
-class Bench:
-    """Everything that the cells of one seed share: traces, held-out block data, full-precision videos."""
+@dataclass
+class Reference:
+    """What full precision makes of the first held-out scenes."""
 
-    def __init__(self, source: Source, folder: Path, seed: int, prompts: int, steps: int | None) -> None:
-        self.source, self.folder, self.seed = source, folder, seed
+    scenes: list[Scene]
+    latents: Tensor
+    videos: Tensor
+    accuracy: dict[str, list[bool]]
+
+
+class Bench:
+    """Everything that the cells of one seed share: traces, held-out block data, full-precision videos.
+
+    outliers: of the model with planted outlier channels instead of the model itself.
+    """
+
+    def __init__(
+        self, source: Source, folder: Path, seed: int, steps: int | None, outliers: bool = False
+    ) -> None:
+        self.source, self.seed, self.outliers = source, seed, outliers
+        self.folder = (folder / "outliers" if outliers else folder) / f"seed-{seed}"
         self.call = source.call_arguments(num_inference_steps=steps)
         self.steps = int(self.call["num_inference_steps"])
-        self.scenes = evaluation_scenes(prompts)
         assert source.folder is not None
         self.reader = DigitReader.load(source.folder)
-        self.store = TraceStore(folder / f"seed-{seed}" / "trace")
-        pipe = load_pipeline(source)
+        self.store = TraceStore(self.folder / "trace")
+        self._references: dict[int, Reference] = {}
+        pipe = self.load()
         self._trace(pipe)
         self.held_out = self._held_out(pipe)
-        started = time.time()
-        self.latents, self.videos = self._reference(pipe)
-        self.reference_seconds = time.time() - started
-        self.reference_accuracy = self.accuracy(self.videos)
+
+    def load(self) -> Any:
+        """The full-precision pipeline."""
+        pipe = load_pipeline(self.source)
+        if self.outliers:
+            plant_outliers(pipe.transformer)
+        return pipe
 
     def _trace(self, pipe: Any) -> None:
         options = {k: v for k, v in self.call.items() if k not in ("num_inference_steps", "guidance_scale")}
@@ -100,7 +120,7 @@ class Bench:
         }
         trace_pipeline(pipe, self.prompts, self.store, seed=1000 * self.seed, **arguments)
         others = [scene.prompt for scene in evaluation_scenes(240)[-HELD_OUT_PROMPTS:]]
-        self.other = TraceStore(self.folder / f"seed-{self.seed}" / "held-out")
+        self.other = TraceStore(self.folder / "held-out")
         trace_pipeline(pipe, others, self.other, seed=1000 * self.seed + 500, **arguments)
 
     def _held_out(self, pipe: Any) -> HeldOut:
@@ -124,11 +144,18 @@ class Bench:
         self.outputs = [block.outputs for block in adapter.blocks]
         return found
 
-    def _reference(self, pipe: Any) -> tuple[Tensor, Tensor]:
-        return sample(pipe, [scene.prompt for scene in self.scenes], self.call, self.seed)
+    def reference(self, prompts: int) -> Reference:
+        """Full precision on the first held-out scenes, generated when it is first asked for."""
+        if prompts not in self._references:
+            scenes = evaluation_scenes(prompts)
+            pipe = self.load()
+            latents, videos = sample(pipe, [scene.prompt for scene in scenes], self.call, self.seed)
+            accuracy = self._accuracy(videos, scenes)
+            self._references[prompts] = Reference(scenes, latents, videos, accuracy)
+        return self._references[prompts]
 
-    def accuracy(self, videos: Tensor) -> dict[str, list[bool]]:
-        verdicts = judge(videos, self.scenes, self.reader)
+    def _accuracy(self, videos: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
+        verdicts = judge(videos, scenes, self.reader)
         found = {name: [getattr(v, name) for v in verdicts] for name in ATTRIBUTES}
         return {**found, "all": [all(row) for row in zip(*found.values(), strict=True)]}
 
@@ -145,21 +172,25 @@ class Bench:
             errors.append(sum(values) / len(values))
         return errors
 
-    def measure(self, pipe: Any, videos: bool = True) -> dict[str, Any]:
-        """All figures of a compressed pipeline."""
+    def measure(self, pipe: Any, prompts: int) -> dict[str, Any]:
+        """All figures of a compressed pipeline. prompts: held-out videos, 0 for block errors alone."""
         figures: dict[str, Any] = {"block_errors": self.block_errors(pipe.transformer)}
-        if not videos:
+        if not prompts:
             return figures
+        reference = self.reference(prompts)
         started = time.time()
-        latents, clips = sample(pipe, [scene.prompt for scene in self.scenes], self.call, self.seed)
-        accuracy = self.accuracy(clips)
+        latents, clips = sample(pipe, [scene.prompt for scene in reference.scenes], self.call, self.seed)
         return {
             **figures,
-            "latent_error": latent_error(self.latents, latents).tolist(),
-            "psnr": psnr(self.videos, clips).tolist(),
-            "ssim": ssim(self.videos, clips).tolist(),
-            "accuracy": {k: sum(v) / len(v) for k, v in accuracy.items()},
-            "reference_accuracy": {k: sum(v) / len(v) for k, v in self.reference_accuracy.items()},
-            "prompts": len(self.scenes),
+            "latent_error": latent_error(reference.latents, latents).tolist(),
+            "psnr": psnr(reference.videos, clips).tolist(),
+            "ssim": ssim(reference.videos, clips).tolist(),
+            "accuracy": _shares(self._accuracy(clips, reference.scenes)),
+            "reference_accuracy": _shares(reference.accuracy),
+            "prompts": prompts,
             "sampling_seconds": round(time.time() - started, 1),
         }
+
+
+def _shares(accuracy: dict[str, list[bool]]) -> dict[str, float]:
+    return {name: sum(right) / len(right) for name, right in accuracy.items()}

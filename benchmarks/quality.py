@@ -15,6 +15,7 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ import torch
 
 from attar.component import ComponentJob
 from attar.conductor import plan_component
-from attar.errors import AttarError
 from attar.files import writing
-from attar.models.source import find_source, load_pipeline
+from attar.models.source import find_source
 from attar.progress import SilentProgress
-from attar.recipe import load_recipe
+from attar.recipe import Recipe
 from attar.workspace import Workspace
-from benchmarks.cells import STUDIES, Method
+from benchmarks.cells import STUDIES, Method, Study, digest, find_cell, key
+from benchmarks.memory import remembering
 from benchmarks.protocol import Bench
 from benchmarks.tables import write_tables
 
@@ -37,14 +38,17 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 
 
-def compress(bench: Bench, method: Method, weights: int, acts: int) -> tuple[Any, dict[str, Any]]:
+def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """A freshly compressed pipeline on the bench's traces, and what its calibration reported."""
-    bits = {"quantize.weights": weights, "quantize.acts": acts}
-    recipe = load_recipe(method.recipe, {**method.overrides, **bits})
-    pipe = load_pipeline(bench.source)
+    pipe = bench.load()
     plan = plan_component(pipe.transformer, recipe)
+    propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
+    learned = digest(recipe) if propagates else digest(recipe, "rounding")
     started = time.time()
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        remembering(bench.folder / "learned" / learned) as memory,
+    ):
         job = ComponentJob(
             "transformer",
             pipe.transformer,
@@ -56,7 +60,7 @@ def compress(bench: Bench, method: Method, weights: int, acts: int) -> tuple[Any
             SilentProgress(),
         )
         evidence = job.run(len(bench.prompts))
-    report = {"calibration_seconds": round(time.time() - started, 1)}
+    report: dict[str, Any] = {"calibration_seconds": round(time.time() - started + memory.seconds, 1)}
     report["calibration_errors"] = [[b["error_before"], b["error_after"]] for b in evidence["blocks"]]
     if "selection" in evidence:
         table, chosen = evidence["selection"]["table"], evidence["selection"]["chosen"]
@@ -73,10 +77,9 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(results, indent=0) + "\n")
 
 
-def environment(prompts: int, steps: int) -> dict[str, Any]:
+def environment(steps: int) -> dict[str, Any]:
     return {
         "model": "digits-video",
-        "prompts": prompts,
         "steps": steps,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -85,40 +88,35 @@ def environment(prompts: int, steps: int) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     source = find_source("digits-video")
-    results = load_results(args.results)
     wanted = None if not args.bits else {tuple(int(n) for n in b.upper()[1:].split("A")) for b in args.bits}
     for seed in args.seeds:
-        bench: Bench | None = None
-        for name in args.studies:
-            study = STUDIES[name]
-            for weights, acts in study.bits:
-                if wanted is not None and (weights, acts) not in wanted:
-                    continue
+        benches: dict[bool, Bench] = {}
+        for study, bits, method in _cells(args.studies, wanted, args.only):
+            if find_cell(load_results(args.results)["cells"], study, method, bits, seed) is not None:
+                continue
+            if study.outliers not in benches:
+                benches[study.outliers] = Bench(source, args.work, seed, args.steps, study.outliers)
+            bench = benches[study.outliers]
+            recipe = method.resolve(bits)
+            pipe, report = compress(bench, recipe)
+            cell = {"recipe": digest(recipe), **report, **bench.measure(pipe, study.prompts)}
+            results = load_results(args.results)  # cells may be filled by several processes side by side
+            results.setdefault("environment", environment(bench.steps))
+            name = key(study.name, method.name, bits, seed)
+            results["cells"][name] = cell
+            save_results(args.results, results)
+            print(_line(name, cell), flush=True)
+
+
+def _cells(
+    studies: list[str], wanted: set[tuple[int, ...]] | None, only: list[str] | None
+) -> Iterator[tuple[Study, tuple[int, int], Method]]:
+    for study in (STUDIES[name] for name in studies):
+        for bits in study.bits:
+            if wanted is None or bits in wanted:
                 for method in study.methods:
-                    key = f"{name}|{method.name}|W{weights}A{acts}|{seed}"
-                    if key in results["cells"] or (
-                        args.only and not any(o in method.name for o in args.only)
-                    ):
-                        continue
-                    if bench is None:
-                        bench = Bench(source, args.work, seed, args.prompts, args.steps)
-                        print(f"seed {seed}: full precision {_shares(bench.reference_accuracy)}", flush=True)
-                    pipe, report = compress(bench, method, weights, acts)
-                    cell = {**report, **bench.measure(pipe, videos=not args.blocks_only)}
-                    # cells may be filled by several processes side by side
-                    results = load_results(args.results)
-                    results.setdefault("environment", environment(args.prompts, bench.steps))
-                    if results["environment"]["prompts"] != args.prompts:
-                        raise AttarError(
-                            "the results file was made with another --prompts", where=str(args.results)
-                        )
-                    results["cells"][key] = cell
-                    save_results(args.results, results)
-                    print(_line(key, cell), flush=True)
-
-
-def _shares(accuracy: dict[str, list[bool]]) -> dict[str, float]:
-    return {k: round(sum(v) / len(v), 4) for k, v in accuracy.items()}
+                    if not only or any(part in method.name for part in only):
+                        yield study, bits, method
 
 
 def _line(key: str, cell: dict[str, Any]) -> str:
@@ -137,11 +135,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", help="only these, e.g. W4A6 W4A4")
     parser.add_argument("--only", nargs="+", help="only methods whose name contains one of these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--prompts", type=int, default=60, help="held-out prompts that are generated for each cell"
-    )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--blocks-only", action="store_true", help="measure block errors, generate nothing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("work/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)

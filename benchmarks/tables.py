@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attar.evaluate.statistics import Estimate, mean_interval, paired_difference
-from benchmarks.cells import STUDIES, Study
+from benchmarks.cells import STUDIES, Study, find_cell
 
 INTRO = """# Quality on digits-video
 
@@ -27,7 +27,7 @@ def write_tables(results: dict[str, Any], path: Path) -> str:
     if "environment" in results:
         e = results["environment"]
         parts.append(
-            f"{e['prompts']} held-out prompts a cell, {e['steps']} steps, {e['device']}, "
+            f"{e['steps']} steps, {e['device']}, "
             + ", ".join(f"{k} {v}" for k, v in e["versions"].items())
             + ".\n"
         )
@@ -43,16 +43,12 @@ def write_tables(results: dict[str, Any], path: Path) -> str:
 
 def _study(study: Study, cells: dict[str, Any]) -> str:
     rows = []
-    for weights, acts in study.bits:
-        bits = f"W{weights}A{acts}"
+    for bits in study.bits:
         for method in study.methods:
-            found = {
-                int(k.rsplit("|", 1)[1]): c
-                for k, c in cells.items()
-                if k.startswith(f"{study.name}|{method.name}|{bits}|")
-            }
+            cell = {seed: find_cell(cells, study, method, bits, seed) for seed in _seeds(cells)}
+            found = {seed: c for seed, c in cell.items() if c is not None}
             if found:
-                rows.append((bits, method.name, found))
+                rows.append((f"W{bits[0]}A{bits[1]}", method.name, found))
     if not rows:
         return ""
     lines = [
@@ -70,6 +66,10 @@ def _study(study: Study, cells: dict[str, Any]) -> str:
         )
     lines += _differences(study, rows) + _chosen(study, rows)
     return "\n".join(lines) + "\n"
+
+
+def _seeds(cells: dict[str, Any]) -> list[int]:
+    return sorted({int(name.rsplit("|", 1)[1]) for name in cells})
 
 
 def _block(cell: dict[str, Any]) -> float:
@@ -99,9 +99,11 @@ def _accuracy(cells: list[dict[str, Any]], name: str) -> str:
 
 def _differences(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list[str]:
     """Against the study's first learned method, paired over seeds: the change of the block error in percent."""
-    base = {"selection": "random", "distillation": "λ_min = 1", "learning": "15 epochs, 40 samples, fp"}.get(
-        study.name
-    )
+    base = {
+        "selection": "random",
+        "distillation": "plain error",
+        "learning": "15 epochs, 40 samples, fp",
+    }.get(study.name)
     reference = next((found for _, name, found in rows if name == base), None)
     if reference is None:
         return []

@@ -1,9 +1,14 @@
 """The benchmark's cells are valid recipes, and its tables follow from its results."""
 
-import pytest
+import copy
 
+import pytest
+import torch
+
+from attar.models.source import find_source, load_pipeline
 from attar.recipe import load_recipe
-from benchmarks.cells import STUDIES
+from benchmarks.cells import STUDIES, digest
+from benchmarks.outliers import CHANNELS, FACTOR, plant_outliers
 from benchmarks.tables import write_tables
 
 
@@ -30,9 +35,40 @@ def test_tables_pair_cells_over_seeds(tmp_path):
     def cell(error: float) -> dict:
         return {"block_errors": [error, error], "calibration_seconds": 1.0, "chosen": [[0, 0], [1, 49]]}
 
-    cells = {f"selection|random|W4A4|{s}": cell(0.1) for s in range(3)}
-    cells |= {f"selection|salient|W4A4|{s}": cell(0.12) for s in range(3)}
+    does = {m.name: digest(m.resolve((4, 4))) for m in STUDIES["selection"].methods}
+    cells = {f"selection|random|W4A4|{s}": {**cell(0.1), "recipe": does["random"]} for s in range(3)}
+    cells |= {f"selection|salient|W4A4|{s}": {**cell(0.12), "recipe": does["salient"]} for s in range(3)}
+    cells["selection|lowest|W4A4|0"] = {**cell(0.5), "recipe": "of another day"}
     text = write_tables({"cells": cells}, tmp_path / "quality.md")
     assert "salient: 20.0 ± 0.0 %" in text
     assert "| salient | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 1 | 2 |" in text
+    assert "lowest" not in text
     assert (tmp_path / "quality.md").read_text() == text
+
+
+def test_planted_outliers_change_what_linears_see_and_not_what_the_model_computes():
+    model = load_pipeline(find_source("digits-video")).transformer
+    planted = copy.deepcopy(model)
+    plant_outliers(planted)
+    generator = torch.Generator().manual_seed(0)
+    call = {
+        "hidden_states": torch.randn(1, 8, 3, 8, 8, generator=generator),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 12, 128, generator=generator),
+        "return_dict": False,
+    }
+
+    def run(transformer):
+        seen = []
+        for name in ("attn1.to_q", "attn2.to_q", "ffn.net.0.proj"):
+            linear = transformer.blocks[4].get_submodule(name)
+            linear.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        with torch.no_grad():
+            return transformer(**call)[0], seen
+
+    (before, plain), (after, enlarged) = run(model), run(planted)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    factors = torch.ones(256)
+    factors[list(CHANNELS)] = FACTOR
+    for x, y in zip(plain, enlarged, strict=True):
+        torch.testing.assert_close(y, x * factors, rtol=1e-2, atol=1e-3)
