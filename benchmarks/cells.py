@@ -108,25 +108,26 @@ MAIN = Study(
     ),
 )
 
+FEW_EPOCHS = {"reconstruct.epochs": 5}
+FIXED = {"quantize.rotation": "hadamard"}
 LADDER = Study(
     "ladder",
-    "Does every part of the learned base lower the held-out block error?",
+    "Does every part of the default recipe lower the held-out block error? (5 epochs)",
     ((4, 4),),
     (
         Method("round to nearest", "rtn"),
         Method("rotation", "hadamard"),
         Method("scaling", "smoothquant"),
-        Method("scaling + rotation", "smoothquant", {"quantize.rotation": "hadamard"}),
+        Method("scaling + rotation", "smoothquant", FIXED),
         Method(
-            "+ learned clipping", "learned-base",
-            {"quantize.rotation": "hadamard", "reconstruct.train_scale": False},
+            "+ learned clipping", "learned-base", {**FEW_EPOCHS, **FIXED, "reconstruct.train_scale": False}
         ),
-        Method("+ learned rotation", "learned-base", {"reconstruct.train_scale": False}),
-        Method("+ learned scale", "learned-base"),
-        Method("+ GPTQ", "learned-base", {"rounding.method": "gptq"}),
+        Method("+ learned rotation", "learned-base", {**FEW_EPOCHS, "reconstruct.train_scale": False}),
+        Method("+ learned scale", "learned-base", FEW_EPOCHS),
+        Method("+ GPTQ", "learned-base", {**FEW_EPOCHS, "rounding.method": "gptq"}),
     ),
     prompts=0,
-)  # fmt: skip
+)
 
 OUTLIERS = replace(
     LADDER,
@@ -141,43 +142,44 @@ POLICIES = (
 )  # fmt: skip
 SELECTION = Study(
     "selection",
-    "Does it matter which samples are chosen? (plain error, nearest rounding)",
+    "Does it matter which samples are chosen? (plain error, nearest rounding, 5 epochs)",
     ((4, 4),),
-    tuple(Method(policy, "s2q-vdit", _base(select__policy=policy)) for policy in POLICIES),
+    tuple(Method(policy, "s2q-vdit", {**_base(select__policy=policy), **FEW_EPOCHS}) for policy in POLICIES),
     prompts=0,
 )
 
 
 def _weighted(low: float) -> Method:
     return Method(
-        f"λ_min = {low:g}", "s2q-vdit", _base(reconstruct__loss="token_weighted", reconstruct__lambda_min=low)
+        f"λ_min = {low:g}",
+        "s2q-vdit",
+        _base(reconstruct__loss="token_weighted", reconstruct__lambda_min=low, reconstruct__epochs=5),
     )
 
 
 DISTILLATION = Study(
     "distillation",
-    "What does weighting tokens by attention do? (random samples, nearest rounding)",
+    "What does weighting tokens by attention do? (random samples, nearest rounding, 5 epochs)",
     ((4, 4),),
-    (Method("plain error", "s2q-vdit", BASE), *map(_weighted, (0.1, 0.25, 0.5, 0.75))),
+    (Method("plain error", "s2q-vdit", {**BASE, **FEW_EPOCHS}), *map(_weighted, (0.1, 0.25, 0.5, 0.75))),
     prompts=0,
 )
 
 LEARNING = Study(
     "learning",
-    "Over-fitting, samples, propagation, and the kind of rotation (random samples, plain error, GPTQ)",
+    "Over-fitting, samples, propagation, and the kind of rotation (the default recipe, one thing changed)",
     ((4, 4),),
     tuple(
-        Method(name, "s2q-vdit", {**BASE, "rounding.method": "gptq", **changes})
+        Method(name, "attar-ptq", changes)
         for name, changes in (
-            ("15 epochs, 40 samples, fp", {}),
-            ("propagate quant", {"reconstruct.propagate": "quant"}),
+            ("default: 5 epochs, 40 samples, fp", {}),
             ("1 epoch", {"reconstruct.epochs": 1}),
-            ("5 epochs", {"reconstruct.epochs": 5}),
-            ("5 epochs, batches of 4", {"reconstruct.epochs": 5, "reconstruct.batch_size": 4}),
-            ("15 epochs, batches of 4", {"reconstruct.batch_size": 4}),
+            ("15 epochs", {"reconstruct.epochs": 15}),
+            ("15 epochs, 10 samples", {"reconstruct.epochs": 15, "select.count": 10}),
             ("10 samples", {"select.count": 10}),
-            ("20 samples", {"select.count": 20}),
             ("80 samples", {"select.count": 80}),
+            ("batches of 4", {"reconstruct.batch_size": 4}),
+            ("propagate quant", {"reconstruct.propagate": "quant"}),
             ("affine Kronecker", {"quantize.affine": True}),
             ("fixed Hadamard", {"quantize.rotation": "hadamard"}),
             ("rotate, then scale", {"quantize.order": "rotate_then_scale"}),
@@ -191,11 +193,10 @@ ACCURACY = Study(
     "Do the compressed models still show what every held-out prompt says?",
     ((4, 6),),
     (
-        Method("round to nearest", "rtn"),
         Method("S²Q-VDiT (with GPTQ)", "s2q-vdit"),
         Method("attar-ptq (default)", "attar-ptq"),
     ),
-    prompts=240,
+    prompts=200,
 )
 
 STUDIES = {

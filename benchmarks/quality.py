@@ -3,6 +3,7 @@
     python -m benchmarks.quality                                   every study, three seeds (hours on a CPU)
     python -m benchmarks.quality --studies main --bits W4A6 --seeds 0
     python -m benchmarks.quality --table                           print the tables of what is there already
+    python -m benchmarks.quality --bars                            check the bars; exit code 1 if one does not hold
 
 One cell (study, method, bits, seed) at a time, each written to the results file when it is done, so the command can be
 stopped and started again. Tables go to docs/quality.md.
@@ -29,6 +30,8 @@ from attar.models.source import find_source
 from attar.progress import SilentProgress
 from attar.recipe import Recipe
 from attar.workspace import Workspace
+from benchmarks.bars import check_bars
+from benchmarks.bars import table as bars_table
 from benchmarks.cells import STUDIES, Method, Study, digest, find_cell, key
 from benchmarks.memory import remembering
 from benchmarks.protocol import Bench
@@ -140,7 +143,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only write and print the tables")
+    parser.add_argument("--bars", action="store_true", help="only check the bars")
     args = parser.parse_args()
+    if args.bars:
+        verdicts = check_bars(load_results(args.results)["cells"])
+        print(bars_table(verdicts))
+        raise SystemExit(0 if all(v.holds for v in verdicts) else 1)
     torch.set_num_threads(args.threads)
     if not args.table:
         run(args)

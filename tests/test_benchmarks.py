@@ -33,7 +33,12 @@ def test_the_faithful_recipe_differs_from_its_base_in_two_ideas_and_the_rounding
 
 def test_tables_pair_cells_over_seeds(tmp_path):
     def cell(error: float) -> dict:
-        return {"block_errors": [error, error], "calibration_seconds": 1.0, "chosen": [[0, 0], [1, 49]]}
+        return {
+            "block_errors": [error, error],
+            "calibration_errors": [[None, None]],
+            "calibration_seconds": 1.0,
+            "chosen": [[0, 0], [1, 49]],
+        }
 
     does = {m.name: digest(m.resolve((4, 4))) for m in STUDIES["selection"].methods}
     cells = {f"selection|random|W4A4|{s}": {**cell(0.1), "recipe": does["random"]} for s in range(3)}

@@ -1,0 +1,118 @@
+"""The bars that quantization of digits-video has to clear, checked against the benchmark's results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from attar.evaluate.statistics import Estimate, paired_difference
+from benchmarks.cells import ACCURACY, LADDER, MAIN, OUTLIERS, Study, find_cell
+
+Cells = dict[str, Any]
+Value = Callable[[dict[str, Any]], float]
+SEEDS = range(100)
+DEFAULT, FAITHFUL = "attar-ptq (default)", "S²Q-VDiT (with GPTQ)"
+UNLEARNED = ("round to nearest", "SmoothQuant", "Hadamard (QuaRot-style)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One bar. holds: None when its cells are not measured yet."""
+
+    bar: str
+    holds: bool | None
+    measured: str
+
+
+def check_bars(cells: Cells) -> list[Verdict]:
+    """Every bar, from the cells that are there."""
+    return [*_accuracy(cells), *_closeness(cells), *_order(cells), *_gain(cells)]
+
+
+def table(verdicts: list[Verdict]) -> str:
+    said = {True: "holds", False: "**fails**", None: "not measured"}
+    lines = ["## Bars\n", "| bar | | measured |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {v.bar} | {said[v.holds]} | {v.measured} |" for v in verdicts)]) + "\n"
+
+
+def _accuracy(cells: Cells) -> Iterator[Verdict]:
+    for name in (DEFAULT, FAITHFUL):
+        bar = f"W4A6, {name}: prompt accuracy within 1 point of full precision"
+        found = _cells(cells, ACCURACY, name, (4, 6))
+        prompts = sum(c["prompts"] for c in found.values())
+        shares = [
+            sum(c[kind]["all"] * c["prompts"] for c in found.values()) / max(prompts, 1)
+            for kind in ("accuracy", "reference_accuracy")
+        ]
+        measured = f"{100 * shares[0]:.1f} % of {prompts} prompts against {100 * shares[1]:.1f} %"
+        yield Verdict(bar, shares[0] >= shares[1] - 0.01 if found else None, measured if found else "")
+
+
+def _closeness(cells: Cells) -> Iterator[Verdict]:
+    for name in (DEFAULT, FAITHFUL):
+        for other in UNLEARNED:
+            gain = _paired(cells, MAIN, (4, 6), other, name, _psnr)
+            yield _above(f"W4A6, {name}: PSNR above {other}", gain, 0, "dB")
+
+
+def _order(cells: Cells) -> Iterator[Verdict]:
+    for study in (LADDER, OUTLIERS):
+        rungs = [method.name for method in study.methods]
+        for worse, better in itertools.pairwise(rungs):
+            change = _paired(cells, study, (4, 4), worse, better, _percent(cells, study, worse))
+            yield _below(f"W4A4, {study.name}: block error of *{worse}* > *{better}*", change)
+
+
+def _gain(cells: Cells) -> Iterator[Verdict]:
+    for name in (DEFAULT, FAITHFUL):
+        gain = _paired(cells, MAIN, (4, 4), "round to nearest", name, _psnr)
+        yield _above(f"W4A4, {name}: at least 3 dB PSNR over round to nearest", gain, 3, "dB")
+
+
+def _cells(cells: Cells, study: Study, name: str, bits: tuple[int, int]) -> dict[int, dict[str, Any]]:
+    method = next(m for m in study.methods if m.name == name)
+    found = {seed: find_cell(cells, study, method, bits, seed) for seed in SEEDS}
+    return {seed: cell for seed, cell in found.items() if cell is not None}
+
+
+def _paired(
+    cells: Cells, study: Study, bits: tuple[int, int], before: str, after: str, value: Value
+) -> Estimate | None:
+    """after − before over the seeds that both have."""
+    first, second = (_cells(cells, study, name, bits) for name in (before, after))
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return None
+    return paired_difference([value(first[s]) for s in seeds], [value(second[s]) for s in seeds])
+
+
+def _psnr(cell: dict[str, Any]) -> float:
+    return sum(cell["psnr"]) / len(cell["psnr"])
+
+
+def _block(cell: dict[str, Any]) -> float:
+    return sum(cell["block_errors"]) / len(cell["block_errors"])
+
+
+def _percent(cells: Cells, study: Study, reference: str) -> Value:
+    """The block error in percent of the mean one of `reference`."""
+    found = _cells(cells, study, reference, (4, 4))
+    mean = sum(map(_block, found.values())) / max(len(found), 1)
+    return lambda cell: 100 * _block(cell) / mean
+
+
+def _above(bar: str, gain: Estimate | None, least: float, unit: str) -> Verdict:
+    return Verdict(bar, None if gain is None else gain.mean > least, _said(gain, unit))
+
+
+def _below(bar: str, change: Estimate | None) -> Verdict:
+    return Verdict(bar, None if change is None else change.mean < 0, _said(change, "%"))
+
+
+def _said(e: Estimate | None, unit: str) -> str:
+    if e is None:
+        return ""
+    interval = "" if e.high is None else f" ± {e.high - e.mean:.2f}"
+    return f"{e.mean:+.2f}{interval} {unit}, {e.count} seed{'s' if e.count > 1 else ''}"
