@@ -131,8 +131,8 @@ LADDER = Study(
 
 OUTLIERS = replace(
     LADDER,
-    name="ladder with outliers",
-    question="The same where some channels are 20 times larger, as in large transformers?",
+    name="outliers",
+    question="The ladder where some channels are 20 times larger, as in large transformers?",
     outliers=True,
 )
 
