@@ -22,7 +22,7 @@ from attar.quantize.reconstruct import ReconstructionResult, reconstruct_block
 
 @dataclass
 class Memory:
-    """Seconds that learning took where it was remembered instead of done again."""
+    """CPU seconds that learning took where it was remembered instead of done again."""
 
     seconds: float = 0.0
 
@@ -48,9 +48,9 @@ def remembering(folder: Path) -> Iterator[Memory]:
                 known = json.loads(file.metadata()["learning"])
             memory.seconds += known.pop("seconds")
             return ReconstructionResult(**known)
-        started = time.time()
+        started = time.process_time()
         result = reconstruct_block(run, calls, targets, groups, *rest, **more)
-        known = json.dumps({**asdict(result), "seconds": time.time() - started})
+        known = json.dumps({**asdict(result), "seconds": time.process_time() - started})
         with writing(path) as temporary:
             tensors = {name: p.detach().contiguous() for name, p in named.items()}
             save_file(tensors, temporary, {"learning": known})
