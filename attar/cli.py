@@ -71,7 +71,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a pipeline's transformers. A killed run goes on when it is started again."""
-    from attar.forecast import forecast_job, forecast_text
+    from attar.forecast.dry_run import forecast_job, forecast_text
     from attar.models.source import find_source, load_pipeline, read_prompts
     from attar.progress import RichProgress
     from attar.recipe import load_recipe
@@ -221,6 +221,51 @@ def compare(
     else:
         values = [pair.psnr for pair in data.pairs if pair.psnr is not None]
         print(f"{output / 'index.html'}: {len(data.pairs)} pairs, PSNR {sum(values) / len(values):.2f} dB")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="a real shape (wan-14b, hunyuan, ...), a built-in name, or a diffusers folder")
+    ],
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100, 4090, 5090, b200, or cpu, which is measured")],
+    recipe: Annotated[
+        str, typer.Option(help="published name or YAML file; see `attar recipes`")
+    ] = "attar-ptq",
+    weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
+    acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override, e.g. quantize.rotation=hadamard")
+    ] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels (default: the model's)")
+    ] = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    text_tokens: Annotated[int | None, typer.Option(min=1, help="length of the text")] = None,
+    guidance: Annotated[
+        bool | None, typer.Option("--guidance/--no-guidance", help="two branches a step (default: the model's)")
+    ] = None,
+    peak: Annotated[
+        list[str] | None,
+        typer.Option(help="a rate in the place of the table's or a measured one, e.g. bf16=0.14 (TFLOP/s)"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Forecast speed-up, size and calibration on some hardware; from the architecture alone, without weights."""
+    from attar.forecast.architecture import find_architecture
+    from attar.forecast.hardware import find_hardware, parse_peaks
+    from attar.forecast.plan import plan_model, size_for
+    from attar.forecast.table import print_plan
+    from attar.recipe import load_recipe
+
+    bits = _given({"quantize.weights": weights, "quantize.acts": acts})
+    chosen = load_recipe(recipe, {**_assignments(set_), **bits})
+    architecture = find_architecture(model)
+    size = size_for(architecture, resolution, frames, text_tokens)
+    hardware = find_hardware(gpu, parse_peaks(peak or []))
+    result = plan_model(architecture, chosen, hardware, size, steps, guidance)
+    _emit(result) if as_json else print_plan(result)
 
 
 @recipes_app.callback()

@@ -48,21 +48,34 @@ class Hardware:
         """The same machine with perfect kernels."""
         return replace(self, efficiency=dict.fromkeys(KINDS, 1.0))
 
-    def with_peaks(self, peaks: Mapping[str, float]) -> Hardware:
-        """With rates and bandwidth of the user's in the place of the table's."""
-        rates = {**self.rates, **{k: v for k, v in peaks.items() if k in RATES}}
-        given = {k: "given with --peak" for k in peaks}
-        bandwidth = peaks.get("bandwidth", self.bandwidth)
-        return replace(self, rates=rates, bandwidth=bandwidth, sources={**self.sources, **given})
-
 
 def gpu_names() -> list[str]:
     """Names of the accelerators in the table."""
     return [name for name in _table() if not name.startswith(".")]
 
 
-def find_gpu(name: str) -> Hardware:
-    """An accelerator of the table. Raises AttarError for an unknown name."""
+def find_hardware(name: str, peaks: Mapping[str, float] | None = None) -> Hardware:
+    """An accelerator of the table, or "cpu": this machine, measured. peaks: figures that take their place.
+
+    Raises AttarError for an unknown name.
+    """
+    peaks = peaks or {}
+    if name == "cpu":
+        from attar.forecast.measure import measure_cpu
+
+        return measure_cpu(peaks)
+    found = _from_table(name)
+    rates = {**found.rates, **{k: v for k, v in peaks.items() if k in RATES}}
+    efficiency = dict(found.efficiency)
+    if "attention" in peaks:
+        efficiency["attention"] = peaks["attention"] / rates["bf16"]
+    return replace(
+        found, rates=rates, bandwidth=peaks.get("bandwidth", found.bandwidth), efficiency=efficiency,
+        sources={**found.sources, **dict.fromkeys(peaks, "given with --peak")},
+    )  # fmt: skip
+
+
+def _from_table(name: str) -> Hardware:
     if name not in gpu_names():
         known = ", ".join(["cpu", *gpu_names()])
         raise AttarError(f"unknown hardware {name!r}", where="--gpu", fix=f"Use one of {known}")

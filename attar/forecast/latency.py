@@ -101,6 +101,20 @@ def _transform_flops(width: int, transforms: TransformSettings) -> float:
     return width * math.log2(width) if transforms.rotation == "hadamard" else 0.0
 
 
+def arithmetic_bound(before: Counts, after: Counts, hardware: Hardware) -> float:
+    """The speed-up with perfect kernels that are bound by arithmetic alone: no traffic, nothing added.
+
+    Raises AttarError for a format that the hardware has no rate of.
+    """
+
+    def seconds(counts: Counts) -> float:
+        return sum(
+            o.flops / hardware.rate(o.format) for o in counts.operations if o.flops and o.part != "transform"
+        )
+
+    return seconds(before) / seconds(after)
+
+
 def amdahl(counts: Counts, faster: Mapping[str, float], only: Iterable[str] | None = None) -> float:
     """The speed-up of the whole when parts run so many times faster, by floating-point operations alone.
 
