@@ -25,7 +25,7 @@ def print_plan(result: Mapping[str, Any]) -> None:
     )
     console.print(_work(result), _times(result))
     speedup = result["speedup"]
-    formats = ", ".join(f"{share:.0%} {name}" for name, share in result["formats"].items())
+    formats = ", ".join(f"{share:.0%} {name}" for name, share in result["formats"].items() if share >= 0.005)
     console.print(
         f"step {speedup['forecast']:.2f}× faster ({speedup['perfect_kernels']:.2f}× with perfect kernels); bound by "
         f"arithmetic {speedup['bound']:.2f}×, {speedup['linears_free']:.2f}× if linears were free; "
@@ -120,6 +120,8 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 
 def _seconds(value: float) -> str:
+    if not value:
+        return "–"
     return f"{value * 1000:.3g} ms" if value < 1 else _duration(value)
 
 

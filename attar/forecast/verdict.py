@@ -69,7 +69,7 @@ def _containers(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str |
     odd = sorted({p.act_bits for p in acting if p.act_bits not in (4, 8) and p.act_bits})
     if odd:
         bits = " and ".join(map(str, odd))
-        return f"Activations of {bits} bits run in int8 containers: the time is that of W8A8, the gain is accuracy spent."
+        return f"Activations of {bits} bits run in int8 containers: no faster than W8A8; fewer bits gain bytes, not time."
     if any((p.weight_bits or 8) < 8 for p in acting):
         return "Weights below 8 bits are widened to int8 for the product: they gain bytes, not time, over W8A8."
     return None

@@ -1,0 +1,159 @@
+"""`attar plan`: what it says, in which words, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from attar.forecast.architecture import find_architecture, shape_names
+from attar.forecast.hardware import find_hardware
+from attar.forecast.plan import plan_model, size_for
+from attar.recipe import load_recipe
+
+PEAKS = [
+    part
+    for peak in ("fp32=0.05", "bf16=0.1", "int8=0.2", "attention=0.02", "bandwidth=0.01")
+    for part in ("--peak", peak)
+]
+
+
+def planned(name, gpu="h200", recipe="attar-ptq", size=(None, None), **overrides):
+    architecture = find_architecture(name)
+    return plan_model(
+        architecture, load_recipe(recipe, overrides), find_hardware(gpu), size_for(architecture, *size, None)
+    )
+
+
+# bytes of the transformer in bfloat16 and the ratio with all linears of the blocks at 4 bits, without scales
+@pytest.mark.parametrize(
+    ("name", "size", "ratio"),
+    [
+        ("wan-1.3b", 2.84e9, 3.78), ("wan-14b", 28.6e9, 3.81), ("wan2.2-5b", 10.0e9, 3.79), ("hunyuan", 25.6e9, 3.91),
+        ("cogvideox-2b", 3.4e9, 3.91), ("cogvideox-5b", 11.1e9, 3.95), ("ltx-2b", 3.8e9, 3.74), ("flux", 23.8e9, 3.93),
+    ],
+)  # fmt: skip
+def test_sizes_of_real_models(name, size, ratio):
+    from attar.conductor import plan_component
+    from attar.forecast.sizes import planned_sizes
+
+    transformers = find_architecture(name).transformers
+    recipe = load_recipe("rtn")
+    plans = {n: plan_component(t, recipe) for n, t in transformers.items()}
+    sizes = planned_sizes(transformers, plans, recipe)
+    assert sizes["block_linears_bf16"] + sizes["rest_bf16"] == pytest.approx(size, rel=0.02)
+    assert sizes["transformer_ratio"] == pytest.approx(ratio, rel=0.01)
+    assert sizes["checkpoint"] == pytest.approx(size / ratio, rel=0.025)
+
+
+@pytest.mark.parametrize("name", shape_names())
+def test_every_shape_at_its_own_size(name):
+    result = planned(name, recipe="rtn")
+    assert json.loads(json.dumps(result)) == result
+    shares = result["step"]["shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert result["speedup"]["bound"] <= result["speedup"]["linears_free"]
+    assert 1 < result["speedup"]["perfect_kernels"] <= result["speedup"]["bound"] * 1.001
+    heavy = any("attention is" in s for s in result["verdict"])
+    assert heavy == (shares["attention"] > 0.5)
+    assert result["around"]["vae"]["flops"] > 0 and result["around"]["text_encoder"]["flops"] > 0
+
+
+def test_wan_at_480p_as_everyone_asks(cli):
+    done = cli("plan", "wan-1.3b", "--resolution", "832x480", "--frames", "81", "--gpu", "h200", "--acts", "6")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    for text in (
+        "attar-ptq W4A6 on NVIDIA H200", "self_attn.q", "cross", "vae, once", "text_encoder, once", "one video",
+        "attention is 71% of the arithmetic", "6 bits run in int8 containers", "1.17×", "calibration about",
+        "backend today is",
+    ):  # fmt: skip
+        assert text in done.out, text
+    assert max(map(len, done.out.splitlines()[2:20])) < 100
+
+
+def test_sentences():
+    result = planned("flux", weights4a4 := "h200", **{"quantize.weights": 4, "quantize.acts": 4})
+    assert weights4a4 == result["hardware"]["name"]
+    assert any("has no int4 arithmetic" in s for s in result["verdict"])
+    assert any("4-bit floats" in s for s in planned("flux", "b200", **{"quantize.acts": 4})["verdict"])
+    assert not any("int4" in s for s in planned("flux", "a100", **{"quantize.acts": 4})["verdict"])
+    result = planned("hunyuan", **{"quantize.acts": 16})
+    assert result["verdict"][0].startswith("Weight-only formats") and result["speedup"]["bound"] == 1
+    result = planned("hunyuan")
+    assert "attention is 87%" in result["verdict"][0] and "1.07×" in result["verdict"][0]
+    assert any("does not fit" in s for s in result["verdict"])
+    assert any("over W8A8" in s for s in planned("flux", **{"quantize.acts": 8})["verdict"])
+
+
+def test_calibration_grows_with_what_is_asked():
+    small = planned("ltx-2b", **{"select.count": 10})["calibration"]
+    large = planned("ltx-2b", **{"select.count": 20})["calibration"]
+    assert large["learn_seconds"] > small["learn_seconds"] > 0 and small["trace_seconds"] > 0
+    assert large["host"] == 2 * small["host"] and large["device"] == small["device"]
+    free = planned("ltx-2b", recipe="hadamard")["calibration"]
+    assert free["learn_seconds"] == free["trace_seconds"] == free["host"] == 0
+    weights = 2 * (1.92 + 4.76 + 0.42) * 1e9
+    assert weights < free["device"] < 1.05 * weights
+
+
+def test_guidance_and_steps(cli):
+    arguments = ("plan", "digits-video", "--gpu", "cpu", *PEAKS, "--json")
+    two = json.loads(cli(*arguments).out)
+    one = json.loads(cli(*arguments, "--no-guidance", "--steps", "7", "--text-tokens", "16").out)
+    assert (two["branches"], one["branches"]) == (2, 1) and (two["steps"], one["steps"]) == (50, 7)
+    assert two["step"]["flops"] > 2 * one["step"]["flops"] * 0.999
+    assert two["hardware"]["rates"]["bf16"] == 1e11
+    assert (two["size"]["width"], two["size"]["frames"], two["size"]["text_tokens"]) == (32, 17, 32)
+
+
+def test_a_folder(cli, wan_folder, tmp_path):
+    folder = tmp_path / "configs"
+    shutil.copytree(wan_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    size = ("--resolution", "32x16", "--frames", "9")
+    done = cli("plan", folder, "--gpu", "4090", *size, "--recipe", "rtn", "--json")
+    assert done.code == 0, done.err
+    planned = json.loads(done.out)["bytes"]
+    dry = json.loads(cli("compress", wan_folder, "--dry-run", "--recipe", "rtn", "--json").out)["bytes"]
+    same = ("block_linears_bf16", "block_linears_packed", "rest_bf16", "linear_ratio", "transformer_ratio")
+    assert {k: planned[k] for k in same} == {k: dry[k] for k in same}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("wan-1.3b", "--gpu", "h300"), "unknown hardware 'h300' [--gpu]. Use one of cpu, a100"),
+        (("wan-9b", "--gpu", "h200"), "no such model [wan-9b]"),
+        (("wan-1.3b", "--gpu", "h200", "--resolution", "830x480"), "830 is not divisible by 16"),
+        (("wan-1.3b", "--gpu", "h200", "--resolution", "wide"), "no resolution [--resolution]"),
+        (("wan-1.3b", "--gpu", "h200", "--resolution", "832x0"), "no resolution [--resolution]"),
+        (("wan-1.3b", "--gpu", "h200", "--frames", "80"), "takes 4k + 1 [--frames]. Try 77 or 81"),
+        (("ltx-2b", "--gpu", "h200", "--frames", "85"), "takes 8k + 1"),
+        (("flux", "--gpu", "h200", "--frames", "5"), "one frame"),
+        (("wan-1.3b", "--gpu", "h200", "--peak", "int9=3"), "is no peak rate"),
+        (("wan-1.3b", "--gpu", "h200", "--recipe", "s3q"), "unknown recipe"),
+        (("wan-1.3b", "--gpu", "h200", "--weights", "9"), "choose between 2 and 8"),
+        (("wan-1.3b", "--gpu", "h200", "--set", "quantize.roles={x: {weights: 8}}"), "matches no layer"),
+    ],
+    ids=lambda value: " ".join(value[:5]) if isinstance(value, tuple) else "",
+)
+def test_what_is_refused(cli, arguments, says):
+    assert says in cli("plan", *arguments).message
+
+
+def test_folders_that_are_refused(cli, wan_folder, tmp_path):
+    plan = lambda folder: cli("plan", folder, "--gpu", "h200", "--resolution", "32x16", "--frames", "9").message  # noqa: E731
+    folder = tmp_path / "model"
+    shutil.copytree(wan_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = folder / "transformer" / "config.json"
+    known = config.read_text()
+    config.write_text("{")
+    assert "not valid JSON [transformer/config.json]" in plan(folder)
+    config.write_text(known.replace('"num_layers": 3', '"num_layers": "three"'))
+    assert "does not fit" in plan(folder)
+    config.unlink()
+    assert "config is missing [transformer/config.json]" in plan(folder)
+    config.write_text(json.dumps({**json.loads(known), "quantization_config": {"quant_method": "attar"}}))
+    assert "already compressed" in plan(folder)
+    (folder / "model_index.json").unlink()
+    assert "model_index.json is missing" in plan(folder)
+    assert "does not say its number of frames" in cli("plan", wan_folder, "--gpu", "h200", "--resolution", "32x16").message
