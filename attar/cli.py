@@ -226,7 +226,8 @@ def compare(
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Argument(help="a real shape (wan-14b, hunyuan, ...), a built-in name, or a diffusers folder")
+        str,
+        typer.Argument(help="a real shape (wan-14b, hunyuan, ...), a built-in name, or a diffusers folder"),
     ],
     gpu: Annotated[str, typer.Option(help="h200, h100, a100, 4090, 5090, b200, or cpu, which is measured")],
     recipe: Annotated[
@@ -244,7 +245,8 @@ def plan(
     steps: Steps = None,
     text_tokens: Annotated[int | None, typer.Option(min=1, help="length of the text")] = None,
     guidance: Annotated[
-        bool | None, typer.Option("--guidance/--no-guidance", help="two branches a step (default: the model's)")
+        bool | None,
+        typer.Option("--guidance/--no-guidance", help="two branches a step (default: the model's)"),
     ] = None,
     peak: Annotated[
         list[str] | None,
@@ -254,8 +256,8 @@ def plan(
 ) -> None:
     """Forecast speed-up, size and calibration on some hardware; from the architecture alone, without weights."""
     from attar.forecast.architecture import find_architecture
-    from attar.forecast.hardware import find_hardware, parse_peaks
-    from attar.forecast.plan import plan_model, size_for
+    from attar.forecast.hardware import parse_peaks
+    from attar.forecast.plan import hardware_for, plan_model, size_for
     from attar.forecast.table import print_plan
     from attar.recipe import load_recipe
 
@@ -263,7 +265,7 @@ def plan(
     chosen = load_recipe(recipe, {**_assignments(set_), **bits})
     architecture = find_architecture(model)
     size = size_for(architecture, resolution, frames, text_tokens)
-    hardware = find_hardware(gpu, parse_peaks(peak or []))
+    hardware = hardware_for(gpu, parse_peaks(peak or []))
     result = plan_model(architecture, chosen, hardware, size, steps, guidance)
     _emit(result) if as_json else print_plan(result)
 

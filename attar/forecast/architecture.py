@@ -61,7 +61,9 @@ def find_architecture(model: str) -> Architecture:
         )
     if model not in zoo_names() and not Path(model).exists():
         names = ", ".join([*zoo_names(), *shape_names()])
-        raise AttarError("no such model", where=model, fix=f"Give a local diffusers folder, or one of: {names}")
+        raise AttarError(
+            "no such model", where=model, fix=f"Give a local diffusers folder, or one of: {names}"
+        )
     source = find_source(model)
     assert source.folder is not None
     index = _json(source.folder / "model_index.json")
@@ -116,7 +118,9 @@ def _architecture(
     if not transformers:
         raise AttarError("the pipeline has no transformer component", where=name)
     encoders = {k: m for k, m in modules.items() if k.startswith("text_encoder")}
-    return Architecture(name, title, transformers, modules.get("vae"), encoders, dict(default), dict(pipeline))
+    return Architecture(
+        name, title, transformers, modules.get("vae"), encoders, dict(default), dict(pipeline)
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
@@ -69,7 +69,9 @@ def latent_of(architecture: Architecture, size: Size) -> Latent:
     return Latent(frames, size.height // space, size.width // space)
 
 
-def transformer_call(architecture: Architecture, name: str, latent: Latent, text_tokens: int) -> dict[str, Any]:
+def transformer_call(
+    architecture: Architecture, name: str, latent: Latent, text_tokens: int
+) -> dict[str, Any]:
     """Keyword arguments of one forward of a transformer. Raises AttarError for a class whose call is not known."""
     transformer = architecture.transformers[name]
     family = type(transformer).__name__

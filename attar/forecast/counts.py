@@ -118,9 +118,7 @@ def count_transformer(transformer: nn.Module, call: Mapping[str, Any]) -> Counts
     """
     adapter = ModelAdapter.of(transformer)
     linears = [linear for block in adapter.blocks for linear in adapter.linears(block)]
-    names = {
-        id(x.module.weight): (x.name, x.role) for x in [*linears, *adapter.outside_linears()]
-    }
+    names = {id(x.module.weight): (x.name, x.role) for x in [*linears, *adapter.outside_linears()]}
     scope = _Scope(names)
     with ExitStack() as stack:
         for block in adapter.blocks:
@@ -211,6 +209,8 @@ class _Closed(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out, width = weight.shape
+        if input.shape[-1] != width:
+            raise RuntimeError(f"a linear of {width} input channels is given {input.shape[-1]}")
         rows = input.numel() // width
         name, role = self.scope.names.get(id(weight), ("", "linear"))
         result = input.new_empty(*input.shape[:-1], out)
@@ -231,12 +231,9 @@ class _Closed(TorchFunctionMode):
         kind = self.scope.kind or "other"
         read = sum(map(_stored, (query, key, value)))
         self.scope.operations.append(
-            Operation(
-                "attention", kind, kind, self.scope.block, _format(query), flops, read, result.nbytes
-            )
+            Operation("attention", kind, kind, self.scope.block, _format(query), flops, read, result.nbytes)
         )
         return result
-
 
     def _norm(self, input: Tensor, *rest: Any, **options: Any) -> Tensor:
         result = input.new_empty(input.shape)

@@ -55,15 +55,11 @@ def gpu_names() -> list[str]:
 
 
 def find_hardware(name: str, peaks: Mapping[str, float] | None = None) -> Hardware:
-    """An accelerator of the table, or "cpu": this machine, measured. peaks: figures that take their place.
+    """An accelerator of the table. peaks: figures that take the place of its own, see `parse_peaks`.
 
     Raises AttarError for an unknown name.
     """
     peaks = peaks or {}
-    if name == "cpu":
-        from attar.forecast.measure import measure_cpu
-
-        return measure_cpu(peaks)
     found = _from_table(name)
     rates = {**found.rates, **{k: v for k, v in peaks.items() if k in RATES}}
     efficiency = dict(found.efficiency)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from attar.component import transform_settings
@@ -12,12 +13,21 @@ from attar.forecast.architecture import Architecture
 from attar.forecast.calibration import forecast_calibration
 from attar.forecast.calls import TEXT_TOKENS, Size, decode, encode, latent_of, transformer_call
 from attar.forecast.counts import Counts, count_module, count_transformer
-from attar.forecast.hardware import Hardware
+from attar.forecast.hardware import Hardware, find_hardware
 from attar.forecast.latency import amdahl, arithmetic_bound, predict_latency, quantized_counts
+from attar.forecast.measure import measure_cpu
 from attar.forecast.sizes import planned_sizes
 from attar.forecast.verdict import verdict
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
+
+
+def hardware_for(name: str, peaks: Mapping[str, float]) -> Hardware:
+    """An accelerator of the table by name, or "cpu": this machine, measured where `peaks` does not say.
+
+    Raises AttarError for an unknown name.
+    """
+    return measure_cpu(peaks) if name == "cpu" else find_hardware(name, peaks)
 
 
 def size_for(
@@ -118,7 +128,8 @@ def plan_model(
         "seconds_per_step": seconds,
         "speedup": {
             "forecast": seconds["original"]["total"] / seconds["recipe"]["total"],
-            "perfect_kernels": predict_latency(before, ideal)["total"] / predict_latency(after, ideal)["total"],
+            "perfect_kernels": predict_latency(before, ideal)["total"]
+            / predict_latency(after, ideal)["total"],
             "bound": arithmetic_bound(before, after, hardware),
             "linears_free": amdahl(before, {"linear": math.inf}, names),
         },
@@ -159,7 +170,9 @@ def _around(
         _, run = encode(part, tokens)
         counted[name] = count_module(part, run).times(branches)
     if architecture.vae is not None:
-        counted["vae"] = count_module(architecture.vae, decode(architecture.vae, latent_of(architecture, size)))
+        counted["vae"] = count_module(
+            architecture.vae, decode(architecture.vae, latent_of(architecture, size))
+        )
     return {
         name: {"flops": c.flops(), "bytes": c.bytes(), "seconds": predict_latency(c, hardware)["total"]}
         for name, c in counted.items()

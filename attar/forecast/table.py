@@ -57,14 +57,21 @@ def print_plan(result: Mapping[str, Any]) -> None:
 def _work(result: Mapping[str, Any]) -> Table:
     table = _table("one denoising step", "FLOP", "share", "bytes moved")
     total = result["step"]["flops"]
-    for part, name in (("linear", "linears"), ("attention", "attention"), ("rest", "norms, elementwise, rest")):
+    for part, name in (
+        ("linear", "linears"),
+        ("attention", "attention"),
+        ("rest", "norms, elementwise, rest"),
+    ):
         rows = [row for row in result["step"]["parts"] if row["part"] == part]
         sums = [sum(row[key] for row in rows) for key in ("flops", "bytes")]
         table.add_row(name, _flops(sums[0]), f"{sums[0] / total:.1%}", format_bytes(sums[1]))
         if part != "rest":
             for row in rows:
                 table.add_row(
-                    f"  {row['role']}", _flops(row["flops"]), f"{row['share']:.1%}", format_bytes(row["bytes"])
+                    f"  {row['role']}",
+                    _flops(row["flops"]),
+                    f"{row['share']:.1%}",
+                    format_bytes(row["bytes"]),
                 )
     table.add_row("all", _flops(total), "", format_bytes(result["step"]["bytes"]), end_section=True)
     for name, row in result["around"].items():
@@ -77,7 +84,9 @@ def _times(result: Mapping[str, Any]) -> Table:
     before, after = (result["seconds_per_step"][k] for k in ("original", "recipe"))
     for part, name in _PARTS.items():
         if before[part] or after[part]:
-            table.add_row(name, _seconds(before[part]), _seconds(after[part]), _ratio(before[part], after[part]))
+            table.add_row(
+                name, _seconds(before[part]), _seconds(after[part]), _ratio(before[part], after[part])
+            )
     table.add_row("one step", *_pair(before["total"], after["total"]), end_section=True)
     once = 0.0
     for name, row in result["around"].items():

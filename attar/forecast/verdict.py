@@ -71,7 +71,9 @@ def _containers(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str |
         bits = " and ".join(map(str, odd))
         return f"Activations of {bits} bits run in int8 containers: no faster than W8A8; fewer bits gain bytes, not time."
     if any((p.weight_bits or 8) < 8 for p in acting):
-        return "Weights below 8 bits are widened to int8 for the product: they gain bytes, not time, over W8A8."
+        return (
+            "Weights below 8 bits are widened to int8 for the product: they gain bytes, not time, over W8A8."
+        )
     return None
 
 

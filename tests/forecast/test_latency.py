@@ -13,7 +13,13 @@ from attar.errors import AttarError
 from attar.forecast.architecture import find_architecture
 from attar.forecast.counts import Counts, Operation
 from attar.forecast.hardware import KINDS, RATES, Hardware, find_hardware, gpu_names, parse_peaks
-from attar.forecast.latency import amdahl, arithmetic_bound, execution_format, predict_latency, quantized_counts
+from attar.forecast.latency import (
+    amdahl,
+    arithmetic_bound,
+    execution_format,
+    predict_latency,
+    quantized_counts,
+)
 from attar.forecast.plan import count_step, size_for
 from attar.quantize.plan import LayerPlan
 from attar.recipe import load_recipe
@@ -96,7 +102,9 @@ def test_a_recipe_changes_linears_alone():
         o.weights for o in before.operations if o.part == "linear" and o.block
     )
     assert after.flops("transform") > 0
-    bound = amdahl(before, {"linear": hardware.rate("int8") / hardware.rate("bf16")}, {o.name for o in inside})
+    bound = amdahl(
+        before, {"linear": hardware.rate("int8") / hardware.rate("bf16")}, {o.name for o in inside}
+    )
     assert arithmetic_bound(before, after, hardware) == pytest.approx(bound)
 
 
@@ -122,7 +130,10 @@ def test_the_container_that_holds_both_factors(weights, acts, gpu, format):
 def test_published_times():
     """HunyuanVideo 720p x 129 frames, 50 steps with FlashAttention-3 on an H100: 945 s (arXiv 2502.04507); Wan 14B
     720p on an A800: 3,300 s (TeaCache) and 4,031 s (QuantSparse), eager attention kernels of 2025."""
-    for name, gpu, forwards, low, high in (("hunyuan", "h100", 50, 945, 945), ("wan-14b", "a100", 100, 3300, 4031)):
+    for name, gpu, forwards, low, high in (
+        ("hunyuan", "h100", 50, 945, 945),
+        ("wan-14b", "a100", 100, 3300, 4031),
+    ):
         architecture = find_architecture(name)
         (counts,) = count_step(architecture, size_for(architecture, None, None, None)).values()
         seconds = forwards * predict_latency(counts, find_hardware(gpu))["total"]

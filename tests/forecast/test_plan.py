@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from functools import cache
 
 import pytest
 
-from attar.forecast.architecture import find_architecture, shape_names
+from attar.forecast.architecture import find_architecture
 from attar.forecast.hardware import find_hardware
 from attar.forecast.plan import plan_model, size_for
 from attar.recipe import load_recipe
@@ -17,18 +18,21 @@ PEAKS = [
 ]
 
 
-def planned(name, gpu="h200", recipe="attar-ptq", size=(None, None), **overrides):
+@cache
+def planned(name, gpu="h200", recipe="attar-ptq", size=(None, None), **bits):
+    overrides = {f"quantize.{k}" if k in ("weights", "acts") else "select.count": v for k, v in bits.items()}
     architecture = find_architecture(name)
     return plan_model(
         architecture, load_recipe(recipe, overrides), find_hardware(gpu), size_for(architecture, *size, None)
     )
 
 
-# bytes of the transformer in bfloat16 and the ratio with all linears of the blocks at 4 bits, without scales
+# bytes of the transformer in bfloat16 and the ratio with all linears of the blocks at 4 bits, without scales;
+# of HunyuanVideo the text refiner, which is in no block, stays in bfloat16
 @pytest.mark.parametrize(
     ("name", "size", "ratio"),
     [
-        ("wan-1.3b", 2.84e9, 3.78), ("wan-14b", 28.6e9, 3.81), ("wan2.2-5b", 10.0e9, 3.79), ("hunyuan", 25.6e9, 3.91),
+        ("wan-1.3b", 2.84e9, 3.78), ("wan-14b", 28.6e9, 3.81), ("wan2.2-5b", 10.0e9, 3.79), ("hunyuan", 25.6e9, 3.69),
         ("cogvideox-2b", 3.4e9, 3.91), ("cogvideox-5b", 11.1e9, 3.95), ("ltx-2b", 3.8e9, 3.74), ("flux", 23.8e9, 3.93),
     ],
 )  # fmt: skip
@@ -45,8 +49,8 @@ def test_sizes_of_real_models(name, size, ratio):
     assert sizes["checkpoint"] == pytest.approx(size / ratio, rel=0.025)
 
 
-@pytest.mark.parametrize("name", shape_names())
-def test_every_shape_at_its_own_size(name):
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox-2b", "ltx-2b", "flux"])
+def test_every_family_at_its_own_size(name):
     result = planned(name, recipe="rtn")
     assert json.loads(json.dumps(result)) == result
     shares = result["step"]["shares"]
@@ -59,7 +63,9 @@ def test_every_shape_at_its_own_size(name):
 
 
 def test_wan_at_480p_as_everyone_asks(cli):
-    done = cli("plan", "wan-1.3b", "--resolution", "832x480", "--frames", "81", "--gpu", "h200", "--acts", "6")
+    done = cli(
+        "plan", "wan-1.3b", "--resolution", "832x480", "--frames", "81", "--gpu", "h200", "--acts", "6"
+    )
     assert done.code == 0, done.err
     assert done.err == ""
     for text in (
@@ -72,22 +78,25 @@ def test_wan_at_480p_as_everyone_asks(cli):
 
 
 def test_sentences():
-    result = planned("flux", weights4a4 := "h200", **{"quantize.weights": 4, "quantize.acts": 4})
-    assert weights4a4 == result["hardware"]["name"]
-    assert any("has no int4 arithmetic" in s for s in result["verdict"])
-    assert any("4-bit floats" in s for s in planned("flux", "b200", **{"quantize.acts": 4})["verdict"])
-    assert not any("int4" in s for s in planned("flux", "a100", **{"quantize.acts": 4})["verdict"])
-    result = planned("hunyuan", **{"quantize.acts": 16})
-    assert result["verdict"][0].startswith("Weight-only formats") and result["speedup"]["bound"] == 1
-    result = planned("hunyuan")
-    assert "attention is 87%" in result["verdict"][0] and "1.07×" in result["verdict"][0]
-    assert any("does not fit" in s for s in result["verdict"])
-    assert any("over W8A8" in s for s in planned("flux", **{"quantize.acts": 8})["verdict"])
+    says = lambda *args, **bits: " ".join(planned(*args, **bits)["verdict"])  # noqa: E731
+    assert "has no int4 arithmetic" in says("flux", weights=4, acts=4)
+    assert "4-bit floats" in says("flux", "b200", weights=4, acts=4)
+    assert "int4" not in says("flux", "a100", weights=4, acts=4)
+    assert "over W8A8" in says("flux", acts=8)
+    assert (
+        says("flux", acts=16).startswith("Weight-only formats")
+        and planned("flux", acts=16)["speedup"]["bound"] == 1
+    )
+    text = says("hunyuan")
+    assert text.startswith("Quantized linears alone cannot help much: attention is 87%") and "1.07×" in text
+    assert (
+        "does not fit" in text and "6 bits run in int8" in text and "does not fit" not in says("flux", "b200")
+    )
 
 
 def test_calibration_grows_with_what_is_asked():
-    small = planned("ltx-2b", **{"select.count": 10})["calibration"]
-    large = planned("ltx-2b", **{"select.count": 20})["calibration"]
+    small = planned("ltx-2b", count=10)["calibration"]
+    large = planned("ltx-2b", count=20)["calibration"]
     assert large["learn_seconds"] > small["learn_seconds"] > 0 and small["trace_seconds"] > 0
     assert large["host"] == 2 * small["host"] and large["device"] == small["device"]
     free = planned("ltx-2b", recipe="hadamard")["calibration"]
@@ -141,7 +150,9 @@ def test_what_is_refused(cli, arguments, says):
 
 
 def test_folders_that_are_refused(cli, wan_folder, tmp_path):
-    plan = lambda folder: cli("plan", folder, "--gpu", "h200", "--resolution", "32x16", "--frames", "9").message  # noqa: E731
+    plan = lambda folder: (
+        cli("plan", folder, "--gpu", "h200", "--resolution", "32x16", "--frames", "9").message
+    )  # noqa: E731
     folder = tmp_path / "model"
     shutil.copytree(wan_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = folder / "transformer" / "config.json"
@@ -156,4 +167,11 @@ def test_folders_that_are_refused(cli, wan_folder, tmp_path):
     assert "already compressed" in plan(folder)
     (folder / "model_index.json").unlink()
     assert "model_index.json is missing" in plan(folder)
-    assert "does not say its number of frames" in cli("plan", wan_folder, "--gpu", "h200", "--resolution", "32x16").message
+
+
+def test_a_folder_that_says_no_size(cli, wan_folder, tmp_path):
+    folder = shutil.copytree(wan_folder, tmp_path / "model")
+    (folder / "generation.json").unlink()
+    assert "does not say its resolution" in cli("plan", folder, "--gpu", "h200").message
+    line = cli("plan", folder, "--gpu", "h200", "--resolution", "32x16").message
+    assert "does not say its number of frames" in line
