@@ -13,7 +13,7 @@ from attar.quantize.plan import LayerPlan
 from attar.quantize.transforms import kronecker_factors
 from attar.runtime.packing import packed_width
 
-PARTS = ("linear", "attention", "transform", "rest")
+PARTS: tuple[str, ...] = ("linear", "attention", "transform", "rest")
 
 
 def predict_latency(counts: Counts, hardware: Hardware) -> dict[str, float]:

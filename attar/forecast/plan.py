@@ -82,7 +82,7 @@ def plan_model(
     is one of the first. Raises AttarError for whatever does not fit.
     """
     first, transformer = next(iter(architecture.transformers.items()))
-    steps = steps or architecture.default.get("steps") or 50
+    steps = int(steps or architecture.default.get("steps", 50))
     if guidance is None:
         config: Any = transformer.config
         guidance = architecture.default.get("guidance", not config.get("guidance_embeds", False))

@@ -51,8 +51,8 @@ def _no_gain(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str | No
     forecast, bound = result["speedup"]["forecast"], result["speedup"]["bound"]
     if acting and forecast < 1:
         return (
-            f"The forecast is a slow-down ({forecast:.2f}×): quantizing and rotating every input in passes of their own "
-            f"costs more than the linears gain; only kernels that fuse them come near {bound:.2f}×."
+            f"The forecast is a slow-down ({forecast:.2f}×): quantizing and rotating every input in passes of "
+            f"their own costs more than the linears gain; only kernels that fuse them come near {bound:.2f}×."
         )
     return None
 
@@ -69,7 +69,7 @@ def _containers(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str |
     odd = sorted({p.act_bits for p in acting if p.act_bits not in (4, 8) and p.act_bits})
     if odd:
         bits = " and ".join(map(str, odd))
-        return f"Activations of {bits} bits run in int8 containers: no faster than W8A8; fewer bits gain bytes, not time."
+        return f"Activations of {bits} bits run in int8 containers: no faster than W8A8, whatever the weights' bits."
     if any((p.weight_bits or 8) < 8 for p in acting):
         return (
             "Weights below 8 bits are widened to int8 for the product: they gain bytes, not time, over W8A8."

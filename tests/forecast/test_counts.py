@@ -3,15 +3,15 @@
 import pytest
 import torch
 from support import tiny
+from support.shapes import architecture, counted
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from attar.errors import AttarError
-from attar.forecast.architecture import find_architecture, shape_names
+from attar.forecast.architecture import shape_names
 from attar.forecast.calls import Size, decode, encode, latent_of
 from attar.forecast.counts import count_module, count_transformer
-from attar.forecast.plan import count_step, size_for
 from attar.models.tree import map_tensors
 
 CLOSE = 0.03
@@ -94,16 +94,14 @@ KNOWN = {
 def test_real_models(case):
     name, width, height, frames = case
     tokens, pflop, share, billions = KNOWN[case]
-    architecture = find_architecture(name)
-    size = size_for(architecture, f"{width}x{height}", frames, None)
-    (counts,) = count_step(architecture, size).values()
+    counts = counted(name, f"{width}x{height}", frames)
     assert counts.flops() / 1e15 == pytest.approx(pflop, rel=CLOSE)
     main = sum(counts.by_role("attention").get(kind, (0, 0))[0] for kind in ("self", "joint"))
     assert main / counts.flops() == pytest.approx(share, abs=0.01)
     assert max(o.rows for o in counts.operations if o.role.startswith("ffn")) in (
-        tokens, tokens + size.text_tokens,
+        tokens, tokens + architecture(name).default["text_tokens"],
     )  # fmt: skip
-    (transformer,) = architecture.transformers.values()
+    (transformer,) = architecture(name).transformers.values()
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
 
 
@@ -113,8 +111,7 @@ def test_every_shape_is_known():
 
 def test_closed_form_of_wan():
     """Of each layer: self-attention 4N²d, cross-attention 4NTd, linears 2N(6d² + 2df) + 4Td²."""
-    architecture = find_architecture("wan-1.3b")
-    counts = count_step(architecture, size_for(architecture, None, None, None))["transformer"]
+    counts = counted("wan-1.3b", "832x480", 81)
     n, d, f, t, layers = 32760, 1536, 8960, 512, 30
     inside = counts.where(lambda o: o.block is not None)
     assert inside.by_role("attention")["self"][0] == layers * 4 * n * n * d
@@ -132,7 +129,7 @@ def test_closed_form_of_wan():
 )
 def test_text_encoders(name, encoder, billions):
     """Two operations for each weight that multiplies and each token, and the attention's few more."""
-    part = find_architecture(name).text_encoders[encoder]
+    part = architecture(name).text_encoders[encoder]
     assert sum(p.numel() for p in part.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
     tokens, run = encode(part, 226)
     weights = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
@@ -140,7 +137,7 @@ def test_text_encoders(name, encoder, billions):
 
 
 def test_a_text_encoder_takes_what_fits():
-    assert encode(find_architecture("flux").text_encoders["text_encoder"], 512)[0] == 77
+    assert encode(architecture("flux").text_encoders["text_encoder"], 512)[0] == 77
 
 
 @pytest.mark.parametrize(
@@ -148,11 +145,10 @@ def test_a_text_encoder_takes_what_fits():
 )
 def test_decoders(name, millions):
     """The parameters are those of the published weights; convolutions grow with the latent's volume."""
-    architecture = find_architecture(name)
-    vae = architecture.vae
+    vae = architecture(name).vae
     assert sum(p.numel() for p in vae.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     flops = []
     for width in (128, 256):
-        latent = latent_of(architecture, Size(width, 128, 9, 512))
+        latent = latent_of(architecture(name), Size(width, 128, 9, 512))
         flops.append(count_module(vae, decode(vae, latent)).by_role("rest")["matmul"][0])
     assert flops[1] == pytest.approx(2 * flops[0], rel=1e-9) and flops[0] > 0

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.shapes import architecture, counted
 
 from attar.component import transform_settings
 from attar.conductor import plan_component
 from attar.errors import AttarError
-from attar.forecast.architecture import find_architecture
 from attar.forecast.counts import Counts, Operation
 from attar.forecast.hardware import KINDS, RATES, Hardware, find_hardware, gpu_names, parse_peaks
 from attar.forecast.latency import (
@@ -20,7 +20,6 @@ from attar.forecast.latency import (
     predict_latency,
     quantized_counts,
 )
-from attar.forecast.plan import count_step, size_for
 from attar.quantize.plan import LayerPlan
 from attar.recipe import load_recipe
 
@@ -72,8 +71,7 @@ BOUNDS = {
 
 @pytest.mark.parametrize("case", BOUNDS, ids=lambda c: f"{c[0]}-{c[1]}x{c[2]}")
 def test_bounds_of_real_models(case):
-    architecture = find_architecture(case[0])
-    (counts,) = count_step(architecture, size_for(architecture, case[1], case[2], None)).values()
+    counts = counted(*case)
     found = [
         amdahl(counts, faster)
         for faster in (
@@ -84,10 +82,9 @@ def test_bounds_of_real_models(case):
 
 
 def quantized(name, recipe, gpu, **overrides):
-    architecture, hardware = find_architecture(name), find_hardware(gpu)
+    counts, hardware = counted(name), find_hardware(gpu)
     chosen = load_recipe(recipe, overrides)
-    (counts,) = count_step(architecture, size_for(architecture, None, None, None)).values()
-    plans = plan_component(architecture.transformers["transformer"], chosen)
+    plans = plan_component(architecture(name).transformers["transformer"], chosen)
     return counts, quantized_counts(counts, plans, transform_settings(chosen), hardware), hardware
 
 
@@ -134,9 +131,7 @@ def test_published_times():
         ("hunyuan", "h100", 50, 945, 945),
         ("wan-14b", "a100", 100, 3300, 4031),
     ):
-        architecture = find_architecture(name)
-        (counts,) = count_step(architecture, size_for(architecture, None, None, None)).values()
-        seconds = forwards * predict_latency(counts, find_hardware(gpu))["total"]
+        seconds = forwards * predict_latency(counted(name), find_hardware(gpu))["total"]
         assert 0.8 * low < seconds < 1.2 * high
 
 

@@ -5,8 +5,8 @@ import shutil
 from functools import cache
 
 import pytest
+from support.shapes import architecture
 
-from attar.forecast.architecture import find_architecture
 from attar.forecast.hardware import find_hardware
 from attar.forecast.plan import plan_model, size_for
 from attar.recipe import load_recipe
@@ -21,10 +21,8 @@ PEAKS = [
 @cache
 def planned(name, gpu="h200", recipe="attar-ptq", size=(None, None), **bits):
     overrides = {f"quantize.{k}" if k in ("weights", "acts") else "select.count": v for k, v in bits.items()}
-    architecture = find_architecture(name)
-    return plan_model(
-        architecture, load_recipe(recipe, overrides), find_hardware(gpu), size_for(architecture, *size, None)
-    )
+    known = architecture(name)
+    return plan_model(known, load_recipe(recipe, overrides), find_hardware(gpu), size_for(known, *size, None))
 
 
 # bytes of the transformer in bfloat16 and the ratio with all linears of the blocks at 4 bits, without scales;
@@ -40,7 +38,7 @@ def test_sizes_of_real_models(name, size, ratio):
     from attar.conductor import plan_component
     from attar.forecast.sizes import planned_sizes
 
-    transformers = find_architecture(name).transformers
+    transformers = architecture(name).transformers
     recipe = load_recipe("rtn")
     plans = {n: plan_component(t, recipe) for n, t in transformers.items()}
     sizes = planned_sizes(transformers, plans, recipe)
@@ -78,20 +76,19 @@ def test_wan_at_480p_as_everyone_asks(cli):
 
 
 def test_sentences():
-    says = lambda *args, **bits: " ".join(planned(*args, **bits)["verdict"])  # noqa: E731
-    assert "has no int4 arithmetic" in says("flux", weights=4, acts=4)
-    assert "4-bit floats" in says("flux", "b200", weights=4, acts=4)
-    assert "int4" not in says("flux", "a100", weights=4, acts=4)
-    assert "over W8A8" in says("flux", acts=8)
-    assert (
-        says("flux", acts=16).startswith("Weight-only formats")
-        and planned("flux", acts=16)["speedup"]["bound"] == 1
-    )
+    def says(*args, **bits):
+        return " ".join(planned(*args, **bits)["verdict"])
+
+    assert "has no int4 arithmetic" in says("digits-video", weights=4, acts=4)
+    assert "4-bit floats" in says("digits-video", "b200", weights=4, acts=4)
+    assert "int4" not in says("digits-video", "a100", weights=4, acts=4)
+    assert "over W8A8" in says("digits-video", acts=8)
+    assert says("digits-video", acts=16).startswith("Weight-only formats")
+    assert planned("digits-video", acts=16)["speedup"]["bound"] == 1
     text = says("hunyuan")
     assert text.startswith("Quantized linears alone cannot help much: attention is 87%") and "1.07×" in text
-    assert (
-        "does not fit" in text and "6 bits run in int8" in text and "does not fit" not in says("flux", "b200")
-    )
+    assert "does not fit" in text and "6 bits run in int8" in text
+    assert "does not fit" not in says("digits-video")
 
 
 def test_calibration_grows_with_what_is_asked():
@@ -150,9 +147,9 @@ def test_what_is_refused(cli, arguments, says):
 
 
 def test_folders_that_are_refused(cli, wan_folder, tmp_path):
-    plan = lambda folder: (
-        cli("plan", folder, "--gpu", "h200", "--resolution", "32x16", "--frames", "9").message
-    )  # noqa: E731
+    def plan(folder):
+        return cli("plan", folder, "--gpu", "h200", "--resolution", "32x16", "--frames", "9").message
+
     folder = tmp_path / "model"
     shutil.copytree(wan_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = folder / "transformer" / "config.json"
