@@ -26,8 +26,8 @@ _FLAGS = (
 )
 _PORTABLE = {"entry.cpp": (), "scalar.cpp": ()}
 _X86 = {
-    "avx2.cpp": ("-mavx2", "-mbmi2"),
-    "avxvnni.cpp": ("-mavx2", "-mbmi2", "-mavxvnni"),
+    "avx2.cpp": ("-mavx2", "-mfma", "-mbmi2"),
+    "avxvnni.cpp": ("-mavx2", "-mfma", "-mbmi2", "-mavxvnni"),
     "avx512.cpp": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
         *("-mbmi2", "-mprefer-vector-width=512"),

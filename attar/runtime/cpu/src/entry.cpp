@@ -43,8 +43,8 @@ const Kernels* kernels_at(int level) {
 #if defined(__x86_64__)
     static const Kernels* const found[] = {
         &scalar_kernels,
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") ? &avx2_kernels : nullptr,
-        __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("bmi2") ? &avxvnni_kernels : nullptr,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? &avx2_kernels : nullptr,
+        __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? &avxvnni_kernels : nullptr,
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("bmi2")
@@ -59,7 +59,7 @@ const Kernels* kernels_at(int level) {
 
 // One block of rows: [first, first + rows) of x, whose codes, scales and offsets are in the shared buffer.
 struct Block {
-    int64_t first, rows, padded, stride;
+    int64_t first, rows, padded;
     int8_t* codes;
     float* scale;
     int32_t* offset;
@@ -73,8 +73,7 @@ void multiply_panel(const Kernels& kernels, const Linear& call, const Block& blo
         const int rows = int(least(kernels.max_rows, r1 - r));
         for (int64_t n = n0; n < n1; n += kernels.strip) {
             Tile tile;
-            tile.x = block.codes + r * block.stride;
-            tile.x_stride = block.stride;
+            tile.x = block.codes + r * block.padded;
             tile.strip = panel + (n - n0) * block.padded;
             tile.depth = (call.weight.k + 3) / 4;
             tile.offset = block.offset + r;
@@ -113,13 +112,11 @@ int attar_linear(const Linear* pointer, int level) {
     const Linear& call = *pointer;
     const Kernels& kernels = *kernels_at(level);
     const int64_t n = call.weight.n, padded = round_up(call.weight.k, 64);
-    // An odd number of cache lines: rows a power of two apart would all fall into one set of the cache.
-    const int64_t stride = padded / 64 % 2 ? padded : padded + 64;
-    const int64_t most_rows = least(call.m, most(FEWEST_ROWS, BLOCK_BYTES / stride));
+    const int64_t most_rows = least(call.m, most(FEWEST_ROWS, BLOCK_BYTES / padded));
     const int64_t blocks = (call.m + most_rows - 1) / most_rows;
     const int64_t block_rows = round_up((call.m + blocks - 1) / blocks, kernels.max_rows);
 
-    char* memory = static_cast<char*>(shared_buffer.reserve(block_rows * (stride + 8)));
+    char* memory = static_cast<char*>(shared_buffer.reserve(block_rows * (padded + 8)));
     if (!memory) return 1;
     const int64_t strips = (n + kernels.strip - 1) / kernels.strip;
     const int64_t fitting = most(1, PANEL_BYTES / (kernels.strip * padded));
@@ -130,9 +127,9 @@ int attar_linear(const Linear* pointer, int level) {
     for (int64_t first = 0; first < call.m; first += block_rows) {
         Block block;
         block.first = first, block.rows = least(block_rows, call.m - first);
-        block.padded = padded, block.stride = stride;
+        block.padded = padded;
         block.codes = reinterpret_cast<int8_t*>(memory);
-        block.scale = reinterpret_cast<float*>(memory + block_rows * stride);
+        block.scale = reinterpret_cast<float*>(memory + block_rows * padded);
         block.offset = reinterpret_cast<int32_t*>(block.scale + block_rows);
         const int64_t parts =
             panels >= call.threads ? 1 : most(1, least(call.threads / panels, block.rows / FEWEST_ROWS));
@@ -140,25 +137,25 @@ int attar_linear(const Linear* pointer, int level) {
 
 #pragma omp parallel num_threads(call.threads)
         {
-            char* own = static_cast<char*>(own_buffer.reserve(most(2 * padded * sizeof(float), panel * padded)));
+            const int64_t quantizing = padded * (2 * sizeof(float) + kernels.max_rows);
+            uint8_t* own = static_cast<uint8_t*>(own_buffer.reserve(most(quantizing, panel * padded)));
             if (!own) {
 #pragma omp atomic write
                 failed = 1;
             }
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < block.rows; ++r)
+            for (int64_t r = 0; r < block.rows; r += kernels.max_rows)
                 if (own)
-                    kernels.quantize(call, first + r, padded, reinterpret_cast<float*>(own),
-                                     block.codes + r * stride, block.scale + r, block.offset + r);
+                    kernels.quantize(call, first + r, least(kernels.max_rows, block.rows - r), padded, own,
+                                     block.codes + r * padded, block.scale + r, block.offset + r);
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < panels * parts; ++task) {
                 if (!own) continue;
                 const int64_t n0 = task / parts * panel, n1 = least(n, n0 + panel);
                 const int64_t r0 = task % parts * part_rows, r1 = least(block.rows, r0 + part_rows);
-                uint8_t* unpacked = reinterpret_cast<uint8_t*>(own);
                 for (int64_t s = n0; s < n1; s += kernels.strip)
-                    kernels.unpack(call.weight, s, padded, unpacked + (s - n0) * padded);
-                multiply_panel(kernels, call, block, unpacked, n0, n1, r0, r1);
+                    kernels.unpack(call.weight, s, padded, own + (s - n0) * padded);
+                multiply_panel(kernels, call, block, own, n0, n1, r0, r1);
             }
         }
     }

@@ -40,8 +40,7 @@ struct Linear {
 
 // A tile of the product: `rows` rows of activations against one strip of weights.
 struct Tile {
-    const int8_t* x;
-    int64_t x_stride;
+    const int8_t* x;         // (depth, max_rows, 4): four neighbouring k of each row
     const uint8_t* strip;    // (depth, outputs of a strip, 4): four neighbouring k of each output
     int64_t depth;           // k / 4, rounded up
     const int32_t* offset;   // (rows,) what the stored offset of the codes adds to each sum, negated
@@ -58,9 +57,10 @@ struct Kernels {
     const char* name;
     int strip;     // outputs of a strip
     int max_rows;  // rows of the largest tile
-    // Row of activations -> codes (padded with zeros to `padded`), their step size, and Tile::offset.
-    void (*quantize)(const Linear&, int64_t row, int64_t padded, float* scratch, int8_t* codes, float* scale,
-                     int32_t* offset);
+    // `count` <= max_rows rows of activations -> Tile::x over `padded` k, their step sizes, and Tile::offset.
+    // `scratch` has room for 2 · padded floats and max_rows · padded bytes.
+    void (*quantize)(const Linear&, int64_t row, int64_t count, int64_t padded, void* scratch, int8_t* tile,
+                     float* scale, int32_t* offset);
     // Codes of the outputs [first, first + strip) -> the layout of Tile::strip; absent outputs are zero.
     void (*unpack)(const Weight&, int64_t first, int64_t padded, uint8_t* strip);
     void (*tile)(int rows, const Tile&);

@@ -1,79 +1,10 @@
-// A row of activations: transforms, step size, integer codes. The arithmetic is that of reference.py and
-// transforms.py, operation for operation, but for the order of the sums in a rotation.
+// Rows of activations: transforms, step size, integer codes, operation for operation those of reference.py.
 #pragma once
 
-#include "vectors.h"
+#include "rotate.h"
 
 namespace attar {
 namespace {
-
-// c (m, n) = a · b for small matrices, a(i, j) = a[i·si + j·sj], b (k, n) row-major.
-template <int ROWS>
-INLINE void multiply_rows(const float* a, int64_t si, int64_t sj, const float* b, float* c, int64_t i, int64_t k,
-                          int64_t n, int64_t column, int64_t count) {
-    Floats sum[ROWS] = {};
-    for (int64_t j = 0; j < k; ++j) {
-        Floats v = load_some(b, j * n + column, FLOAT32, count);
-        for (int r = 0; r < ROWS; ++r) sum[r] += v * a[(i + r) * si + j * sj];
-    }
-    for (int r = 0; r < ROWS; ++r) store_some(c, (i + r) * n + column, FLOAT32, count, sum[r]);
-}
-
-void multiply(const float* a, int64_t si, int64_t sj, const float* b, float* c, int64_t m, int64_t k, int64_t n) {
-    for (int64_t column = 0; column < n; column += LANES) {
-        int64_t i = 0, count = n - column;
-        for (; i + 8 <= m; i += 8) multiply_rows<8>(a, si, sj, b, c, i, k, n, column, count);
-        for (; i < m; ++i) multiply_rows<1>(a, si, sj, b, c, i, k, n, column, count);
-    }
-}
-
-// Unnormalised Walsh-Hadamard transform of n numbers, n a power of two.
-void walsh_hadamard(float* x, int64_t n) {
-    for (int64_t stride = 1; stride < n && stride < LANES; stride *= 2) {  // inside a vector
-        for (int64_t i = 0; i < n; i += 2 * stride)
-            for (int64_t j = i; j < i + stride; ++j) {
-                float u = x[j], v = x[j + stride];
-                x[j] = u + v, x[j + stride] = u - v;
-            }
-    }
-    for (int64_t stride = LANES; stride < n; stride *= 2) {
-        for (int64_t i = 0; i < n; i += 2 * stride)
-            for (int64_t j = i; j < i + stride; j += LANES) {
-                Floats u = load<Floats>(x + j), v = load<Floats>(x + j + stride);
-                store(x + j, u + v), store(x + j + stride, u - v);
-            }
-    }
-}
-
-void hadamard(const Step& step, float* x, float* other, int64_t k) {
-    int64_t block = int64_t(step.rows) * step.cols;
-    float norm = 1.0f;
-    norm = float(1.0 / __builtin_sqrt(double(block)));
-    for (int64_t i = 0; i < k; ++i) x[i] *= step.a[i];
-    for (int64_t i = 0; i < k; i += step.cols) walsh_hadamard(x + i, step.cols);
-    if (step.rows > 1) {
-        for (int64_t i = 0; i < k; i += block)
-            multiply(step.b, step.rows, 1, x + i, other + i, step.rows, step.rows, step.cols);
-        memcpy(x, other, k * sizeof *x);
-    }
-    for (int64_t i = 0; i < k; ++i) x[i] *= norm;
-}
-
-void transform(const Linear& call, float* x, float* other) {
-    int64_t k = call.weight.k;
-    for (int s = 0; s < call.n_steps; ++s) {
-        const Step& step = call.steps[s];
-        if (step.kind == CHANNEL_SCALE) {
-            for (int64_t i = 0; i < k; ++i) x[i] /= step.a[i];
-        } else if (step.kind == HADAMARD) {
-            hadamard(step, x, other, k);
-        } else {
-            int64_t l = step.rows, r = step.cols;
-            multiply(x, r, 1, step.b, other, l, r, r);
-            multiply(step.a, 1, l, other, x, l, l, r);
-        }
-    }
-}
 
 // Integers in the order of the floats that they are the bits of; NaN lies beyond infinity.
 INLINE Ints ordered(Ints bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
@@ -107,11 +38,11 @@ void minmax_of(const float* x, int64_t padded, float* low, float* high) {
     *low = from_ordered(least), *high = from_ordered(most);
 }
 
-void quantize(const Linear& call, int64_t row, int64_t padded, float* scratch, int8_t* codes, float* scale,
-              int32_t* offset) {
+// One row -> codes, zeros up to `padded`; x and other are room for as many floats.
+void quantize_row(const Linear& call, int64_t row, int64_t padded, float* x, float* other, int8_t* codes,
+                  float* scale, int32_t* offset) {
     const int64_t k = call.weight.k;
     const float most = float((1 << (call.act_bits - 1)) - 1), least = -most - 1;
-    float *x = scratch, *other = scratch + padded;
     const char* from = static_cast<const char*>(call.x) + row * k * width(call.x_dtype);
     int64_t whole = k - k % LANES;
     if (call.x_dtype == FLOAT32)
@@ -151,6 +82,24 @@ void quantize(const Linear& call, int64_t row, int64_t padded, float* scratch, i
     for (int64_t i = 0; i < padded; ++i) sum += codes[i];
     *scale = step;
     *offset = -sum * (1 << (call.weight.bits - 1));
+}
+
+// `count` rows from `row` on -> the layout of Tile::x, in which ROWS rows lie interleaved: their values for one
+// step of the product are neighbours, and the product reads a single stream.
+template <int ROWS>
+void quantize(const Linear& call, int64_t row, int64_t count, int64_t padded, void* scratch, int8_t* tile,
+              float* scale, int32_t* offset) {
+    static_assert(ROWS <= LANES, "a tile is transposed in one piece");
+    float *x = static_cast<float*>(scratch), *other = x + padded;
+    int8_t* codes = reinterpret_cast<int8_t*>(other + padded);
+    for (int64_t r = 0; r < count; ++r)
+        quantize_row(call, row + r, padded, x, other, codes + r * padded, scale + r, offset + r);
+    for (int64_t k = 0; k < padded; k += 4 * LANES) {
+        Ints rows[LANES] = {};
+        for (int64_t r = 0; r < count; ++r) rows[r] = load<Ints>(codes + r * padded + k);
+        transpose(rows);
+        for (int step = 0; step < LANES; ++step) memcpy(tile + (k + 4 * step) * ROWS, &rows[step], ROWS * 4);
+    }
 }
 
 }  // namespace

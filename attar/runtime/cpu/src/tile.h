@@ -13,9 +13,6 @@ namespace {
 
 constexpr int64_t AHEAD = 1024;  // bytes of the strip that are fetched before they are needed
 
-// Unrolled to the end, so that the sums are registers and not an array in memory.
-#define UNROLL _Pragma("GCC unroll 32")
-
 template <class Isa, int ROWS>
 INLINE void accumulate(const Tile& t, int32_t (*out)[Isa::WIDTH * Isa::VECTORS]) {
     constexpr int STRIP = Isa::WIDTH * Isa::VECTORS;
@@ -25,14 +22,14 @@ INLINE void accumulate(const Tile& t, int32_t (*out)[Isa::WIDTH * Isa::VECTORS])
 
     const int8_t* x = t.x;
     const uint8_t* strip = t.strip;
-    for (int64_t step = 0; step < t.depth; ++step, x += 4, strip += STRIP * 4) {
+    for (int64_t step = 0; step < t.depth; ++step, x += 4 * Isa::ROWS, strip += STRIP * 4) {
         typename Isa::Weights weights[Isa::VECTORS];
         UNROLL for (int v = 0; v < Isa::VECTORS; ++v) {
             weights[v] = Isa::load(strip + v * Isa::WIDTH * 4);
             __builtin_prefetch(strip + v * Isa::WIDTH * 4 + AHEAD);
         }
         UNROLL for (int r = 0; r < ROWS; ++r) {
-            typename Isa::Values values = Isa::broadcast(x + r * t.x_stride);
+            typename Isa::Values values = Isa::broadcast(x + 4 * r);
             UNROLL for (int v = 0; v < Isa::VECTORS; ++v) sums[r][v] = Isa::dot(sums[r][v], weights[v], values);
         }
     }
@@ -76,7 +73,7 @@ constexpr Kernels kernels_of(const char* name) {
     return {name,
             Isa::WIDTH * Isa::VECTORS,
             Isa::ROWS,
-            quantize,
+            quantize<Isa::ROWS>,
             unpack<Isa::WIDTH * Isa::VECTORS>,
             Dispatch<Isa, Isa::ROWS>::call,
             dequantize};

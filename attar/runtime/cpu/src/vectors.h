@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 #define INLINE inline __attribute__((always_inline))
@@ -32,12 +36,43 @@ INLINE void store(T* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
+// Unrolls a loop to its end, so that what it indexes are registers and not an array in memory.
+#define UNROLL _Pragma("GCC unroll 32")
+
 template <class To, class From>
 INLINE To bits_of(From from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To to;
     memcpy(&to, &from, sizeof to);
     return to;
+}
+
+// a · b + c, rounded once where the processor can: only for sums whose order is free anyway.
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    __m256 u[2], v[2], w[2];
+    memcpy(u, &a, 64), memcpy(v, &b, 64), memcpy(w, &c, 64);
+    w[0] = _mm256_fmadd_ps(u[0], v[0], w[0]), w[1] = _mm256_fmadd_ps(u[1], v[1], w[1]);
+    memcpy(&c, w, 64);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+// Every lane takes the number of the lane that differs from it in the bit STEP.
+template <int STEP>
+INLINE Floats swap_lanes(Floats v) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#if defined(__clang__)
+    Floats swapped;
+    for (int i = 0; i < LANES; ++i) swapped[i] = v[i ^ STEP];
+    return (void)lane, swapped;
+#else
+    return __builtin_shuffle(v, lane ^ STEP);
+#endif
 }
 
 INLINE Floats from_bfloat16(Halves h) { return bits_of<Floats>(__builtin_convertvector(h, Words) << 16); }
@@ -97,6 +132,34 @@ INLINE void store_some(void* to, int64_t i, int32_t dtype, int64_t count, Floats
     alignas(64) char buffer[64];
     store_floats(buffer, 0, dtype, f);
     memcpy(static_cast<char*>(to) + i * width(dtype), buffer, count * width(dtype));
+}
+
+// Swaps the off-diagonal halves of 2·STEP x 2·STEP blocks.
+template <int STEP>
+INLINE void exchange(Ints* rows) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints upper = (lane & STEP) == 0 ? lane : lane + (LANES - STEP);
+    const Ints lower = (lane & STEP) == 0 ? lane + STEP : lane + LANES;
+    UNROLL for (int i = 0; i < LANES; ++i) {
+        if (i & STEP) continue;
+        Ints a = rows[i], b = rows[i + STEP];
+#if defined(__clang__)
+        Ints high, low;
+        for (int j = 0; j < LANES; ++j) {
+            high[j] = upper[j] < LANES ? a[upper[j]] : b[upper[j] - LANES];
+            low[j] = lower[j] < LANES ? a[lower[j]] : b[lower[j] - LANES];
+        }
+        rows[i] = high, rows[i + STEP] = low;
+#else
+        rows[i] = __builtin_shuffle(a, b, upper);
+        rows[i + STEP] = __builtin_shuffle(a, b, lower);
+#endif
+    }
+}
+
+// A 16 x 16 matrix.
+INLINE void transpose(Ints* rows) {
+    exchange<8>(rows), exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
 }
 
 }  // namespace

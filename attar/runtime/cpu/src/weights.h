@@ -43,29 +43,6 @@ void expand(const Weight& w, int64_t row, int64_t first, int64_t count, uint8_t*
     }
 }
 
-// Swaps the off-diagonal halves of 2·STEP x 2·STEP blocks; the four sizes together transpose a 16 x 16 matrix.
-template <int STEP>
-INLINE void exchange(Ints* rows) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Ints upper = (lane & STEP) == 0 ? lane : lane + (LANES - STEP);
-    const Ints lower = (lane & STEP) == 0 ? lane + STEP : lane + LANES;
-    for (int i = 0; i < LANES; ++i) {
-        if (i & STEP) continue;
-        Ints a = rows[i], b = rows[i + STEP];
-#if defined(__clang__)
-        Ints high, low;
-        for (int j = 0; j < LANES; ++j) {
-            high[j] = upper[j] < LANES ? a[upper[j]] : b[upper[j] - LANES];
-            low[j] = lower[j] < LANES ? a[lower[j]] : b[lower[j] - LANES];
-        }
-        rows[i] = high, rows[i + STEP] = low;
-#else
-        rows[i] = __builtin_shuffle(a, b, upper);
-        rows[i + STEP] = __builtin_shuffle(a, b, lower);
-#endif
-    }
-}
-
 // STRIP outputs from `first` on -> (padded / 4, STRIP, 4) bytes. `padded` is a multiple of 64.
 template <int STRIP>
 void unpack(const Weight& w, int64_t first, int64_t padded, uint8_t* strip) {
@@ -80,7 +57,7 @@ void unpack(const Weight& w, int64_t first, int64_t padded, uint8_t* strip) {
                 if (output < w.n) expand(w, output, k, count, bytes[r]);
                 rows[r] = load<Ints>(bytes[r]);
             }
-            exchange<8>(rows), exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
+            transpose(rows);
             for (int r = 0; r < LANES; ++r) store(strip + (k / 4 + r) * STRIP * 4 + part * 4, rows[r]);
         }
     }
