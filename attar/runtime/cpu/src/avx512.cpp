@@ -8,11 +8,7 @@ namespace {
 
 struct Avx512 {
     typedef __m512i Vector, Weights, Values;
-#ifndef TV
-#define TV 2
-#define TR 14
-#endif
-    static constexpr int WIDTH = 16, VECTORS = TV, ROWS = TR;
+    static constexpr int WIDTH = 16, VECTORS = 2, ROWS = 14;
     static INLINE Vector set(int32_t v) { return _mm512_set1_epi32(v); }
     static INLINE Weights load(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static INLINE Values broadcast(const int8_t* p) {

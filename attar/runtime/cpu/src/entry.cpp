@@ -13,7 +13,7 @@ using namespace attar;
 
 namespace {
 
-constexpr int64_t PANEL_BYTES = 384 << 10;  // unpacked weights of a thread: they stay in its L2 cache
+constexpr int64_t PANEL_BYTES = 640 << 10;  // unpacked weights of a thread: they stay in its L2 cache
 constexpr int64_t BLOCK_BYTES = 16 << 20;   // activation codes of a call: they stay in the last cache
 constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
 

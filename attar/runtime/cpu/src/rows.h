@@ -11,11 +11,19 @@ INLINE Ints ordered(Ints bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
 INLINE float from_ordered(int32_t i) { return bits_of<float>(i ^ ((i >> 31) & 0x7fffffff)); }
 
+// A row of k numbers in one of the types; past its end it reads as zeros.
+struct Row {
+    const void* x;
+    int32_t dtype;
+    int64_t k;
+    INLINE Floats at(int64_t i) const { return load_some(x, i, dtype, k - i); }
+};
+
 // Largest magnitude of a row; NaN if it holds one.
-float absmax_of(const float* x, int64_t padded) {
+float absmax_of(const Row& row) {
     Ints top = {};
-    for (int64_t i = 0; i < padded; i += LANES) {
-        Ints magnitude = load<Ints>(x + i) & 0x7fffffff;
+    for (int64_t i = 0; i < row.k; i += LANES) {
+        Ints magnitude = bits_of<Ints>(row.at(i)) & 0x7fffffff;
         top = magnitude > top ? magnitude : top;
     }
     int32_t most = 0;
@@ -23,10 +31,13 @@ float absmax_of(const float* x, int64_t padded) {
     return bits_of<float>(most);
 }
 
-void minmax_of(const float* x, int64_t padded, float* low, float* high) {
-    Ints bottom = ordered(load<Ints>(x)), top = bottom;
-    for (int64_t i = LANES; i < padded; i += LANES) {
-        Ints v = ordered(load<Ints>(x + i));
+void minmax_of(const Row& row, float* low, float* high) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints bottom = Ints{} + ordered(bits_of<Ints>(row.at(0)))[0], top = bottom;
+    const Ints some = bottom;
+    for (int64_t i = 0; i < row.k; i += LANES) {
+        Ints v = ordered(bits_of<Ints>(row.at(i)));
+        if (row.k - i < LANES) v = lane < int32_t(row.k - i) ? v : some;  // no zeros that the row does not hold
         bottom = v < bottom ? v : bottom;
         top = v > top ? v : top;
     }
@@ -38,48 +49,50 @@ void minmax_of(const float* x, int64_t padded, float* low, float* high) {
     *low = from_ordered(least), *high = from_ordered(most);
 }
 
-// One row -> codes, zeros up to `padded`; x and other are room for as many floats.
-void quantize_row(const Linear& call, int64_t row, int64_t padded, float* x, float* other, int8_t* codes,
+// One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each.
+void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, float* other, int8_t* codes,
                   float* scale, int32_t* offset) {
     const int64_t k = call.weight.k;
-    const float most = float((1 << (call.act_bits - 1)) - 1), least = -most - 1;
-    const char* from = static_cast<const char*>(call.x) + row * k * width(call.x_dtype);
-    int64_t whole = k - k % LANES;
-    if (call.x_dtype == FLOAT32)
-        memcpy(x, from, k * sizeof *x);
-    else {
-        for (int64_t i = 0; i < whole; i += LANES) store(x + i, load_floats(from, i, call.x_dtype));
-        if (whole < k) store(x + whole, load_some(from, whole, call.x_dtype, k - whole));
+    Row row = {static_cast<const char*>(call.x) + index * k * width(call.x_dtype), call.x_dtype, k};
+    if (call.n_steps) {
+        for (int64_t i = 0; i < k; i += LANES) store(x + i, row.at(i));
+        transform(call, x, other);
+        row.x = x, row.dtype = FLOAT32;
     }
-    transform(call, x, other);
-    for (int64_t i = k; i < padded; ++i) x[i] = x[0];  // changes no minimum and no maximum
-
     float low = -__builtin_inff(), high = __builtin_inff(), absmax;
     if (call.clip) {
-        minmax_of(x, padded, &low, &high);
+        minmax_of(row, &low, &high);
         low *= call.clip[0], high *= call.clip[1];
         float below = __builtin_fabsf(low);
         absmax = below > high || below != below ? below : high;
     } else {
-        absmax = absmax_of(x, padded);
+        absmax = absmax_of(row);
     }
+    const float most = float((1 << (call.act_bits - 1)) - 1), least = -most - 1;
     const float step = (absmax < 1e-5f ? 1e-5f : absmax) / most;
 
     // Adding 1.5·2^23 rounds half to even and leaves the integer in the low bits; a NaN leaves zero there.
     const Floats lows = Floats{} + low, highs = Floats{} + high;
     const Floats leasts = Floats{} + least, mosts = Floats{} + most;
-    for (int64_t i = 0; i < padded; i += LANES) {
-        Floats v = load<Floats>(x + i);
+    Ints sums = {};
+    for (int64_t i = 0; i < k; i += LANES) {
+        Floats v = row.at(i);
         v = v < lows ? lows : v;
         v = v > highs ? highs : v;
         v = v / step;
         v = v < leasts ? leasts : v;
         v = v > mosts ? mosts : v;
-        store(codes + i, __builtin_convertvector(bits_of<Ints>(v + 12582912.0f), Bytes));
+        Ints code = bits_of<Ints>(v + 12582912.0f);
+        if (k - i < LANES) {
+            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            code = lane < int32_t(k - i) ? code : Ints{};
+        }
+        sums += (code << 24) >> 24;
+        store(codes + i, low_bytes(code));
     }
-    memset(codes + k, 0, padded - k);
+    for (int64_t i = (k + LANES - 1) / LANES * LANES; i < padded; i += LANES) store(codes + i, Bytes{});
     int32_t sum = 0;
-    for (int64_t i = 0; i < padded; ++i) sum += codes[i];
+    for (int i = 0; i < LANES; ++i) sum += sums[i];
     *scale = step;
     *offset = -sum * (1 << (call.weight.bits - 1));
 }

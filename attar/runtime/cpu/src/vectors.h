@@ -23,6 +23,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t Codes __attribute__((vector_size(16)));
 
 template <class V, class T>
 INLINE V load(const T* from) {
@@ -75,6 +76,48 @@ INLINE Floats swap_lanes(Floats v) {
 #endif
 }
 
+// Conversions that compilers take apart into single numbers where they are not told the instruction.
+
+// The low byte of each number.
+INLINE Bytes low_bytes(Ints v) {
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+    __m256i h[2];
+    memcpy(h, &v, 64);
+    const __m256i mask = _mm256_set1_epi32(255);  // no packing instruction may see a number to saturate
+    __m256i words = _mm256_packus_epi32(_mm256_and_si256(h[0], mask), _mm256_and_si256(h[1], mask));
+    words = _mm256_permute4x64_epi64(words, 0xd8);
+    return (Bytes)_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
+    return __builtin_convertvector(v, Bytes);
+#endif
+}
+
+// The low half of each number, which is below 2^16.
+INLINE Halves low_halves(Words v) {
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+    __m256i h[2];
+    memcpy(h, &v, 64);
+    return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32(h[0], h[1]), 0xd8);
+#else
+    return __builtin_convertvector(v, Halves);
+#endif
+}
+
+INLINE Ints widened(Codes codes) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32((__m128i)codes);
+#elif defined(__AVX2__)
+    __m256i h[2] = {_mm256_cvtepu8_epi32((__m128i)codes), _mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)codes, 8))};
+    return load<Ints>(h);
+#else
+    return __builtin_convertvector(codes, Ints);
+#endif
+}
+
 INLINE Floats from_bfloat16(Halves h) { return bits_of<Floats>(__builtin_convertvector(h, Words) << 16); }
 
 INLINE Floats from_float16(Halves h) {
@@ -90,7 +133,7 @@ INLINE Halves to_bfloat16(Floats f) {
     Words w = bits_of<Words>(f);
     Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
     rounded = (w & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc0 : rounded;
-    return __builtin_convertvector(rounded, Halves);
+    return low_halves(rounded);
 }
 
 INLINE Halves to_float16(Floats f) {
@@ -100,7 +143,7 @@ INLINE Halves to_float16(Floats f) {
     Words big = a > 0x7f800000 ? Words{} + 0x7e00 : Words{} + 0x7c00;
     Words h = a < 0x38800000 ? small : normal;
     h = a >= 0x47800000 ? big : h;
-    return __builtin_convertvector(h | ((w >> 16) & 0x8000), Halves);
+    return low_halves(h | ((w >> 16) & 0x8000));
 }
 
 INLINE Floats load_floats(const void* from, int64_t i, int32_t dtype) {

@@ -65,13 +65,12 @@ void unpack(const Weight& w, int64_t first, int64_t padded, uint8_t* strip) {
 
 // Row of the weight -> codes · scale, computed in float32 and rounded to `dtype`.
 void dequantize(const Weight& w, int64_t row, uint8_t* scratch, void* out, int32_t dtype) {
-    typedef uint8_t Unsigned __attribute__((vector_size(16)));
     expand(w, row, 0, w.k, scratch);
     const int64_t size = w.k / w.groups;
     for (int64_t group = 0; group < w.groups; ++group) {
         const float scale = w.scale[row * w.groups + group];
         for (int64_t i = group * size, end = i + size; i < end; i += LANES) {
-            Ints codes = __builtin_convertvector(load<Unsigned>(scratch + i), Ints) - (1 << (w.bits - 1));
+            Ints codes = widened(load<Codes>(scratch + i)) - (1 << (w.bits - 1));
             store_some(out, i, dtype, end - i, __builtin_convertvector(codes, Floats) * scale);
         }
     }
