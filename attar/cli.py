@@ -162,7 +162,7 @@ def generate(
     source = find_source(model)
     pipe = load_pipeline(source, dtype=_dtype(dtype), device=device)
     if any(packed_layers(part) for part in (pipe.components.values()) if hasattr(part, "named_modules")):
-        print(f"backend {backend_description()}", file=sys.stderr)
+        print(f"backend {backend_description(pipe.device)}", file=sys.stderr)
     call = source.call_arguments(
         num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, num_frames=frames
     )
