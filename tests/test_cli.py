@@ -75,7 +75,7 @@ def test_sizes_of_the_calibration(cli, wan_folder, tmp_path):
 
 
 def test_help(cli):
-    for command in ([], ["compress"], ["generate"], ["compare"], ["recipes"]):
+    for command in ([], ["compress"], ["generate"], ["compare"], ["plan"], ["recipes"]):
         done = cli(*command, "--help")
         assert done.code == 0 and "Usage" in done.out
     bare = cli()

@@ -69,6 +69,11 @@ def latent_of(architecture: Architecture, size: Size) -> Latent:
     return Latent(frames, size.height // space, size.width // space)
 
 
+def makes_images(architecture: Architecture) -> bool:
+    """Whether the autoencoder knows no time, so that there is one frame."""
+    return type(architecture.vae).__name__ == "AutoencoderKL"
+
+
 def transformer_call(
     architecture: Architecture, name: str, latent: Latent, text_tokens: int
 ) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def _factors(architecture: Architecture) -> tuple[int, int | None]:
     if vae is None:
         raise AttarError("the pipeline has no autoencoder (vae)", where=architecture.name)
     config = vae.config
-    if type(vae).__name__ == "AutoencoderKL":
+    if makes_images(architecture):
         return 2 ** (len(config.block_out_channels) - 1), None
     own = vars(vae)  # not getattr: diffusers would look into the config and warn
     space = own.get("spatial_compression_ratio") or 2 ** (len(config.get("block_out_channels", ())) - 1)
@@ -204,3 +209,6 @@ TEXT_TOKENS = {
     "WanTransformer3DModel": 512, "HunyuanVideoTransformer3DModel": 256, "CogVideoXTransformer3DModel": 226,
     "LTXVideoTransformer3DModel": 128, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120,
 }  # fmt: skip
+
+# families whose guidance scale is an input of the transformer, or that have none: one branch a step
+ONE_BRANCH = {"FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"}

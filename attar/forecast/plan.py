@@ -11,7 +11,16 @@ from attar.conductor import plan_component
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
 from attar.forecast.calibration import forecast_calibration
-from attar.forecast.calls import TEXT_TOKENS, Size, decode, encode, latent_of, transformer_call
+from attar.forecast.calls import (
+    ONE_BRANCH,
+    TEXT_TOKENS,
+    Size,
+    decode,
+    encode,
+    latent_of,
+    makes_images,
+    transformer_call,
+)
 from attar.forecast.counts import Counts, count_module, count_transformer
 from attar.forecast.hardware import Hardware, find_hardware
 from attar.forecast.latency import amdahl, arithmetic_bound, predict_latency, quantized_counts
@@ -47,7 +56,7 @@ def size_for(
         width, height = map(int, parts)
     if not width or not height:
         raise AttarError("the model does not say its resolution", fix="Add --resolution WIDTHxHEIGHT")
-    frames = frames or default.get("frames")
+    frames = frames or default.get("frames") or (1 if makes_images(architecture) else None)
     if not frames:
         raise AttarError("the model does not say its number of frames", fix="Add --frames N")
     family = type(next(iter(architecture.transformers.values()))).__name__
@@ -77,15 +86,14 @@ def plan_model(
 ) -> dict[str, Any]:
     """Everything that `attar plan` shows, as JSON-able values in FLOP, bytes and seconds.
 
-    steps: denoising steps; default: the model's. guidance: whether a step runs two branches; default: the model's, and
-    where that says nothing, whether the transformer has no guidance embedding. Where a pipeline has two experts a step
+    steps: denoising steps; default: the model's. guidance: whether a step runs two branches; default: as the
+    pipeline does where the model asks for guidance or says nothing. Where a pipeline has two experts a step
     is one of the first. Raises AttarError for whatever does not fit.
     """
     first, transformer = next(iter(architecture.transformers.items()))
     steps = int(steps or architecture.default.get("steps", 50))
     if guidance is None:
-        config: Any = transformer.config
-        guidance = architecture.default.get("guidance", not config.get("guidance_embeds", False))
+        guidance = architecture.default.get("guidance", True) and type(transformer).__name__ not in ONE_BRANCH
     branches = 2 if guidance else 1
     plans = {name: plan_component(part, recipe) for name, part in architecture.transformers.items()}
     counts = {name: c.times(branches) for name, c in count_step(architecture, size).items()}

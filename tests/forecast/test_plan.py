@@ -5,6 +5,7 @@ import shutil
 from functools import cache
 
 import pytest
+from support import pipelines
 from support.shapes import architecture
 
 from attar.forecast.hardware import find_hardware
@@ -122,6 +123,18 @@ def test_a_folder(cli, wan_folder, tmp_path):
     dry = json.loads(cli("compress", wan_folder, "--dry-run", "--recipe", "rtn", "--json").out)["bytes"]
     same = ("block_linears_bf16", "block_linears_packed", "rest_bf16", "linear_ratio", "transformer_ratio")
     assert {k: planned[k] for k in same} == {k: dry[k] for k in same}
+
+
+@pytest.mark.parametrize("name", ["wan22", "cogvideox", "hunyuan", "ltx", "flux", "pixart"])
+def test_folders_of_every_family(cli, tmp_path, name):
+    case = pipelines.CASES[name]
+    folder = pipelines.save(tmp_path / name, name, case.steps)
+    done = cli("plan", folder, "--gpu", "h200", "--recipe", "rtn", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["steps"] == case.steps and result["bytes"]["linear_ratio"] > 1
+    assert result["branches"] == (1 if name in ("flux", "hunyuan") else 2)
+    assert ("transformer_2" in result["parameters"]) == (name == "wan22")
 
 
 @pytest.mark.parametrize(
