@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -268,6 +268,53 @@ def plan(
     hardware = hardware_for(gpu, parse_peaks(peak or []))
     result = plan_model(architecture, chosen, hardware, size, steps, guidance)
     _emit(result) if as_json else print_plan(result)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="a compressed folder; or a built-in name or folder, packed here by a recipe"),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="instead: a real model's shapes with random weights, e.g. wan-1.3b")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="whose bits and transforms are packed")] = "attar-ptq",
+    weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
+    acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override, e.g. quantize.rotation=hadamard")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="video tokens of one forward")] = 2048,
+    text_tokens: Annotated[int | None, typer.Option(min=1, help="length of the text")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="rounds, in which dense and packed take turns")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
+    backend: Annotated[str | None, typer.Option(help="reference or cpu (default: the fastest)")] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="of the dense blocks that are compared with")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Measure latency, memory and size of packed blocks beside dense ones, here and in one run."""
+    import torch
+
+    from attar.bench.command import bench as measure
+    from attar.bench.table import print_bench
+    from attar.models.source import check_device
+    from attar.recipe import load_recipe
+    from attar.runtime.backend import use_backend
+
+    if (model is None) == (shape is None):
+        raise AttarError("nothing to measure is named", fix="Give a model, or --shape")
+    bits = _given({"quantize.weights": weights, "quantize.acts": acts})
+    chosen = load_recipe(recipe, {**_assignments(set_), **bits})
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with use_backend(backend) if backend is not None else nullcontext():
+        name = model if model is not None else shape
+        result = measure(str(name), chosen, tokens, text_tokens, rounds, _dtype(dtype), device)
+    _emit(result) if as_json else print_bench(result)
 
 
 @recipes_app.callback()

@@ -49,9 +49,10 @@ def shape_names() -> list[str]:
     return [name for name in _shapes() if not name.startswith(".")]
 
 
-def find_architecture(model: str) -> Architecture:
+def find_architecture(model: str, compressed: bool = False) -> Architecture:
     """By a real shape's name, a built-in model's name, or a local diffusers folder; nothing is downloaded.
 
+    compressed: take a compressed folder too, as the architecture that it was before.
     Raises AttarError for an unknown name, a folder without configs, and classes that do not exist here.
     """
     if model in shape_names():
@@ -71,7 +72,10 @@ def find_architecture(model: str) -> Architecture:
     for name, entry in index.items():
         wanted = name.startswith(("transformer", "text_encoder")) or name == "vae"
         if wanted and isinstance(entry, list) and len(entry) == 2 and all(entry):
-            components[name] = [*entry, _json(source.folder / name / "config.json")]
+            config = _json(source.folder / name / "config.json")
+            if compressed:
+                config.pop("quantization_config", None)
+            components[name] = [*entry, config]
     renamed = {
         "num_frames": "frames", "num_inference_steps": "steps", "max_sequence_length": "text_tokens",
         "height": "height", "width": "width",
