@@ -30,8 +30,14 @@ void expand(const Weight& w, int64_t row, int64_t first, int64_t count, uint8_t*
         memcpy(out, stream + first, count);
         return;
     }
-    int64_t at = first / 8 * w.bits;
-    for (int64_t i = 0; i < count; i += 8, at += w.bits) {
+    int64_t i = 0, at = first / 8 * w.bits;
+    if (w.bits == 4) {
+        for (; i + 2 * LANES <= count; i += 2 * LANES, at += LANES) {
+            Halves pairs = widened_halves(load<Codes>(stream + at));
+            store(out + i, (pairs | pairs << 4) & 0x0f0f);
+        }
+    }
+    for (; i < count; i += 8, at += w.bits) {
         uint64_t word = 0;
         int64_t left = w.row_bytes - at;
         if (left >= 8)
