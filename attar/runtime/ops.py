@@ -20,7 +20,7 @@ from attar.runtime.reference import dequantize, integer_linear, quantize_tokens
 from attar.runtime.transforms import TRANSFORMS
 
 _NAME = "attar::packed_linear"
-_PANEL_BYTES = 2**21  # of a dequantized weight, which is never whole in memory
+_PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
 torch.library.define(
     _NAME,

@@ -15,7 +15,7 @@ struct Avx2 {
     typedef Weights Values;
     static constexpr int WIDTH = 8, VECTORS = 2, ROWS = 4;
     static INLINE Vector set(int32_t v) { return _mm256_set1_epi32(v); }
-    static INLINE Weights load(const uint8_t* p) {
+    static INLINE Weights load_weights(const uint8_t* p) {
         __m256i w = _mm256_loadu_si256((const __m256i*)p);
         return {_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srli_epi16(w, 8)};
     }
@@ -29,7 +29,8 @@ struct Avx2 {
         sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.even, x.even));
         return _mm256_add_epi32(sums, _mm256_madd_epi16(w.odd, x.odd));
     }
-    static INLINE void store(int32_t* p, Vector v) { _mm256_storeu_si256((__m256i*)p, v); }
+    static INLINE Vector load_sums(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+    static INLINE void store_sums(int32_t* p, Vector v) { _mm256_storeu_si256((__m256i*)p, v); }
 };
 
 }  // namespace

@@ -38,11 +38,13 @@ struct Linear {
     int32_t threads;
 };
 
-// A tile of the product: `rows` rows of activations against one strip of weights.
+// A tile of the product: some rows of activations against one strip of weights, over a range of the depth.
 struct Tile {
     const int8_t* x;         // (depth, max_rows, 4): four neighbouring k of each row
     const uint8_t* strip;    // (depth, outputs of a strip, 4): four neighbouring k of each output
-    int64_t depth;           // k / 4, rounded up
+    int64_t depth;           // steps of four k
+    int32_t* sums;           // (rows, outputs of a strip) between the ranges; null when there is one range
+    bool begin, end;         // the first range starts from the offsets, the last one writes y
     const int32_t* offset;   // (rows,) what the stored offset of the codes adds to each sum, negated
     const float* row_scale;  // (rows,)
     const float* scale;      // (cols,)
@@ -61,8 +63,9 @@ struct Kernels {
     // `scratch` has room for 2 · padded floats and max_rows · padded bytes.
     void (*quantize)(const Linear&, int64_t row, int64_t count, int64_t padded, void* scratch, int8_t* tile,
                      float* scale, int32_t* offset);
-    // Codes of the outputs [first, first + strip) -> the layout of Tile::strip; absent outputs are zero.
-    void (*unpack)(const Weight&, int64_t first, int64_t padded, uint8_t* strip);
+    // Codes of the outputs [first, first + strip) and of [k0, k1), multiples of 64, -> the layout of Tile::strip;
+    // what the weight does not have is zero.
+    void (*unpack)(const Weight&, int64_t first, int64_t k0, int64_t k1, uint8_t* strip);
     void (*tile)(int rows, const Tile&);
     // Weights of one output -> (k,) in `dtype`.
     void (*dequantize)(const Weight&, int64_t row, uint8_t* scratch, void* out, int32_t dtype);

@@ -118,6 +118,14 @@ INLINE Ints widened(Codes codes) {
 #endif
 }
 
+INLINE Halves widened_halves(Codes codes) {
+#if defined(__AVX2__)
+    return (Halves)_mm256_cvtepu8_epi16((__m128i)codes);
+#else
+    return __builtin_convertvector(codes, Halves);
+#endif
+}
+
 INLINE Floats from_bfloat16(Halves h) { return bits_of<Floats>(__builtin_convertvector(h, Words) << 16); }
 
 INLINE Floats from_float16(Halves h) {

@@ -30,8 +30,14 @@ void expand(const Weight& w, int64_t row, int64_t first, int64_t count, uint8_t*
         memcpy(out, stream + first, count);
         return;
     }
-    int64_t at = first / 8 * w.bits;
-    for (int64_t i = 0; i < count; i += 8, at += w.bits) {
+    int64_t i = 0, at = first / 8 * w.bits;
+    if (w.bits == 4) {
+        for (; i + 2 * LANES <= count; i += 2 * LANES, at += LANES) {
+            Halves pairs = widened_halves(load<Codes>(stream + at));
+            store(out + i, (pairs | pairs << 4) & 0x0f0f);
+        }
+    }
+    for (; i < count; i += 8, at += w.bits) {
         uint64_t word = 0;
         int64_t left = w.row_bytes - at;
         if (left >= 8)
@@ -43,22 +49,22 @@ void expand(const Weight& w, int64_t row, int64_t first, int64_t count, uint8_t*
     }
 }
 
-// STRIP outputs from `first` on -> (padded / 4, STRIP, 4) bytes. `padded` is a multiple of 64.
+// STRIP outputs from `first` on -> ((k1 - k0) / 4, STRIP, 4) bytes.
 template <int STRIP>
-void unpack(const Weight& w, int64_t first, int64_t padded, uint8_t* strip) {
+void unpack(const Weight& w, int64_t first, int64_t k0, int64_t k1, uint8_t* strip) {
     alignas(64) uint8_t bytes[LANES][64];
     for (int part = 0; part < STRIP; part += LANES) {
-        for (int64_t k = 0; k < padded; k += 64) {
+        for (int64_t k = k0; k < k1; k += 64) {
             int64_t count = w.k - k < 64 ? w.k - k : 64;
             Ints rows[LANES];
             for (int r = 0; r < LANES; ++r) {
                 int64_t output = first + part + r;
                 if (count < 64 || output >= w.n) memset(bytes[r], 0, 64);
                 if (output < w.n) expand(w, output, k, count, bytes[r]);
-                rows[r] = load<Ints>(bytes[r]);
             }
+            for (int r = 0; r < LANES; ++r) rows[r] = load<Ints>(bytes[r]);  // when the stores have arrived
             transpose(rows);
-            for (int r = 0; r < LANES; ++r) store(strip + (k / 4 + r) * STRIP * 4 + part * 4, rows[r]);
+            for (int r = 0; r < LANES; ++r) store(strip + ((k - k0) / 4 + r) * STRIP * 4 + part * 4, rows[r]);
         }
     }
 }
