@@ -154,8 +154,8 @@ def library() -> Library:
                 _found = error
             except OSError as error:
                 _found = AttarError(f"the compiled kernels cannot be loaded ({reason(error)})")
-    if isinstance(_found, AttarError):
-        raise _found
+    if isinstance(_found, AttarError):  # anew: one that is raised again and again collects tracebacks
+        raise AttarError(_found.what, where=_found.where, fix=_found.fix)
     return _found
 
 
