@@ -110,6 +110,7 @@ MAIN = Study(
 
 FEW_EPOCHS = {"reconstruct.epochs": 5}
 FIXED = {"quantize.rotation": "hadamard"}
+CLIP_ALONE = {"reconstruct.train_scale": False, "reconstruct.train_rotation": False}
 LADDER = Study(
     "ladder",
     "Does every part of the default recipe lower the held-out block error? (5 epochs)",

@@ -59,7 +59,7 @@ def _study(study: Study, cells: dict[str, Any]) -> str:
     lines = [
         f"## {study.name}\n\n{study.question}\n",
         "| bits | method | seeds | block error | on calibration samples | latent error | PSNR dB | SSIM | all right "
-        "| calibration s |",
+        "| calibration CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for bits, name, found in rows:
@@ -68,7 +68,7 @@ def _study(study: Study, cells: dict[str, Any]) -> str:
             f"| {bits} | {name} | {len(seeds)} | {_over(seeds, _block, 4)} | "
             f"{_over(seeds, _calibration, 4)} | {_over(seeds, _median_latent, 4)} | "
             f"{_over(seeds, _mean('psnr'), 2)} | {_over(seeds, _mean('ssim'), 4)} | {_accuracy(seeds)} | "
-            f"{_over(seeds, lambda c: c['calibration_seconds'], 0)} |"
+            f"{_over(seeds, lambda c: c.get('calibration_cpu_seconds'), 0)} |"
         )
     lines += _differences(study, rows) + _chosen(study, rows)
     return "\n".join(lines) + "\n"

@@ -36,7 +36,7 @@ def test_tables_pair_cells_over_seeds(tmp_path):
         return {
             "block_errors": [error, error],
             "calibration_errors": [[None, None]],
-            "calibration_seconds": 1.0,
+            "calibration_cpu_seconds": 1.0,
             "chosen": [[0, 0], [1, 49]],
         }
 
