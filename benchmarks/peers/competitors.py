@@ -128,13 +128,13 @@ def openvino(task: Task) -> nn.Module:
     core = library.Core()
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = core.compile_model(quantized, "CPU", threads)
-    return _OpenVINO(task.transformer, compiled, wrapped, _constant_bytes(quantized))
+    return _OpenVINO(task.transformer, compiled, wrapped, _integer_bytes(quantized))
 
 
-def _constant_bytes(model: Any) -> int:
-    """Bytes of the blocks' weights in an OpenVINO model."""
+def _integer_bytes(model: Any) -> int:
+    """Bytes of an OpenVINO model's integer weights; only the blocks have some."""
     constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
-    return sum(op.get_byte_size() for op in constants if f".{BLOCKS}" in op.get_friendly_name())
+    return sum(op.get_byte_size() for op in constants if op.get_element_type().to_string() in ("i8", "u8"))
 
 
 class _Positional(nn.Module):
