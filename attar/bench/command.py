@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attar.bench.run import bench_model
-from attar.bench.subject import bench_blocks, latent_grid
+from attar.bench.subject import bench_blocks, latent_grid, pack_block, packed_blocks
 from attar.errors import AttarError
 from attar.forecast.architecture import find_architecture
 from attar.forecast.calls import TEXT_TOKENS
@@ -42,19 +42,19 @@ def bench(
     text = text_tokens or architecture.default.get("text_tokens") or TEXT_TOKENS.get(family)
     if not text:
         raise AttarError("the length of the text is not known", where=family, fix="Add --text-tokens N")
-    packed = None
-    if folder is not None:
-        packed = getattr(load_pipeline(find_source(model), dtype=dtype, device=device), name)
-    grid = latent_grid(architecture, tokens)
-    blocks = bench_blocks(architecture, grid, text, recipe if packed is None else None, packed, dtype, device)
-    what = (
-        "its own packed blocks" if packed is not None else f"{recipe.name} at {recipe.bits}, random weights"
-    )
+    blocks = bench_blocks(architecture, latent_grid(architecture, tokens), text, dtype, device)
+    if folder is None:
+        what = f"{recipe.name} at {recipe.bits}, random weights"
+        pairs = [(block, pack_block(block, recipe)) for block in blocks]
+    else:
+        what = "its own packed blocks"
+        packed = packed_blocks(getattr(load_pipeline(find_source(model), dtype=dtype, device=device), name))
+        pairs = [(block, packed[block.kind]) for block in blocks]
     return {
-        "model": architecture.title if packed is None else model,
+        "model": architecture.title if folder is None else model,
         "what": what,
         "tokens": tokens,
         "text_tokens": text,
         "baseline": NAMES[dtype],
-        **bench_model(blocks, rounds, device, folder),
+        **bench_model(pairs, rounds, device, folder),
     }

