@@ -183,6 +183,6 @@ def _card(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
         pipeline_tag="text-to-video" if video else "text-to-image",
         fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
-        call=call, backend=backend_description(), settings=settings, sizes=sizes, plan=plan_rows(plans),
+        call=call, backend=backend_description(pipe.device), settings=settings, sizes=sizes, plan=plan_rows(plans),
         example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
     )  # fmt: skip

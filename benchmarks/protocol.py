@@ -175,13 +175,14 @@ class Bench:
     def measure(self, pipe: Any, prompts: int) -> dict[str, Any]:
         """All figures of a compressed pipeline. prompts: held-out videos, 0 for block errors alone."""
         figures: dict[str, Any] = {"block_errors": self.block_errors(pipe.transformer)}
-        if not prompts:
-            return figures
+        return {**figures, **self.measure_videos(pipe, prompts)} if prompts else figures
+
+    def measure_videos(self, pipe: Any, prompts: int) -> dict[str, Any]:
+        """What can be said of any pipeline: how close its videos are to full precision's, and what they show."""
         reference = self.reference(prompts)
         started = time.time()
         latents, clips = sample(pipe, [scene.prompt for scene in reference.scenes], self.call, self.seed)
         return {
-            **figures,
             "latent_error": latent_error(reference.latents, latents).tolist(),
             "psnr": psnr(reference.videos, clips).tolist(),
             "ssim": ssim(reference.videos, clips).tolist(),

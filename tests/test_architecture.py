@@ -17,6 +17,7 @@ CONDUCTING = {
     "stored",
     "save",
     "forecast",
+    "bench",
     "recipe",
     "workspace",
     "identity",
@@ -39,7 +40,18 @@ ALLOWED = {
     "component": {*VERBS, "losses", "models", "progress", "recipe", "stored", "workspace"},
     "conductor": {*VERBS, "component", "identity", "models", "progress", "recipe", "runtime", "workspace"},
     "save": {*VERBS, "conductor", "evaluate", "models", "recipe", "runtime"},
-    "forecast": {*VERBS, "component", "conductor", "evaluate", "losses", "models", "recipe", "save"},
+    "forecast": {
+        *VERBS,
+        "component",
+        "conductor",
+        "evaluate",
+        "losses",
+        "models",
+        "recipe",
+        "runtime",
+        "save",
+    },
+    "bench": {"calibration", "component", "evaluate", "forecast", "models", "quantize", "recipe", "runtime"},
     "errors": set(),
     "files": set(),
     "__init__": {"conductor", "models", "recipe", "runtime"},
@@ -93,6 +105,22 @@ def test_verbs_do_not_know_each_other():
     for verb in VERBS:
         for path in (ROOT / verb).rglob("*.py"):
             assert not {part_of(n) for n in imports(path)} & (VERBS - {verb} | CONDUCTING), path
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("counts", {"models"}),
+        ("hardware", set()),
+        ("latency", {"quantize", "runtime", "forecast.counts", "forecast.hardware"}),
+        ("measure", {"forecast.counts", "forecast.hardware"}),
+    ],
+)
+def test_the_forecast_counts_without_plumbing(name, allowed):
+    """What a benchmark calls with peaks of its own knows neither recipes nor pipelines nor printing."""
+    used = {n.removeprefix("attar.") for n in imports(ROOT / "forecast" / f"{name}.py")}
+    used = {n for n in used if part_of(f"attar.{n}") != "errors"}
+    assert all(any(n.startswith(place) for place in allowed) for n in used), used
 
 
 HEAVY = (

@@ -193,7 +193,7 @@ def _facts(source: Source, bits: str, pipe: Any, made: Generated) -> ModelFacts:
     return ModelFacts(
         name=source.name.rstrip("/").split("/")[-1], bits=bits, parts=model_size(source.folder),
         recipe=record["recipe"]["name"] if record else None,
-        backend=backend_description() if pipe is not None and _is_packed(pipe) else None,
+        backend=backend_description(pipe.device) if pipe is not None and _is_packed(pipe) else None,
         seconds_per_video=seconds, hardware=_hardware(),
     )  # fmt: skip
 

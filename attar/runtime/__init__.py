@@ -1,6 +1,6 @@
 """Packed layers, their exact reference arithmetic, the checkpoint format and its loading by diffusers."""
 
-from attar.runtime.backend import backend_description, backend_name
+from attar.runtime.backend import backend_description, backend_name, use_backend
 from attar.runtime.checkpoint import quantization_config_of, replace_linears
 from attar.runtime.integrity import verify_folder
 from attar.runtime.layers import PackedLinear, packed_layers
@@ -14,5 +14,6 @@ __all__ = [
     "packed_size",
     "quantization_config_of",
     "replace_linears",
+    "use_backend",
     "verify_folder",
 ]

@@ -1,16 +1,120 @@
-"""Which implementation runs the packed layers."""
+"""Which implementation runs the packed layers.
+
+`reference` is plain PyTorch on any device, and the definition. `cpu` are compiled kernels. For each device the
+fastest one that works is chosen; `use_backend` and the environment variable ATTAR_BACKEND force one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-def backend_name() -> str:
-    """Name of the backend in use."""
-    return "reference"
+import torch
+
+from attar.errors import AttarError
+from attar.runtime.cpu.library import library
+
+_VARIABLE = "ATTAR_BACKEND"
+_REFERENCE = (
+    "reference: plain PyTorch, the exact integer arithmetic of the compressed model on any device; "
+    "it saves memory, and is not fast"
+)
 
 
-def backend_description() -> str:
-    """One sentence for people: what the backend in use is good for."""
+@dataclass(frozen=True)
+class Backend:
+    """An implementation that is faster than the reference.
+
+    `describe` gives a sentence for people, or raises AttarError when the backend cannot work on this machine.
+    """
+
+    name: str
+    device: str  # type of the devices that it runs on
+    describe: Callable[[], str]
+
+
+def _describe_cpu() -> str:
     return (
-        "reference: plain PyTorch, the exact integer arithmetic of the compressed model on any device; "
-        "it saves memory, and is not fast"
+        f"cpu: compiled kernels ({library().describe()}) with the integers of the reference; weights stay packed "
+        "in memory, and float64 inputs run on the reference"
     )
+
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Backend("cpu", "cpu", _describe_cpu),)}
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend, "reference" or "cpu", in the whole process while the context lasts.
+
+    Raises AttarError at once for an unknown name, and for a backend that does not work on this machine.
+    """
+    _check(name, "use_backend")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def backend_name(device: torch.device | str = "cpu") -> str:
+    """Name of the backend that runs on `device`. AttarError where a forced one cannot."""
+    return _choice(_type_of(device))[0]
+
+
+def backend_description(device: torch.device | str = "cpu") -> str:
+    """One sentence for people: what runs on `device`, and if it is the reference by necessity, why."""
+    name, why = _choice(_type_of(device))
+    if name != "reference":
+        return BACKENDS[name].describe()
+    return _REFERENCE if why is None else f"{_REFERENCE} ({why})"
+
+
+def _type_of(device: torch.device | str) -> str:
+    return torch.device(device).type
+
+
+def forced_backend() -> str | None:
+    """The name given by `use_backend`, else by the environment, else None."""
+    return _forced[-1] if _forced else os.environ.get(_VARIABLE) or None
+
+
+def _choice(device: str) -> tuple[str, str | None]:
+    """Name of the backend for a type of device, and why it is the reference where nobody asked for that."""
+    forced = forced_backend()
+    if forced is not None:
+        _check(forced, _VARIABLE)
+        if forced != "reference" and BACKENDS[forced].device != device:
+            raise AttarError(
+                f"the backend {forced!r} does not run on {device}",
+                where=_VARIABLE,
+                fix="Move the model, or leave the choice to attar",
+            )
+        return forced, None
+    for backend in BACKENDS.values():
+        if backend.device == device:
+            try:
+                backend.describe()
+            except AttarError as error:
+                return "reference", f"no kernels for {device}: {error.what}"
+            return backend.name, None
+    return "reference", None if device == "meta" else f"no kernels for {device} yet"
+
+
+def _check(name: str, where: str) -> None:
+    if name == "reference":
+        return
+    if name not in BACKENDS:
+        known = ", ".join(["reference", *BACKENDS])
+        raise AttarError(f"unknown backend {name!r}", where=where, fix=f"Choose one of {known}")
+    try:
+        BACKENDS[name].describe()
+    except AttarError as error:
+        raise AttarError(
+            f"the backend {name!r} does not work here: {error.what}",
+            where=error.where or where,
+            fix=error.fix or "Use the backend 'reference'",
+        ) from error

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.runtime.float32 import KeepsBufferDtype
+from attar.runtime.ops import dequantized, packed_linear
 from attar.runtime.packing import pack, packed_width, unpack
-from attar.runtime.reference import dequantize, integer_linear, integer_range, quantize_tokens
+from attar.runtime.reference import integer_range
 from attar.runtime.transforms import Transform, as_module_list, restore_weight, transform_from_config
 
 
@@ -161,12 +161,13 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        with _full_precision(input.device):  # autocast would round the integers and the scales
-            if self.act_bits is None:
-                return self._weight_only(input)
-            if torch.is_grad_enabled() and input.requires_grad:
-                return _StraightThrough.apply(input, self, self.act_bits)
-            return self._integer(input, self.act_bits)
+        if input.shape[-1] != self.in_features:
+            raise AttarError(
+                f"an input of shape {tuple(input.shape)} does not fit {self.in_features} features"
+            )
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _StraightThrough.apply(input, self)
+        return self._run(input)
 
     def unpacked(self) -> Tensor:
         """The integer codes, int8 (out, in)."""
@@ -174,10 +175,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
 
     def dequantized(self) -> Tensor:
         """codes · scale: the weight in the transformed basis, float32 (out, in)."""
-        codes = self.unpacked()
-        if self.group_size is None:
-            return dequantize(codes, self.weight_scale)
-        return dequantize(codes.unflatten(1, (-1, self.group_size)), self.weight_scale[..., None]).flatten(1)
+        return dequantized(self.codes, self.weight_scale, self.weight_bits, self.in_features)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -199,21 +197,20 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     def _chain(self) -> list[Transform]:
         return list(self.transforms)  # type: ignore[arg-type]
 
-    def _transformed(self, x: Tensor) -> Tensor:
-        for transform in self.transforms:
-            x = transform(x)
-        return x
-
-    def _integer(self, x: Tensor, act_bits: int) -> Tensor:
-        codes, scale = quantize_tokens(self._transformed(x), act_bits, self.act_clip)
-        weight = self.unpacked(), self.weight_scale
-        return integer_linear(
-            codes, scale, *weight, self.bias, x.dtype, bits_x=act_bits, bits_w=self.weight_bits
-        )
-
-    def _weight_only(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(self._transformed(x).to(x.dtype), self.dequantized().to(x.dtype), bias)
+    def _run(self, x: Tensor) -> Tensor:
+        chain = self._chain()
+        with _full_precision(x.device):  # autocast would round the integers and the scales
+            return packed_linear(
+                x,
+                self.codes,
+                self.weight_scale,
+                self.bias,
+                self.act_clip,
+                self.weight_bits,
+                self.act_bits,
+                [transform.kind for transform in chain],
+                [operand for transform in chain for operand in transform(None)],
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Without a weight Parameter, a layer with no bias would forget the dtype that its model was cast to.
@@ -224,16 +221,16 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Integer forward; backward as if the layer were the floating-point linear of its dequantized weight."""
+    """Forward of the packed layer; backward as of the floating-point linear of the dequantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear, act_bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return layer._integer(x, act_bits)
+        return layer._run(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad @ ctx.layer.weight.to(grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.layer.weight.to(grad.dtype), None
 
 
 class _ReadOnlyWeight(torch.Tensor):

@@ -21,9 +21,23 @@ from attar.runtime.reference import wide
 
 
 class Transform(KeepsBufferDtype):
-    """x (..., d) -> x T (..., d). Subclasses give `kind`, forward, weight_side and inverse_weight_side."""
+    """x (..., d) -> x T (..., d). Subclasses give `kind`, `apply`, weight_side and inverse_weight_side."""
 
     kind: str
+    arity: int  # how many tensors `apply` takes beside x
+
+    def operands(self) -> list[Tensor]:
+        """The tensors of the transform, in the order in which `apply` takes them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+        """x (..., d) -> x T (..., d) in float32 (float64 if x is): the definition that kernels must match."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor | None) -> Any:
+        """x T, or without an x the operands: hooks that bring a module's offloaded tensors run in a call only."""
+        return self.operands() if x is None else self.apply(x, *self.operands())
 
     def config(self) -> dict[str, Any]:
         """What `from_config` needs, beside the width, to make a transform with the same buffers' shapes."""
@@ -47,6 +61,7 @@ class ChannelScale(Transform):
     """Per-channel scaling, T = diag(1/c): x / c and W · c (SmoothQuant, eq. 3). `scale` c (d,), positive."""
 
     kind = "channel_scale"
+    arity = 1
     scale: Tensor
 
     def __init__(self, scale: Tensor) -> None:
@@ -60,9 +75,14 @@ class ChannelScale(Transform):
         _only(config, "kind")
         return cls(torch.ones(d, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self) -> list[Tensor]:
+        return [self.scale]
+
+    @staticmethod
+    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+        (scale,) = operands
         x = wide(x)
-        return x / self.scale.to(x.dtype)
+        return x / scale.to(x.dtype)
 
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         return weight.to(dtype) * self.scale.to(dtype)
@@ -79,6 +99,7 @@ class Hadamard(Transform):
     """
 
     kind = "hadamard"
+    arity = 2
     signs: Tensor
     base: Tensor | None
 
@@ -120,29 +141,30 @@ class Hadamard(Transform):
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "order": self.order, "block": self.block}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self) -> list[Tensor]:
+        """signs (d / block, block), whose shape tells the block, and the base (order, order)."""
+        base = self.signs.new_ones(1, 1) if self.base is None else self.base
+        return [self.signs.view(-1, self.block), base]
+
+    @staticmethod
+    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+        signs, base = operands
         x = wide(x)
-        return self._rotate(x * self.signs.to(x.dtype), transpose=False)
+        return _rotate(x * signs.to(x.dtype).flatten(), base, signs.shape[1])
 
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self._rotate(weight.to(dtype) * self.signs.to(dtype), transpose=False)
+        return self.apply(weight.to(dtype), *self.operands())
 
     def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self._rotate(weight.to(dtype), transpose=True) * self.signs.to(dtype)
-
-    def _rotate(self, x: Tensor, transpose: bool) -> Tensor:
-        """x (..., d) -> x Hᵀ/√block, or x H/√block: (..., blocks, K, 2^m), Walsh-Hadamard, then the base."""
-        y = walsh_hadamard(x.reshape(-1, self.order, self.block // self.order))
-        if self.base is not None:
-            base = self.base.to(x.dtype)
-            y = (base.T if transpose else base) @ y
-        return (y * self.block**-0.5).reshape(x.shape)
+        base = self.operands()[1]
+        return _rotate(weight.to(dtype), base.T, self.block) * self.signs.to(dtype)
 
 
 class Kronecker(Transform):
     """T = left ⊗ right with left (l, l), right (r, r), d = l·r: n·d·(l + r) multiplications (FlatQuant)."""
 
     kind = "kronecker"
+    arity = 2
     left: Tensor
     right: Tensor
 
@@ -164,9 +186,14 @@ class Kronecker(Transform):
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "left": self.left.shape[0], "right": self.right.shape[0]}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self) -> list[Tensor]:
+        return [self.left, self.right]
+
+    @staticmethod
+    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+        left, right = operands
         x = wide(x)
-        return _apply_kronecker(x, self.left.to(x.dtype), self.right.to(x.dtype))
+        return _apply_kronecker(x, left.to(x.dtype), right.to(x.dtype))
 
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         left, right = _inverse(self.left).T.to(dtype), _inverse(self.right).T.to(dtype)
@@ -180,6 +207,7 @@ class Dense(Transform):
     """T = an invertible matrix (d, d): the most general transform and the dearest, n·d² multiplications."""
 
     kind = "dense"
+    arity = 1
     matrix: Tensor
 
     def __init__(self, matrix: Tensor) -> None:
@@ -192,9 +220,14 @@ class Dense(Transform):
         _only(config, "kind")
         return cls(torch.eye(d, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self) -> list[Tensor]:
+        return [self.matrix]
+
+    @staticmethod
+    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+        (matrix,) = operands
         x = wide(x)
-        return x @ self.matrix.to(x.dtype)
+        return x @ matrix.to(x.dtype)
 
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         return weight.to(dtype) @ _inverse(self.matrix).T.to(dtype)
@@ -237,6 +270,15 @@ def restore_weight(
     for transform in reversed(list(transforms)):
         weight = transform.inverse_weight_side(weight, dtype)
     return weight
+
+
+def _rotate(x: Tensor, base: Tensor, block: int) -> Tensor:
+    """x (..., d) -> x Hᵀ/√block: (..., blocks, K, 2^m), Walsh-Hadamard, then the base (K, K)."""
+    order = base.shape[0]
+    y = walsh_hadamard(x.reshape(-1, order, block // order))
+    if order > 1:
+        y = base.to(x.dtype) @ y
+    return (y * block**-0.5).reshape(x.shape)
 
 
 def _apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

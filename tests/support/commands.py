@@ -21,7 +21,7 @@ import json, os, signal, sys, traceback
 import torch
 torch.set_num_threads(1)
 import diffusers, transformers
-import attar.cli, attar.conductor, attar.forecast, attar.save
+import attar.cli, attar.conductor, attar.forecast.dry_run, attar.save
 from diffusers import DiffusionPipeline, WanPipeline
 print("ready", flush=True)
 

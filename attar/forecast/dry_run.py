@@ -1,4 +1,4 @@
-"""What a compression will do, before anyone waits for it: the plan, the final size, the time and the peak memory."""
+"""The dry run of `attar compress`: plan, sizes, time and memory, with the model loaded and one step of it measured."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
-from attar.component import block_settings, catch_samples, transform_settings
+from attar.component import block_settings, catch_samples
 from attar.conductor import calibration_prompts, check_pool, plan_component
 from attar.errors import calling
+from attar.forecast.calibration import BlockCost, calibration_memory, learning_seconds
+from attar.forecast.sizes import planned_sizes
 from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind, run_block
 from attar.models.source import Source, stored_dtypes
 from attar.quantize.block import BlockSettings, quantize_block
-from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import LayerPlan, forecast
+from attar.quantize.plan import LayerPlan
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 from attar.save import plan_rows
@@ -52,7 +53,7 @@ def forecast_job(
         "bits": recipe.bits,
         "layers": [_row(name, plan) for name in plans for plan in plans[name]],
         "rows": [vars(row) for row in plan_rows(plans)],
-        "bytes": _sizes(components, plans, recipe, source),
+        "bytes": planned_sizes(components, plans, recipe, _stored(components, source)),
         **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
     }
 
@@ -64,37 +65,9 @@ def _row(component: str, plan: LayerPlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sizes(
-    components: Mapping[str, nn.Module],
-    plans: Mapping[str, list[LayerPlan]],
-    recipe: Recipe,
-    source: Source,
-) -> dict[str, Any]:
-    dense = packed = rest = checkpoint = 0
-    none = TransformSettings(scale=False, rotation="none")  # weight-only layers get no transforms
-    for name, part in components.items():
-        stored = {} if source.folder is None else stored_dtypes(source.folder / name)
-        quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
-        for plan in quantized.values():
-            size = forecast(plan, none if plan.act_bits is None else transform_settings(recipe))
-            if plan.act_bits is not None and not recipe.quantize.act_clip:
-                size = dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors
-            dense, packed = dense + size.dense, packed + size.packed
-            checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
-        for key, tensor in part.state_dict().items():
-            layer, _, leaf = key.rpartition(".")
-            if layer in quantized and leaf == "weight":
-                continue
-            checkpoint += tensor.numel() * (stored.get(key) or tensor.dtype).itemsize
-            rest += 0 if layer in quantized else 2 * tensor.numel()
-    return {
-        "block_linears_bf16": dense,
-        "block_linears_packed": packed,
-        "rest_bf16": rest,
-        "checkpoint": checkpoint,
-        "linear_ratio": round(dense / packed, 3),
-        "transformer_ratio": round((dense + rest) / (packed + rest), 3),
-    }
+def _stored(components: Mapping[str, nn.Module], source: Source) -> dict[str, dict[str, torch.dtype]]:
+    folder = source.folder
+    return {} if folder is None else {name: stored_dtypes(folder / name) for name in components}
 
 
 def _time_and_memory(
@@ -106,14 +79,9 @@ def _time_and_memory(
     call: dict[str, Any],
 ) -> dict[str, Any]:
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    model = sum(t.nbytes for part in modules for t in [*part.parameters(), *part.buffers()])
-    largest = 4 * max(
-        sum(p.numel() for p in block.module.parameters())
-        for part in components.values()
-        for block in ModelAdapter.of(part).blocks
-    )
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
-        return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": model + largest, "measured_on": None}
+        memory = calibration_memory(modules, components.values(), recipe)
+        return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": int(memory.device), "measured_on": None}
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
     name, branches, step_seconds = _one_step(pipe, components, call)
     adapter = ModelAdapter.of(components[name])
@@ -125,16 +93,17 @@ def _time_and_memory(
     count = recipe.select.count * len(samples)
     epochs = settings.learning.epochs if settings.learning else 0
     blocks = sum(len(ModelAdapter.of(part).blocks) for part in components.values())
-    # beside the epochs a sample passes the block for its target, statistics, errors, Hessians and propagation
-    learn = blocks * (cost["once"] + count * (epochs * cost["epoch"] + 6 * cost["forward"]))
-    copies = 4 if recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant" else 2
-    held = count * (copies * _bytes(samples[0].streams) + _bytes(samples[0].constants))
+    learn = learning_seconds([cost] * blocks, count, epochs)
+    memory = calibration_memory(
+        modules, components.values(), recipe, count,
+        _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved,
+    )  # fmt: skip
     return {
         "seconds": round(prompts * steps * step_seconds + learn, 1),
         "trace_seconds": round(prompts * steps * step_seconds, 1),
-        "peak_bytes": int(model + held + largest + cost["saved"]),
+        "peak_bytes": int(memory.device + memory.host),
         "measured_on": f"one denoising step ({step_seconds:.3g} s) and one training step of {name}.{block.name} "
-        f"({cost['epoch']:.3g} s) on this machine",
+        f"({cost.epoch:.3g} s) on this machine",
     }
 
 
@@ -173,8 +142,8 @@ def _one_step(
 
 def _measure_block(
     block: Block, plan: list[LayerPlan], call: BlockCall, settings: BlockSettings
-) -> dict[str, float]:
-    """Seconds of one forward, one epoch over one sample and all that is done once; bytes kept for the backward pass."""
+) -> BlockCost:
+    """The block's cost, measured on one sample."""
     device = next(block.module.parameters()).device
     call = call.to(device)
     prefix = f"{block.name}."
@@ -208,7 +177,7 @@ def _measure_block(
     total(0)
     once, forward = total(0)
     epoch = max(0.0, total(2)[0] - total(1)[0]) if settings.learning is not None else 0.0
-    return {"once": once, "forward": forward, "epoch": epoch, "saved": saved}
+    return BlockCost(once, forward, epoch, saved)
 
 
 def _bytes(value: Any) -> int:

@@ -1,0 +1,158 @@
+"""What a calibration costs: the arithmetic that the dry run feeds with measurements, and the plan with counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from attar.component import block_settings
+from attar.forecast.counts import Counts
+from attar.forecast.hardware import Hardware
+from attar.forecast.latency import predict_latency
+from attar.models.adapter import ModelAdapter
+from attar.quantize.plan import LayerPlan
+from attar.recipe import Recipe
+
+# Beside the epochs a sample passes a block for its target, statistics, errors, Hessians and propagation.
+PASSES = 6
+# Measured on Wan blocks of width 512 in float32 with learned Kronecker rotations, at 512 and 1,024 tokens:
+# a training step took 6.5 to 7.6 forwards (backward pass, fake quantization, transforms), and kept for its backward
+# pass 2.3 bytes for each that the plain forward writes and 7.2 for each of the weights.
+TRAINING_STEP = 7.0
+SAVED_WRITTEN, SAVED_WEIGHTS = 2.3, 7.2
+# GPTQ walks the columns of a weight one by one, with some twenty small kernels each; seconds a column, measured there.
+GPTQ_COLUMN = 3e-4
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Seconds of one block: done once, one forward of a sample, one training step of a sample; and the bytes that a
+    training step keeps for its backward pass."""
+
+    once: float
+    forward: float
+    epoch: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class CalibrationMemory:
+    """Peak bytes beside the libraries: on the device that computes, and in main memory. On a CPU they add up."""
+
+    device: float
+    host: float
+
+
+def learning_seconds(blocks: Iterable[BlockCost], samples: int, epochs: int) -> float:
+    """Seconds of all blocks, one after the other."""
+    return sum(b.once + samples * (epochs * b.epoch + PASSES * b.forward) for b in blocks)
+
+
+def calibration_memory(
+    modules: Iterable[nn.Module],
+    transformers: Iterable[nn.Module],
+    recipe: Recipe,
+    samples: int = 0,
+    streams: float = 0.0,
+    constants: float = 0.0,
+    saved: float = 0.0,
+) -> CalibrationMemory:
+    """Peak bytes while blocks are made.
+
+    On the device lie the pipeline's modules as they are, the largest block once more in float32, and what one training
+    step keeps. In main memory lie the samples of one block boundary: streams and constants, bytes of one sample in
+    float32, the streams once as inputs and once as targets, twice as often where the quantized blocks' outputs go on.
+    """
+    model = sum(t.nbytes for part in modules for t in [*part.parameters(), *part.buffers()])
+    largest = 4 * max(
+        sum(p.numel() for p in block.module.parameters())
+        for part in transformers
+        for block in ModelAdapter.of(part).blocks
+    )
+    copies = 4 if recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant" else 2
+    return CalibrationMemory(model + largest + saved, samples * (copies * streams + constants))
+
+
+def block_costs(
+    counts: Counts, plans: Mapping[str, LayerPlan], recipe: Recipe, hardware: Hardware
+) -> list[BlockCost]:
+    """The cost of every block of a transformer on hardware, from the counts of one sample's forward.
+
+    Blocks are learned in float32, whatever the model is stored in. For each linear GPTQ inverts a matrix of the
+    input's width and walks its columns: about in³ + in²·out multiply-adds.
+    """
+    learns = block_settings(recipe).learning is not None
+    costs = []
+    for name in counts.blocks:
+        block = in_float32(counts.where(lambda o, name=name: o.block == name))
+        forward = predict_latency(block, hardware)["total"]
+        planned = [(o, plans[o.name]) for o in block.operations if o.name in plans]
+        acting = [p for _, p in planned if p.act_bits is not None]
+        once = 0.0
+        if recipe.rounding.method == "gptq":
+            work = sum(2.0 * p.in_features**2 * (p.in_features + p.out_features) for p in acting)
+            once = work / (hardware.rate("fp32") * hardware.efficiency["gemm"])
+            once += GPTQ_COLUMN * sum(p.in_features for p in acting)
+        saved = 0.0
+        if learns:
+            weights = sum(4.0 * p.in_features * p.out_features for _, p in planned)
+            saved = SAVED_WRITTEN * sum(o.written for o in block.operations) + SAVED_WEIGHTS * weights
+        costs.append(BlockCost(once, forward, TRAINING_STEP * forward if learns else 0.0, saved))
+    return costs
+
+
+def in_float32(counts: Counts) -> Counts:
+    """The same work with tensors and arithmetic in float32."""
+    wider = {"bf16": 2, "fp16": 2}
+    return Counts(
+        tuple(
+            replace(
+                o, format="fp32", read=o.read * wider[o.format], written=o.written * wider[o.format],
+                weights=o.weights * wider[o.format],
+            )
+            if o.format in wider
+            else o
+            for o in counts.operations
+        ),
+        counts.blocks,
+    )  # fmt: skip
+
+
+def forecast_calibration(
+    counts: Mapping[str, Counts],
+    plans: Mapping[str, list[LayerPlan]],
+    modules: Mapping[str, nn.Module],
+    recipe: Recipe,
+    hardware: Hardware,
+    steps: int,
+    step_seconds: float,
+) -> dict[str, Any]:
+    """Seconds of tracing and learning and peak bytes, on hardware, for the samples that the recipe asks for.
+
+    counts: of one sample, that is of all branches of one denoising step, by transformer. steps: of the model, where
+    the recipe does not say. step_seconds: of one denoising step in full precision. Where two experts share the steps
+    each is learned on samples of its own. Scoring candidates and catching block inputs are left out.
+    """
+    transformers = [modules[name] for name in counts]
+    if not recipe.needs_data or recipe.trace is None or recipe.select is None:
+        memory = calibration_memory(modules.values(), transformers, recipe)
+        return {"trace_seconds": 0.0, "learn_seconds": 0.0, **vars(memory)}
+    settings = block_settings(recipe)
+    epochs = settings.learning.epochs if settings.learning else 0
+    learn = saved = streams = constants = 0.0
+    for name, counted in counts.items():
+        known = {p.name: p for p in plans[name] if not p.skipped}
+        costs = block_costs(counted, known, recipe, hardware)
+        learn += learning_seconds(costs, recipe.select.count, epochs)
+        saved = max([saved, *(c.saved for c in costs)])
+        for traffic in counted.blocks.values():  # bfloat16 counted, float32 held
+            streams = max(streams, 2.0 * traffic.outputs)
+            constants = max(constants, 2.0 * max(0, traffic.inputs - traffic.outputs))
+    memory = calibration_memory(
+        modules.values(), transformers, recipe, recipe.select.count, streams, constants, saved
+    )
+    trace = recipe.trace.prompts * (recipe.trace.steps or steps) * step_seconds
+    return {"trace_seconds": trace, "learn_seconds": learn, **vars(memory)}

@@ -1,0 +1,130 @@
+"""Seconds from counts: a roofline for every operation, the same counts after a recipe, and Amdahl's bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from attar.forecast.counts import Counts, Operation
+from attar.forecast.hardware import Hardware
+from attar.quantize.initialize import TransformSettings
+from attar.quantize.plan import LayerPlan
+from attar.quantize.transforms import kronecker_factors
+from attar.runtime.packing import packed_width
+
+PARTS: tuple[str, ...] = ("linear", "attention", "transform", "rest")
+
+
+def predict_latency(counts: Counts, hardware: Hardware) -> dict[str, float]:
+    """Seconds of each part ("linear", "attention", "transform", "rest") and their sum, "total".
+
+    Each operation takes the longer of its arithmetic, at the rate of its format, and its traffic, at the memory's
+    bandwidth, both times the share that kernels reach (`hardware.ideal()` has perfect ones). Kernels run one after the
+    other; what is kept in caches between them, and the time of launching them, are left out.
+    Raises AttarError for a format that the hardware has no rate of.
+    """
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for operation in counts.operations:
+        seconds[operation.part] += _seconds(operation, hardware)
+    return {**seconds, "total": sum(seconds.values())}
+
+
+def _seconds(operation: Operation, hardware: Hardware) -> float:
+    moving = operation.bytes / (hardware.bandwidth * hardware.efficiency["bandwidth"])
+    if not operation.flops:
+        return moving
+    kind = "attention" if operation.part == "attention" else "gemm"
+    arithmetic = operation.flops / (hardware.rate(operation.format) * hardware.efficiency[kind])
+    return max(moving, arithmetic)
+
+
+def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
+    """The arithmetic that a planned linear runs in: "int4", "int8", or the model's own.
+
+    Weights without quantized activations are expanded and multiplied in the model's format. Integers use the smallest
+    container that the hardware multiplies and that holds both factors: 6-bit activations run as 8-bit ones.
+    """
+    if plan.weight_bits is None or plan.act_bits is None:
+        return dense
+    if max(plan.weight_bits, plan.act_bits) <= 4 and "int4" in hardware.rates:
+        return "int4"
+    return "int8" if "int8" in hardware.rates else dense
+
+
+def quantized_counts(
+    counts: Counts, plans: Iterable[LayerPlan], transforms: TransformSettings, hardware: Hardware
+) -> Counts:
+    """The counts of the transformer after a recipe.
+
+    Planned linears read packed weights, and integer activations where these are quantized. Before each such linear
+    comes a "transform": its channel scale and rotation, and the quantization of rows, one pass that reads the input
+    and writes its codes. Each linear has its own, since each learns its own transforms.
+    """
+    known = {plan.name: plan for plan in plans if not plan.skipped}
+    found: list[Operation] = []
+    for operation in counts.operations:
+        plan = known.get(operation.name) if operation.part == "linear" else None
+        if plan is None or plan.weight_bits is None:
+            found.append(operation)
+            continue
+        width = plan.in_features
+        calls = operation.weights / max(1.0, _dense_bytes(plan, operation))
+        packed = calls * plan.out_features * (packed_width(width, plan.weight_bits) + 4)
+        inputs = operation.read - operation.weights
+        format = execution_format(plan, hardware, operation.format)
+        if plan.act_bits is not None:
+            bits = {"int4": 0.5, "int8": 1.0}.get(format, inputs / max(1.0, operation.rows * width))
+            codes = operation.rows * (width * bits + 4)
+            found.append(
+                replace(
+                    operation, part="transform", role="quantize", read=inputs, written=codes, weights=0.0,
+                    flops=operation.rows * _transform_flops(width, transforms),
+                )
+            )  # fmt: skip
+            inputs = codes
+        found.append(replace(operation, format=format, read=inputs + packed, weights=packed))
+    return Counts(tuple(found), counts.blocks)
+
+
+def _dense_bytes(plan: LayerPlan, operation: Operation) -> float:
+    size = {"fp32": 4, "fp64": 8}.get(operation.format, 2)
+    return size * (plan.in_features * plan.out_features + (plan.out_features if plan.bias else 0))
+
+
+def _transform_flops(width: int, transforms: TransformSettings) -> float:
+    """Of one row."""
+    if transforms.rotation == "kronecker":
+        return 2.0 * width * sum(kronecker_factors(width))
+    if transforms.rotation == "orthogonal":
+        return 2.0 * width * width
+    return width * math.log2(width) if transforms.rotation == "hadamard" else 0.0
+
+
+def arithmetic_bound(before: Counts, after: Counts, hardware: Hardware) -> float:
+    """The speed-up with perfect kernels that are bound by arithmetic alone: no traffic, nothing added.
+
+    Raises AttarError for a format that the hardware has no rate of.
+    """
+
+    def seconds(counts: Counts) -> float:
+        return sum(
+            o.flops / hardware.rate(o.format) for o in counts.operations if o.flops and o.part != "transform"
+        )
+
+    return seconds(before) / seconds(after)
+
+
+def amdahl(counts: Counts, faster: Mapping[str, float], only: Iterable[str] | None = None) -> float:
+    """The speed-up of the whole when parts run so many times faster, by floating-point operations alone.
+
+    faster: {"linear": 2.0, "attention": inf}. only: names of the linears that are meant; default: all. Perfect
+    kernels, nothing added, everything else unchanged: no implementation can pass it.
+    """
+    chosen = None if only is None else set(only)
+    total = after = 0.0
+    for operation in counts.operations:
+        total += operation.flops
+        meant = operation.part != "linear" or chosen is None or operation.name in chosen
+        after += operation.flops / (faster.get(operation.part, 1.0) if meant else 1.0)
+    return total / after if after else math.inf

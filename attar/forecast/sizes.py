@@ -1,0 +1,54 @@
+"""What the compressed transformers will weigh, layer by layer: the same for the dry run and for the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from attar.component import transform_settings
+from attar.quantize.initialize import TransformSettings
+from attar.quantize.plan import LayerPlan, forecast
+from attar.recipe import Recipe
+
+
+def planned_sizes(
+    components: Mapping[str, nn.Module],
+    plans: Mapping[str, list[LayerPlan]],
+    recipe: Recipe,
+    stored: Mapping[str, Mapping[str, torch.dtype]] | None = None,
+) -> dict[str, Any]:
+    """Exact bytes. components may be on the meta device.
+
+    "block_linears_*" count the quantized linears with their biases, these and everything else in bfloat16;
+    "checkpoint" is what the transformers' files will hold, the floating-point rest in the types of the source
+    (`stored`: component -> tensor -> type; default: those the modules have).
+    """
+    dense = packed = rest = checkpoint = 0
+    none = TransformSettings(scale=False, rotation="none")  # weight-only layers get no transforms
+    for name, part in components.items():
+        types = (stored or {}).get(name, {})
+        quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
+        for plan in quantized.values():
+            size = forecast(plan, none if plan.act_bits is None else transform_settings(recipe))
+            if plan.act_bits is not None and not recipe.quantize.act_clip:
+                size = dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors
+            dense, packed = dense + size.dense, packed + size.packed
+            checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
+        for key, tensor in part.state_dict().items():
+            layer, _, leaf = key.rpartition(".")
+            if layer in quantized and leaf == "weight":
+                continue
+            checkpoint += tensor.numel() * (types.get(key) or tensor.dtype).itemsize
+            rest += 0 if layer in quantized else 2 * tensor.numel()
+    return {
+        "block_linears_bf16": dense,
+        "block_linears_packed": packed,
+        "rest_bf16": rest,
+        "checkpoint": checkpoint,
+        "linear_ratio": round(dense / packed, 3),
+        "transformer_ratio": round((dense + rest) / (packed + rest), 3),
+    }

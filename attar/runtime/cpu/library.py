@@ -1,0 +1,200 @@
+"""The compiled kernels as Python functions of tensors. Shapes are checked by the caller (ops.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from attar.errors import AttarError, reason
+from attar.runtime.cpu.build import built_library
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2}
+MAX_IN_FEATURES = 2**17 - 1  # up to here no sum of products of bytes leaves 32 bits
+_VARIABLE = "ATTAR_CPU_KERNELS"
+
+
+class _Step(Structure):
+    _fields_ = (("kind", c_int32), ("rows", c_int32), ("cols", c_int32), ("a", c_void_p), ("b", c_void_p))
+
+
+class _Weight(Structure):
+    _fields_ = (
+        *(("codes", c_void_p), ("n", c_int64), ("k", c_int64), ("row_bytes", c_int64)),
+        *(("bits", c_int32), ("groups", c_int32), ("scale", c_void_p)),
+    )
+
+
+class _Linear(Structure):
+    _fields_ = (
+        *(("x", c_void_p), ("y", c_void_p), ("m", c_int64), ("weight", _Weight)),
+        *(("bias", c_void_p), ("clip", c_void_p), ("steps", c_void_p)),
+        *(("n_steps", c_int32), ("act_bits", c_int32)),
+        *(("x_dtype", c_int32), ("y_dtype", c_int32), ("threads", c_int32)),
+    )
+
+
+class Library:
+    """The loaded kernels. `levels`: the instruction sets that this processor runs, slowest first."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        code = ctypes.CDLL(os.fspath(path))
+        code.attar_kernels.restype = c_char_p
+        code.attar_linear.argtypes = [POINTER(_Linear), c_int]
+        code.attar_dequantize.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int32, c_int, c_int]
+        self._code = code
+        names = ((code.attar_kernels(level), level) for level in range(8))
+        self.levels: dict[str, int] = {name.decode(): level for name, level in names if name}
+        self.has_threads = bool(code.attar_has_threads())
+        self.kernels = list(self.levels)[-1]
+        named = os.environ.get(_VARIABLE)
+        if named:
+            self._check(named)
+            self.kernels = named
+
+    def describe(self) -> str:
+        """The instruction set in use, and whether the kernels use more than one thread."""
+        return self.kernels if self.has_threads else f"{self.kernels}, one thread"
+
+    @contextlib.contextmanager
+    def use_kernels(self, name: str) -> Iterator[None]:
+        """Runs the kernels of one instruction set; AttarError where the processor lacks it."""
+        self._check(name)
+        before, self.kernels = self.kernels, name
+        try:
+            yield
+        finally:
+            self.kernels = before
+
+    def linear(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        clip: Tensor | None,
+        weight_bits: int,
+        act_bits: int,
+        steps: Sequence[tuple[str, Sequence[Tensor]]],
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """x (m, in), in one of DTYPES, -> transforms -> codes -> integer product -> (m, out) in `out_dtype`.
+
+        `steps` are kinds out of STEPS with the operands of their transforms, in order.
+        """
+        x = x.contiguous()
+        alive: list[Tensor] = []  # what the pointers point into
+        y = torch.empty(x.shape[0], codes.shape[0], dtype=out_dtype)
+        fields = [_step(kind, operands, alive) for kind, operands in steps]
+        array = (_Step * len(fields))(*fields)
+        call = _Linear(
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            m=x.shape[0],
+            weight=_weight(codes, weight_scale, weight_bits, x.shape[1], alive),
+            bias=_pointer(bias, alive),
+            clip=_pointer(clip, alive),
+            steps=ctypes.addressof(array),
+            n_steps=len(fields),
+            act_bits=act_bits,
+            x_dtype=DTYPES[x.dtype],
+            y_dtype=DTYPES[out_dtype],
+            threads=torch.get_num_threads(),
+        )
+        if x.numel() and y.numel():
+            _check_memory(self._code.attar_linear(ctypes.byref(call), self._level))
+        return y
+
+    def dequantize(
+        self, codes: Tensor, weight_scale: Tensor, bits: int, first: int, count: int, out: Tensor
+    ) -> None:
+        """Writes codes · scale of `count` outputs from `first` on into `out` (count, in), rounded to its type."""
+        alive: list[Tensor] = []
+        weight = _weight(codes, weight_scale, bits, out.shape[1], alive)
+        threads = torch.get_num_threads()
+        place = out.data_ptr()
+        _check_memory(
+            self._code.attar_dequantize(
+                ctypes.byref(weight), first, count, place, DTYPES[out.dtype], threads, self._level
+            )
+        )
+
+    @property
+    def _level(self) -> int:
+        return self.levels[self.kernels]
+
+    def _check(self, name: str) -> None:
+        if name not in self.levels:
+            raise AttarError(
+                f"this processor has no kernels {name!r}",
+                where=_VARIABLE,
+                fix=f"Choose one of {', '.join(self.levels)}",
+            )
+
+
+_lock = threading.Lock()
+_found: Library | AttarError | None = None
+
+
+def library() -> Library:
+    """The kernels of this machine, compiled and loaded once. AttarError where that fails, the same each time."""
+    global _found
+    with _lock:
+        if _found is None:
+            try:
+                _found = Library(built_library())
+            except AttarError as error:
+                _found = error
+            except OSError as error:
+                _found = AttarError(f"the compiled kernels cannot be loaded ({reason(error)})")
+    if isinstance(_found, AttarError):  # anew: one that is raised again and again collects tracebacks
+        raise AttarError(_found.what, where=_found.where, fix=_found.fix)
+    return _found
+
+
+def _float32(tensor: Tensor, alive: list[Tensor]) -> int:
+    tensor = tensor.detach().to(torch.float32).contiguous()
+    alive.append(tensor)
+    return tensor.data_ptr()
+
+
+def _pointer(tensor: Tensor | None, alive: list[Tensor]) -> int | None:
+    return None if tensor is None else _float32(tensor, alive)
+
+
+def _weight(codes: Tensor, scale: Tensor, bits: int, in_features: int, alive: list[Tensor]) -> _Weight:
+    codes = codes.contiguous()
+    alive.append(codes)
+    return _Weight(
+        codes=codes.data_ptr(),
+        n=codes.shape[0],
+        k=in_features,
+        row_bytes=codes.shape[1],
+        bits=bits,
+        groups=scale.shape[1],
+        scale=_float32(scale, alive),
+    )
+
+
+def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
+    first = operands[0]
+    second = operands[1] if len(operands) > 1 else None
+    rows = cols = 0
+    if kind == "hadamard":
+        rows = operands[1].shape[0]
+        cols = first.shape[1] // rows
+    elif kind == "kronecker":
+        rows, cols = first.shape[0], operands[1].shape[0]
+    return _Step(STEPS[kind], rows, cols, _float32(first, alive), _pointer(second, alive))
+
+
+def _check_memory(failed: int) -> None:
+    if failed:
+        raise MemoryError("the kernels of a packed layer got no memory")

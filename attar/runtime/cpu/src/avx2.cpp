@@ -1,0 +1,40 @@
+// AVX2. Its product of bytes (vpmaddubsw) saturates at 16 bits, so bytes are widened first: even and odd ones
+// apart, which needs no shuffle, and pairs of 16-bit products are summed without loss.
+#include <immintrin.h>
+
+#include "tile.h"
+
+namespace attar {
+namespace {
+
+struct Avx2 {
+    typedef __m256i Vector;
+    struct Weights {
+        __m256i even, odd;
+    };
+    typedef Weights Values;
+    static constexpr int WIDTH = 8, VECTORS = 2, ROWS = 4;
+    static INLINE Vector set(int32_t v) { return _mm256_set1_epi32(v); }
+    static INLINE Weights load_weights(const uint8_t* p) {
+        __m256i w = _mm256_loadu_si256((const __m256i*)p);
+        return {_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srli_epi16(w, 8)};
+    }
+    static INLINE Values broadcast(const int8_t* p) {
+        int32_t word;
+        memcpy(&word, p, 4);
+        __m256i x = _mm256_set1_epi32(word);
+        return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+    }
+    static INLINE Vector dot(Vector sums, Weights w, Values x) {
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.even, x.even));
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(w.odd, x.odd));
+    }
+    static INLINE Vector load_sums(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+    static INLINE void store_sums(int32_t* p, Vector v) { _mm256_storeu_si256((__m256i*)p, v); }
+};
+
+}  // namespace
+
+const Kernels avx2_kernels = kernels_of<Avx2>("avx2");
+
+}  // namespace attar

@@ -1,0 +1,203 @@
+// The C entry points: which kernels this processor runs, and how a product is divided among threads.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "kernels.h"
+
+using namespace attar;
+
+namespace {
+
+constexpr int64_t PANEL_BYTES = 640 << 10;  // unpacked weights of a thread: they stay in its L2 cache
+constexpr int64_t BLOCK_BYTES = 16 << 20;   // activation codes of a call: they stay in the last cache
+constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activations stay in the L1 cache
+constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
+
+// Memory that a thread keeps between calls: fresh pages would cost a few percent of each one.
+struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { free(data); }
+    void* reserve(size_t bytes) {
+        if (bytes > size) {
+            free(data);
+            size = (bytes + 4095) / 4096 * 4096;
+            data = aligned_alloc(4096, size);
+            if (!data) size = 0;
+        }
+        return data;
+    }
+};
+
+thread_local Buffer shared_buffer, own_buffer;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+const Kernels* kernels_at(int level) {
+#if defined(__x86_64__)
+    static const Kernels* const found[] = {
+        &scalar_kernels,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? &avx2_kernels : nullptr,
+        __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? &avxvnni_kernels : nullptr,
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("bmi2")
+            ? &avx512_kernels
+            : nullptr,
+    };
+#else
+    static const Kernels* const found[] = {&scalar_kernels};
+#endif
+    return level >= 0 && level < int(sizeof found / sizeof *found) ? found[level] : nullptr;
+}
+
+// One block of rows: [first, first + rows) of x, whose codes, scales and offsets are in the shared buffer.
+struct Block {
+    int64_t first, rows, padded;
+    int64_t range;  // k of one pass
+    int8_t* codes;
+    float* scale;
+    int32_t* offset;
+};
+
+// The task of a thread: outputs [n0, n1), at most `strips` strips, and rows [r0, r1) of the block.
+struct Task {
+    int64_t n0, n1, r0, r1, strips;
+};
+
+// Bytes that a thread needs for tasks of that size: unpacked weights of one range, and sums between the ranges.
+int64_t panel_bytes(const Kernels& kernels, const Block& block, int64_t strips) {
+    return strips * kernels.strip * block.range;
+}
+
+int64_t sums_bytes(const Kernels& kernels, const Block& block, int64_t strips, int64_t rows) {
+    return block.range < block.padded ? round_up(rows, kernels.max_rows) * strips * kernels.strip * 4 : 0;
+}
+
+void multiply(const Kernels& kernels, const Linear& call, const Block& block, const Task& task, uint8_t* memory) {
+    const int bytes = call.y_dtype == FLOAT32 ? 4 : 2;
+    int32_t* sums = reinterpret_cast<int32_t*>(memory + panel_bytes(kernels, block, task.strips));
+    for (int64_t k = 0; k < block.padded; k += block.range) {
+        const int64_t k1 = least(block.padded, k + block.range);
+        for (int64_t n = task.n0; n < task.n1; n += kernels.strip)
+            kernels.unpack(call.weight, n, k, k1, memory + (n - task.n0) * block.range);
+        Tile tile;
+        tile.depth = (least(call.weight.k, k1) - k + 3) / 4;
+        tile.begin = k == 0, tile.end = k1 == block.padded;
+        tile.y_stride = call.weight.n, tile.y_dtype = call.y_dtype;
+        for (int64_t r = task.r0; r < task.r1; r += kernels.max_rows)
+            for (int64_t n = task.n0; n < task.n1; n += kernels.strip) {
+                tile.x = block.codes + r * block.padded + k * kernels.max_rows;
+                tile.strip = memory + (n - task.n0) * block.range;
+                tile.sums = block.range == block.padded
+                                ? nullptr
+                                : sums + (r - task.r0) * task.strips * kernels.strip + (n - task.n0) * kernels.max_rows;
+                tile.offset = block.offset + r, tile.row_scale = block.scale + r;
+                tile.scale = call.weight.scale + n;
+                tile.bias = call.bias ? call.bias + n : nullptr;
+                tile.y = static_cast<char*>(call.y) + ((block.first + r) * call.weight.n + n) * bytes;
+                tile.cols = int(least(kernels.strip, task.n1 - n));
+                kernels.tile(int(least(kernels.max_rows, task.r1 - r)), tile);
+            }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Name of the kernels at `level` (0 is the slowest), or null where the processor or the build lacks them.
+const char* attar_kernels(int level) {
+    const Kernels* kernels = kernels_at(level);
+    return kernels ? kernels->name : nullptr;
+}
+
+int attar_has_threads() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Returns 0, or 1 when there is not enough memory.
+int attar_linear(const Linear* pointer, int level) {
+    const Linear& call = *pointer;
+    const Kernels& kernels = *kernels_at(level);
+    const int64_t n = call.weight.n, threads = most(1, call.threads);
+    Block block;
+    block.padded = round_up(call.weight.k, 64);
+    block.range = round_up(parts_of(block.padded, parts_of(block.padded, RANGE)), 64);
+
+    // Equal blocks of rows, equal panels of outputs, and where panels are few, parts of a block's rows.
+    const int64_t fitting_rows = most(FEWEST_ROWS, BLOCK_BYTES / block.padded);
+    const int64_t block_rows = round_up(parts_of(call.m, parts_of(call.m, fitting_rows)), kernels.max_rows);
+    const int64_t strips = parts_of(n, kernels.strip);
+    const int64_t fitting = most(1, PANEL_BYTES / (kernels.strip * block.range));
+    const int64_t panels = most(parts_of(strips, fitting), least(strips, threads));
+    const int64_t panel_strips = parts_of(strips, panels), panel = panel_strips * kernels.strip;
+    const int64_t parts = most(1, least(2 * threads / panels, block_rows / FEWEST_ROWS));
+    const int64_t part_rows = round_up(parts_of(block_rows, parts), kernels.max_rows);
+
+    char* memory = static_cast<char*>(shared_buffer.reserve(block_rows * (block.padded + 8)));
+    if (!memory) return 1;
+    block.codes = reinterpret_cast<int8_t*>(memory);
+    block.scale = reinterpret_cast<float*>(memory + block_rows * block.padded);
+    block.offset = reinterpret_cast<int32_t*>(block.scale + block_rows);
+    const int64_t quantizing = block.padded * (2 * sizeof(float) + kernels.max_rows);
+    const int64_t multiplying =
+        panel_bytes(kernels, block, panel_strips) + sums_bytes(kernels, block, panel_strips, part_rows);
+    int failed = 0;
+
+    for (block.first = 0; block.first < call.m; block.first += block_rows) {
+        block.rows = least(block_rows, call.m - block.first);
+#pragma omp parallel num_threads(int(threads))
+        {
+            uint8_t* own = static_cast<uint8_t*>(own_buffer.reserve(most(quantizing, multiplying)));
+            if (!own) {
+#pragma omp atomic write
+                failed = 1;
+            }
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < block.rows; r += kernels.max_rows)
+                if (own)
+                    kernels.quantize(call, block.first + r, least(kernels.max_rows, block.rows - r), block.padded, own,
+                                     block.codes + r * block.padded, block.scale + r, block.offset + r);
+#pragma omp for schedule(dynamic)
+            for (int64_t t = 0; t < panels * parts; ++t) {
+                const int64_t n0 = t / parts * panel, r0 = t % parts * part_rows;
+                const Task task = {n0, least(n, n0 + panel), r0, least(block.rows, r0 + part_rows), panel_strips};
+                if (own && task.r0 < task.r1 && task.n0 < task.n1) multiply(kernels, call, block, task, own);
+            }
+        }
+    }
+    return failed;
+}
+
+// Rows [first, first + rows) of the weight -> out (rows, k) in `dtype`.
+int attar_dequantize(const Weight* weight, int64_t first, int64_t rows, void* out, int32_t dtype, int threads,
+                     int level) {
+    const Kernels& kernels = *kernels_at(level);
+    const int64_t row_bytes = weight->k * (dtype == FLOAT32 ? 4 : 2);
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        uint8_t* scratch = static_cast<uint8_t*>(own_buffer.reserve(round_up(weight->k, 64) + 64));
+        if (scratch) {
+            kernels.dequantize(*weight, first + r, scratch, static_cast<char*>(out) + r * row_bytes, dtype);
+        } else {
+#pragma omp atomic write
+            failed = 1;
+        }
+    }
+    return failed;
+}
+}

@@ -1,0 +1,121 @@
+// The transforms of a row, as transforms.py defines them, but for the order of the sums in a rotation.
+#pragma once
+
+#include "vectors.h"
+
+namespace attar {
+namespace {
+
+// The a and c of a small product c (m, n) = a · b, b (k, n): a(i, j) is a[i·down + j·right].
+struct Product {
+    const float *a, *b;
+    float* c;
+    int64_t down, right, k, n;
+};
+
+// ROWS rows from i on, COLS vectors from `column` on, of which the last one has `count` columns.
+template <int ROWS, int COLS>
+void multiply_tile(const Product& p, int64_t i, int64_t column, int64_t count) {
+    Floats sum[ROWS][COLS];
+    UNROLL for (int r = 0; r < ROWS; ++r)
+        UNROLL for (int c = 0; c < COLS; ++c) sum[r][c] = Floats{};
+    const float *a = p.a + i * p.down, *b = p.b + column;
+    for (int64_t j = 0; j < p.k; ++j, a += p.right, b += p.n) {
+        Floats row[COLS];
+        UNROLL for (int c = 0; c < COLS; ++c)
+            row[c] = load_some(b, c * LANES, FLOAT32, c + 1 < COLS ? LANES : count);
+        UNROLL for (int r = 0; r < ROWS; ++r) {
+            const Floats factor = Floats{} + a[r * p.down];
+            UNROLL for (int c = 0; c < COLS; ++c) sum[r][c] = multiply_add(factor, row[c], sum[r][c]);
+        }
+    }
+    UNROLL for (int r = 0; r < ROWS; ++r)
+        UNROLL for (int c = 0; c < COLS; ++c)
+            store_some(p.c + (i + r) * p.n + column, c * LANES, FLOAT32, c + 1 < COLS ? LANES : count, sum[r][c]);
+}
+
+template <int COLS>
+void multiply_columns(const Product& p, int64_t m, int64_t column, int64_t count) {
+    int64_t i = 0;
+    for (; i + 6 <= m; i += 6) multiply_tile<6, COLS>(p, i, column, count);
+    for (; i + 2 <= m; i += 2) multiply_tile<2, COLS>(p, i, column, count);
+    for (; i < m; ++i) multiply_tile<1, COLS>(p, i, column, count);
+}
+
+void multiply(const Product& p, int64_t m) {
+    int64_t column = 0;
+    for (; column + 4 * LANES <= p.n; column += 4 * LANES) multiply_columns<4>(p, m, column, LANES);
+    const int64_t left = p.n - column, last = (left - 1) % LANES + 1;
+    if (left > 3 * LANES)
+        multiply_columns<4>(p, m, column, last);
+    else if (left > 2 * LANES)
+        multiply_columns<3>(p, m, column, last);
+    else if (left > LANES)
+        multiply_columns<2>(p, m, column, last);
+    else if (left > 0)
+        multiply_columns<1>(p, m, column, last);
+}
+
+template <int STEP>
+INLINE Floats butterfly(Floats v) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return swap_lanes<STEP>(v) + ((lane & STEP) == 0 ? v : -v);
+}
+
+// Unnormalised Walsh-Hadamard transform of n numbers, n a power of two.
+void walsh_hadamard(float* x, int64_t n) {
+    if (n < LANES) {
+        for (int64_t stride = 1; stride < n; stride *= 2)
+            for (int64_t i = 0; i < n; ++i)
+                if (!(i & stride)) {
+                    float u = x[i], v = x[i + stride];
+                    x[i] = u + v, x[i + stride] = u - v;
+                }
+        return;
+    }
+    for (int64_t i = 0; i < n; i += LANES)
+        store(x + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load<Floats>(x + i))))));
+    for (int64_t stride = LANES; stride < n; stride *= 2)
+        for (int64_t i = 0; i < n; i += 2 * stride)
+            for (int64_t j = i; j < i + stride; j += LANES) {
+                Floats u = load<Floats>(x + j), v = load<Floats>(x + j + stride);
+                store(x + j, u + v), store(x + j + stride, u - v);
+            }
+}
+
+void hadamard(const Step& step, float* x, float* other, int64_t k) {
+    const int64_t order = step.rows, block = order * step.cols;
+    for (int64_t i = 0; i < k; ++i) x[i] *= step.a[i];
+    for (int64_t i = 0; i < k; i += step.cols) walsh_hadamard(x + i, step.cols);
+    if (order > 1) {
+        for (int64_t i = 0; i < k; i += block)
+            multiply({step.b, x + i, other + i, order, 1, order, step.cols}, order);
+        memcpy(x, other, k * sizeof *x);
+    }
+    const float norm = float(1.0 / __builtin_sqrt(double(block)));
+    for (int64_t i = 0; i < k; ++i) x[i] *= norm;
+}
+
+// x (l, r) -> leftᵀ · (x · right)
+void kronecker(const Step& step, float* x, float* other) {
+    const int64_t l = step.rows, r = step.cols;
+    multiply({x, step.b, other, r, 1, r, r}, l);
+    multiply({step.a, other, x, 1, l, l, r}, l);
+}
+
+// x (k,), in place; `other` is room for as many numbers.
+void transform(const Linear& call, float* x, float* other) {
+    const int64_t k = call.weight.k;
+    for (int s = 0; s < call.n_steps; ++s) {
+        const Step& step = call.steps[s];
+        if (step.kind == CHANNEL_SCALE)
+            for (int64_t i = 0; i < k; ++i) x[i] /= step.a[i];
+        else if (step.kind == HADAMARD)
+            hadamard(step, x, other, k);
+        else
+            kronecker(step, x, other);
+    }
+}
+
+}  // namespace
+}  // namespace attar

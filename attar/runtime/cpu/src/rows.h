@@ -1,0 +1,119 @@
+// Rows of activations: transforms, step size, integer codes, operation for operation those of reference.py.
+#pragma once
+
+#include "rotate.h"
+
+namespace attar {
+namespace {
+
+// Integers in the order of the floats that they are the bits of; NaN lies beyond infinity.
+INLINE Ints ordered(Ints bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+INLINE float from_ordered(int32_t i) { return bits_of<float>(i ^ ((i >> 31) & 0x7fffffff)); }
+
+// A row of k numbers in one of the types; past its end it reads as zeros.
+struct Row {
+    const void* x;
+    int32_t dtype;
+    int64_t k;
+    INLINE Floats at(int64_t i) const { return load_some(x, i, dtype, k - i); }
+};
+
+// Largest magnitude of a row; NaN if it holds one.
+float absmax_of(const Row& row) {
+    Ints top = {};
+    for (int64_t i = 0; i < row.k; i += LANES) {
+        Ints magnitude = bits_of<Ints>(row.at(i)) & 0x7fffffff;
+        top = magnitude > top ? magnitude : top;
+    }
+    int32_t most = 0;
+    for (int i = 0; i < LANES; ++i) most = top[i] > most ? top[i] : most;
+    return bits_of<float>(most);
+}
+
+void minmax_of(const Row& row, float* low, float* high) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints bottom = Ints{} + ordered(bits_of<Ints>(row.at(0)))[0], top = bottom;
+    const Ints some = bottom;
+    for (int64_t i = 0; i < row.k; i += LANES) {
+        Ints v = ordered(bits_of<Ints>(row.at(i)));
+        if (row.k - i < LANES) v = lane < int32_t(row.k - i) ? v : some;  // no zeros that the row does not hold
+        bottom = v < bottom ? v : bottom;
+        top = v > top ? v : top;
+    }
+    int32_t least = bottom[0], most = top[0];
+    for (int i = 1; i < LANES; ++i) {
+        least = bottom[i] < least ? bottom[i] : least;
+        most = top[i] > most ? top[i] : most;
+    }
+    *low = from_ordered(least), *high = from_ordered(most);
+}
+
+// One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each.
+void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, float* other, int8_t* codes,
+                  float* scale, int32_t* offset) {
+    const int64_t k = call.weight.k;
+    Row row = {static_cast<const char*>(call.x) + index * k * width(call.x_dtype), call.x_dtype, k};
+    if (call.n_steps) {
+        for (int64_t i = 0; i < k; i += LANES) store(x + i, row.at(i));
+        transform(call, x, other);
+        row.x = x, row.dtype = FLOAT32;
+    }
+    float low = -__builtin_inff(), high = __builtin_inff(), absmax;
+    if (call.clip) {
+        minmax_of(row, &low, &high);
+        low *= call.clip[0], high *= call.clip[1];
+        float below = __builtin_fabsf(low);
+        absmax = below > high || below != below ? below : high;
+    } else {
+        absmax = absmax_of(row);
+    }
+    const float most = float((1 << (call.act_bits - 1)) - 1), least = -most - 1;
+    const float step = (absmax < 1e-5f ? 1e-5f : absmax) / most;
+
+    // Adding 1.5·2^23 rounds half to even and leaves the integer in the low bits; a NaN leaves zero there.
+    const Floats lows = Floats{} + low, highs = Floats{} + high;
+    const Floats leasts = Floats{} + least, mosts = Floats{} + most;
+    Ints sums = {};
+    for (int64_t i = 0; i < k; i += LANES) {
+        Floats v = row.at(i);
+        v = v < lows ? lows : v;
+        v = v > highs ? highs : v;
+        v = v / step;
+        v = v < leasts ? leasts : v;
+        v = v > mosts ? mosts : v;
+        Ints code = bits_of<Ints>(v + 12582912.0f);
+        if (k - i < LANES) {
+            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            code = lane < int32_t(k - i) ? code : Ints{};
+        }
+        sums += (code << 24) >> 24;
+        store(codes + i, low_bytes(code));
+    }
+    for (int64_t i = (k + LANES - 1) / LANES * LANES; i < padded; i += LANES) store(codes + i, Bytes{});
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += sums[i];
+    *scale = step;
+    *offset = -sum * (1 << (call.weight.bits - 1));
+}
+
+// `count` rows from `row` on -> the layout of Tile::x, in which ROWS rows lie interleaved: their values for one
+// step of the product are neighbours, and the product reads a single stream.
+template <int ROWS>
+void quantize(const Linear& call, int64_t row, int64_t count, int64_t padded, void* scratch, int8_t* tile,
+              float* scale, int32_t* offset) {
+    static_assert(ROWS <= LANES, "a tile is transposed in one piece");
+    float *x = static_cast<float*>(scratch), *other = x + padded;
+    int8_t* codes = reinterpret_cast<int8_t*>(other + padded);
+    for (int64_t r = 0; r < count; ++r)
+        quantize_row(call, row + r, padded, x, other, codes + r * padded, scale + r, offset + r);
+    for (int64_t k = 0; k < padded; k += 4 * LANES) {
+        Ints rows[LANES] = {};
+        for (int64_t r = 0; r < count; ++r) rows[r] = load<Ints>(codes + r * padded + k);
+        transpose(rows);
+        for (int step = 0; step < LANES; ++step) memcpy(tile + (k + 4 * step) * ROWS, &rows[step], ROWS * 4);
+    }
+}
+
+}  // namespace
+}  // namespace attar

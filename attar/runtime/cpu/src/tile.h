@@ -1,0 +1,87 @@
+// The integer matrix product: ROWS x (VECTORS · WIDTH) sums in registers over a range of the depth.
+//
+// `Isa` gives: Vector, a register of sums; WIDTH, sums in it; VECTORS, registers of a strip; ROWS, the largest
+// tile; Weights and Values, the operands of dot(), which adds to each sum the product of four unsigned weights and
+// four signed values.
+#pragma once
+
+#include "rows.h"
+#include "weights.h"
+
+namespace attar {
+namespace {
+
+constexpr int64_t AHEAD = 1024;  // bytes of the strip that are fetched before they are needed
+
+template <class Isa, int ROWS>
+INLINE void accumulate(const Tile& t, int32_t* out) {
+    constexpr int STRIP = Isa::WIDTH * Isa::VECTORS;
+    typename Isa::Vector sums[ROWS][Isa::VECTORS];
+    UNROLL for (int r = 0; r < ROWS; ++r)
+        UNROLL for (int v = 0; v < Isa::VECTORS; ++v)
+            sums[r][v] = t.begin ? Isa::set(t.offset[r]) : Isa::load_sums(out + r * STRIP + v * Isa::WIDTH);
+
+    const int8_t* x = t.x;
+    const uint8_t* strip = t.strip;
+    for (int64_t step = 0; step < t.depth; ++step, x += 4 * Isa::ROWS, strip += STRIP * 4) {
+        typename Isa::Weights weights[Isa::VECTORS];
+        UNROLL for (int v = 0; v < Isa::VECTORS; ++v) {
+            weights[v] = Isa::load_weights(strip + v * Isa::WIDTH * 4);
+            __builtin_prefetch(strip + v * Isa::WIDTH * 4 + AHEAD);
+        }
+        UNROLL for (int r = 0; r < ROWS; ++r) {
+            typename Isa::Values values = Isa::broadcast(x + 4 * r);
+            UNROLL for (int v = 0; v < Isa::VECTORS; ++v) sums[r][v] = Isa::dot(sums[r][v], weights[v], values);
+        }
+    }
+    UNROLL for (int r = 0; r < ROWS; ++r)
+        UNROLL for (int v = 0; v < Isa::VECTORS; ++v)
+            Isa::store_sums(out + r * STRIP + v * Isa::WIDTH, sums[r][v]);
+}
+
+template <class Isa, int ROWS>
+void tile_of(const Tile& t) {
+    constexpr int STRIP = Isa::WIDTH * Isa::VECTORS;
+    alignas(64) int32_t own[ROWS * STRIP];
+    int32_t* sums = t.sums ? t.sums : own;
+    accumulate<Isa, ROWS>(t, sums);
+    if (!t.end) return;
+    for (int r = 0; r < ROWS; ++r) {
+        char* y = static_cast<char*>(t.y) + r * t.y_stride * width(t.y_dtype);
+        for (int i = 0; i < t.cols; i += LANES) {
+            Floats f = __builtin_convertvector(load<Ints>(sums + r * STRIP + i), Floats);
+            f = f * t.row_scale[r] * load_some(t.scale, i, FLOAT32, t.cols - i);
+            if (t.bias) f = f + load_some(t.bias, i, FLOAT32, t.cols - i);
+            store_some(y, i, t.y_dtype, t.cols - i, f);
+        }
+    }
+}
+
+template <class Isa, int ROWS>
+struct Dispatch {
+    static void call(int rows, const Tile& t) {
+        if (rows == ROWS)
+            tile_of<Isa, ROWS>(t);
+        else
+            Dispatch<Isa, ROWS - 1>::call(rows, t);
+    }
+};
+
+template <class Isa>
+struct Dispatch<Isa, 0> {
+    static void call(int, const Tile&) {}
+};
+
+template <class Isa>
+constexpr Kernels kernels_of(const char* name) {
+    return {name,
+            Isa::WIDTH * Isa::VECTORS,
+            Isa::ROWS,
+            quantize<Isa::ROWS>,
+            unpack<Isa::WIDTH * Isa::VECTORS>,
+            Dispatch<Isa, Isa::ROWS>::call,
+            dequantize};
+}
+
+}  // namespace
+}  // namespace attar

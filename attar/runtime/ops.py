@@ -1,0 +1,176 @@
+"""`torch.ops.attar.packed_linear`: all of a packed layer's forward as one operator.
+
+One operator, so that torch.compile sees no graph break, and so that a kernel may fuse what lies between the input
+and the output. The default implementation is the reference; a faster one is registered for its dispatch key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attar.errors import AttarError
+from attar.runtime.backend import backend_name, forced_backend
+from attar.runtime.cpu.library import DTYPES, MAX_IN_FEATURES, STEPS, library
+from attar.runtime.packing import packed_width, unpack
+from attar.runtime.reference import dequantize, integer_linear, quantize_tokens
+from attar.runtime.transforms import TRANSFORMS
+
+_NAME = "attar::packed_linear"
+_PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
+
+torch.library.define(
+    _NAME,
+    "(Tensor x, Tensor codes, Tensor weight_scale, Tensor? bias, Tensor? act_clip, int weight_bits, "
+    "int? act_bits, str[] transforms, Tensor[] operands) -> Tensor",
+)
+
+
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_clip: Tensor | None,
+    weight_bits: int,
+    act_bits: int | None,
+    transforms: list[str],
+    operands: list[Tensor],
+) -> Tensor:
+    """x (..., in) -> (..., out) in x.dtype, as `PackedLinear` says; runs the operator.
+
+    codes uint8 (out, packed width); weight_scale float32 (out, 1), or (out, groups) with `act_bits` None; bias
+    (out,); act_clip float32 (2,). `transforms` are kinds, and `operands` their tensors one after another
+    (`Transform.operands`). No gradient: `PackedLinear` has a straight-through one.
+    Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved.
+    """
+    tensors = [t for t in (codes, weight_scale, bias, act_clip, *operands) if t is not None]
+    if any(t.device != x.device for t in tensors):
+        raise AttarError("the tensors of a packed layer and its input are not on one device")
+    return torch.ops.attar.packed_linear(
+        x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands
+    )
+
+
+def dequantized(codes: Tensor, weight_scale: Tensor, bits: int, in_features: int) -> Tensor:
+    """Packed codes (out, width) and scales (out, groups) -> codes · scale, float32 (out, in)."""
+    integers = unpack(codes, bits, in_features)
+    groups = weight_scale.shape[1]
+    if groups == 1:
+        return dequantize(integers, weight_scale)
+    return dequantize(integers.unflatten(1, (groups, -1)), weight_scale[..., None]).flatten(1)
+
+
+def _fake(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _reference(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_clip: Tensor | None,
+    weight_bits: int,
+    act_bits: int | None,
+    transforms: list[str],
+    operands: list[Tensor],
+) -> Tensor:
+    backend_name(x.device)  # a backend that is forced, and cannot run here, is an error
+    y = x
+    for kind, own in _steps(transforms, operands):
+        y = TRANSFORMS[kind].apply(y, *own)
+    if act_bits is None:
+        weight = dequantized(codes, weight_scale, weight_bits, x.shape[-1]).to(x.dtype)
+        return F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
+    quantized = quantize_tokens(y, act_bits, act_clip)
+    weight = unpack(codes, weight_bits, x.shape[-1]), weight_scale
+    return integer_linear(*quantized, *weight, bias, x.dtype, bits_x=act_bits, bits_w=weight_bits)
+
+
+def _cpu(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_clip: Tensor | None,
+    weight_bits: int,
+    act_bits: int | None,
+    transforms: list[str],
+    operands: list[Tensor],
+) -> Tensor:
+    supported = x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_IN_FEATURES
+    if backend_name(x.device) != "cpu" or not supported:
+        if forced_backend() == "cpu":
+            raise AttarError(
+                f"the cpu kernels take no {x.dtype} input of width {x.shape[-1]}",
+                fix="Use float32, bfloat16 or float16, or the backend 'reference'",
+            )
+        return _reference(x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands)
+    _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
+    steps = _steps(transforms, operands)
+    fused = 0 if act_bits is None else _fusable(steps)
+    rows = x.reshape(-1, x.shape[-1])
+    for kind, own in steps[: len(steps) - fused]:
+        rows = TRANSFORMS[kind].apply(rows, *own)
+    if act_bits is None:
+        y = _weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits)
+    else:
+        last = steps[len(steps) - fused :]
+        y = library().linear(rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype)
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+torch.library.register_fake(_NAME, _fake)
+torch.library.impl(_NAME, "default", _reference)
+torch.library.impl(_NAME, "cpu", _cpu)
+
+
+def _check(width: int, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int) -> None:
+    """Guards the memory that the kernels read: they are given addresses."""
+    outputs = codes.shape[0]
+    fits = codes.dtype == torch.uint8 and codes.shape[1] == packed_width(width, weight_bits)
+    fits &= weight_scale.shape[0] == outputs and width % weight_scale.shape[1] == 0
+    if not fits or (bias is not None and bias.shape != (outputs,)):
+        raise AttarError(
+            f"an input of width {width} does not fit {weight_bits}-bit codes {tuple(codes.shape)} "
+            f"with scales {tuple(weight_scale.shape)}"
+        )
+
+
+def _weight_only(x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """x (m, in) times the weight, of which one panel of outputs at a time is in floating point."""
+    outputs, width = codes.shape[0], x.shape[1]
+    bias = None if bias is None else bias.to(x.dtype)
+    y = x.new_empty(x.shape[0], outputs)
+    count = min(outputs, max(64, _PANEL_BYTES // (width * x.element_size())))
+    panel = x.new_empty(count, width)
+    for first in range(0, outputs, count):
+        last = min(outputs, first + count)
+        part = panel[: last - first]
+        library().dequantize(codes, weight_scale, bits, first, last - first, part)
+        y[:, first:last] = F.linear(x, part, None if bias is None else bias[first:last])
+    return y
+
+
+def _steps(transforms: list[str], operands: list[Tensor]) -> list[tuple[str, list[Tensor]]]:
+    """The flat operands, divided among the transforms that they belong to."""
+    steps, rest = [], list(operands)
+    for kind in transforms:
+        count = TRANSFORMS[kind].arity
+        steps.append((kind, rest[:count]))
+        rest = rest[count:]
+    return steps
+
+
+def _fusable(steps: list[tuple[str, list[Tensor]]]) -> int:
+    """How many of the last transforms the kernel can compute while it reads a row."""
+    count = 0
+    for kind, _ in reversed(steps):
+        if kind not in STEPS:
+            break
+        count += 1
+    return count

@@ -1,0 +1,283 @@
+"""The compiled kernels: the integers of the reference, bit for bit, on every instruction set; one operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attar.errors import AttarError
+from attar.runtime import PackedLinear, use_backend
+from attar.runtime.cpu.library import library
+from attar.runtime.ops import dequantized
+from attar.runtime.packing import pack
+from attar.runtime.reference import integer_range
+from attar.runtime.transforms import ChannelScale, Dense, Hadamard, Kronecker
+
+try:
+    LEVELS = list(library().levels)
+except AttarError as error:
+    pytest.skip(f"no kernels: {error.what}", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+seeds, bits = st.integers(0, 2**31 - 1), st.integers(2, 8)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def make(
+    out_features,
+    in_features,
+    weight_bits,
+    act_bits,
+    *,
+    seed=0,
+    bias=True,
+    clip=None,
+    chain=(),
+    group_size=None,
+):
+    low, high = integer_range(weight_bits)
+    codes = torch.randint(
+        low, high + 1, (out_features, in_features), generator=generator(seed), dtype=torch.int8
+    )
+    groups = 1 if group_size is None else in_features // group_size
+    scale = torch.rand(out_features, groups, generator=generator(seed + 1)) * 0.01 + 1e-3
+    bias = torch.randn(out_features, generator=generator(seed + 2)) if bias else None
+    return PackedLinear.from_codes(codes, scale, weight_bits, bias, act_bits, clip, chain, group_size)
+
+
+def both(layer, x):
+    with torch.no_grad(), use_backend("reference"):
+        expected = layer(x)
+    with torch.no_grad(), use_backend("cpu"):
+        return layer(x), expected
+
+
+def assert_same(y, expected):
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+@given(
+    seed=seeds,
+    level=st.sampled_from(LEVELS),
+    weight_bits=bits,
+    act_bits=bits,
+    rows=st.integers(1, 40),
+    out_features=st.integers(1, 100),
+    in_features=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    clip=st.sampled_from([None, (0.97, 0.9), (0.2, 1.3), (0.0, 0.5)]),
+    size=st.sampled_from([1.0, 1e-7, 1e3]),
+)
+@settings(deadline=None, max_examples=150)
+def test_equal_to_the_reference_bit_for_bit(
+    seed, level, weight_bits, act_bits, rows, out_features, in_features, dtype, bias, clip, size
+):
+    layer = make(out_features, in_features, weight_bits, act_bits, seed=seed, bias=bias, clip=clip).to(dtype)
+    x = torch.randn(rows, in_features, generator=generator(seed)).mul(size).to(dtype)
+    with library().use_kernels(level):
+        assert_same(*both(layer, x))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+@pytest.mark.parametrize("act_bits", range(2, 9))
+def test_sums_are_exact_at_every_width(level, weight_bits, act_bits):
+    """Unit scales: the output is the integer sum, here below 2^24, so that float32 holds it."""
+    low, high = integer_range(act_bits)
+    x = torch.randint(low, high + 1, (17, 203), generator=generator(weight_bits)).float()
+    x[:, 0] = high  # the step size is one
+    x[3], x[4] = high, low
+    x[4, 0] = high
+    layer = make(
+        35, 203, weight_bits, act_bits, seed=act_bits, bias=False, clip=(0.0, 1.0) if low == 0 else None
+    )
+    layer.weight_scale.fill_(1)
+    clipped = x.clamp(min=-high)
+    with library().use_kernels(level), torch.no_grad(), use_backend("cpu"):
+        y = layer(clipped)
+    assert torch.equal(y.long(), clipped.long() @ layer.unpacked().long().T)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_longest_sums(level):
+    """Extreme codes at the greatest width come within 2^15 of the end of 32 bits."""
+    width = 2**17 - 1
+    codes = torch.full((3, width), -128, dtype=torch.int8)
+    codes[1], codes[2, ::2] = 127, 127
+    layer = PackedLinear.from_codes(codes, torch.ones(3, 1), 8, act_bits=8, act_clip=(2.0, 1e-9))
+    x = torch.full((2, width), -1.0)
+    x[1, ::3] = 1.0
+    with library().use_kernels(level):
+        assert_same(*both(layer, x))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("clip", [None, (0.9, 0.95)])
+def test_extreme_rows(level, clip):
+    layer = make(40, 96, 4, 6, clip=clip)
+    x = torch.randn(8, 96, generator=generator(1))
+    x[0] = 0
+    x[1, 5] = 1e30
+    x[2, 7] = float("nan")
+    x[3, 9], x[4, 11] = float("inf"), -float("inf")
+    x[5] = torch.finfo(torch.float32).max
+    x[6] = x[6].abs() + 1  # no zero between its extremes
+    with library().use_kernels(level):
+        y, expected = both(layer, x)
+        assert_same(y, expected)
+        assert torch.equal(y[0], layer.bias) and y[2].isnan().all() and y[1].isfinite().all()
+
+
+@given(
+    seeds, st.sampled_from([8, 16, 60, 64, 96, 560]), bits, st.sampled_from(["hadamard", "kronecker", "both"])
+)
+@settings(deadline=None, max_examples=30)
+def test_rotations_differ_by_rounding_only(seed, width, act_bits, rotation):
+    """The order of the sums in a rotation is free: few codes may fall on the other side of a half."""
+    left = torch.linalg.qr(torch.randn(width // 4, width // 4, generator=generator(seed)))[0]
+    chain = [ChannelScale(torch.rand(width, generator=generator(seed)) + 0.5)]
+    if rotation != "kronecker":
+        chain.append(Hadamard.random(width, generator(seed)))
+    if rotation != "hadamard":
+        chain.append(Kronecker(left, torch.eye(4) * 1.5 + 0.1))
+    layer = make(48, width, 4, act_bits, seed=seed, chain=chain, clip=(0.95, 0.95))
+    x = torch.randn(30, width, generator=generator(seed))
+    y, expected = both(layer, x)
+    step = layer(x).detach().abs().max() / 2 ** (act_bits - 1)
+    assert float((y - expected).abs().max()) <= float(step)
+    close = torch.isclose(y, expected, rtol=1e-4, atol=1e-4).all(-1)
+    assert close.float().mean() > 0.8
+    with library().use_kernels("scalar"):
+        torch.testing.assert_close(both(layer, x)[0][close], expected[close], rtol=1e-4, atol=float(step))
+
+
+def test_a_channel_scale_alone_is_exact_and_a_dense_matrix_stays_in_torch():
+    scale = ChannelScale(torch.rand(72, generator=generator(3)) + 0.5)
+    x = torch.randn(9, 72, generator=generator(4))
+    assert_same(*both(make(20, 72, 4, 6, chain=[scale]), x))
+    dense = Dense(torch.linalg.qr(torch.randn(72, 72, generator=generator(5)))[0])
+    assert_same(*both(make(20, 72, 4, 6, chain=[dense, scale]), x))
+    y, expected = both(make(20, 72, 8, 8, chain=[scale, dense]), x.bfloat16())
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+@given(
+    seeds, st.sampled_from(LEVELS), bits, st.integers(1, 40), st.sampled_from([None, 3, 24]), st.booleans()
+)
+@settings(deadline=None, max_examples=40)
+def test_weights_alone(seed, level, weight_bits, out_features, group_size, bias):
+    layer = make(out_features, 72, weight_bits, None, seed=seed, group_size=group_size, bias=bias)
+    x = torch.randn(5, 72, generator=generator(seed))
+    with library().use_kernels(level):
+        for dtype in DTYPES:
+            panel = torch.empty(out_features, 72, dtype=dtype)
+            library().dequantize(layer.codes, layer.weight_scale, weight_bits, 0, out_features, panel)
+            whole = dequantized(layer.codes, layer.weight_scale, weight_bits, 72)
+            assert torch.equal(panel, whole.to(dtype))
+        torch.testing.assert_close(*both(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_alone_over_several_panels(monkeypatch):
+    monkeypatch.setattr("attar.runtime.ops._PANEL_BYTES", 1)
+    layer = make(200, 64, 4, None, group_size=16).to(torch.bfloat16)
+    x = torch.randn(3, 4, 64, generator=generator(1)).bfloat16()
+    torch.testing.assert_close(*both(layer, x), rtol=0.02, atol=0.02)
+
+
+def test_several_threads_and_several_blocks_of_rows():
+    layer = make(300, 2048, 8, 8)
+    x = torch.randn(9000, 2048, generator=generator(2)).bfloat16()
+    with torch.no_grad(), use_backend("cpu"):
+        expected = layer(x[-200:])
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(layer(x)[-200:], expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_views_and_empty_batches():
+    layer = make(24, 48, 4, 8)
+    x = torch.randn(48, 6, 5, generator=generator(1))
+    for view in (x.permute(2, 1, 0), x[:, ::2, :3].permute(1, 2, 0), x.permute(1, 2, 0)[:0]):
+        assert_same(*both(layer, view))
+    assert both(layer, torch.zeros(3, 0, 48))[0].shape == (3, 0, 24)
+    assert both(layer, x[:, 0, 0])[0].shape == (24,)
+
+
+def test_inputs_that_do_not_fit():
+    layer = make(24, 96, 4, 8)
+    with pytest.raises(AttarError, match="does not fit"):
+        layer(torch.zeros(2, 95))
+    arguments = (layer.codes, layer.weight_scale, None, None, 4, 8, [], [])
+    with use_backend("cpu"), pytest.raises(AttarError, match="does not fit"):
+        torch.ops.attar.packed_linear(torch.zeros(2, 90), *arguments)
+    with use_backend("cpu"), pytest.raises(AttarError, match="take no torch"):
+        layer(torch.zeros(2, 96, dtype=torch.float64))
+    assert layer(torch.zeros(2, 96, dtype=torch.float64)).dtype == torch.float64
+    layer = make(24, 96, 4, 8, chain=[ChannelScale(torch.ones(96))])
+    layer.transforms[0].to("meta")
+    with pytest.raises(AttarError, match="not on one device"):
+        layer(torch.zeros(2, 96))
+
+
+@pytest.mark.parametrize("act_bits, group_size", [(6, None), (None, 16)])
+def test_the_operator_obeys_the_rules_of_torch(act_bits, group_size):
+    chain = [ChannelScale(torch.ones(32) * 2), Hadamard.random(32, generator(1))] if act_bits else []
+    layer = make(24, 32, 4, act_bits, chain=chain, group_size=group_size)
+    operands = [tensor for transform in chain for tensor in transform.operands()]
+    torch.library.opcheck(
+        torch.ops.attar.packed_linear.default,
+        (
+            *(torch.randn(2, 5, 32), layer.codes, layer.weight_scale, layer.bias.detach(), None),
+            *(4, act_bits, [transform.kind for transform in chain], operands),
+        ),
+    )
+
+
+def wan_block():
+    """A Wan block with packed layers of every kind, and arguments of one call."""
+    torch.manual_seed(0)
+    block = WanTransformerBlock(64, 96, 2, "rms_norm_across_heads", True).eval().requires_grad_(False)
+    for i, (name, linear) in enumerate(list(block.named_modules())):
+        if isinstance(linear, torch.nn.Linear):
+            d = linear.in_features
+            chain = [ChannelScale(torch.rand(d) + 0.5), Hadamard.random(d, generator(i))][: i % 3]
+            block.set_submodule(
+                name, make(linear.out_features, d, 4, (6, 8, None)[i % 3], seed=i, chain=chain)
+            )
+    rotary = torch.randn(1, 12, 1, 32), torch.randn(1, 12, 1, 32)
+    return block, (torch.randn(1, 12, 64), torch.randn(1, 5, 64), torch.randn(1, 6, 64), rotary)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_block_compiles_without_graph_break(compiler):
+    block, call = wan_block()
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*call), block(*call), rtol=1e-3, atol=1e-2)
+
+
+def test_gradients_reach_what_lies_before_the_layer():
+    for layer in (make(24, 32, 8, 8), make(24, 32, 8, None, group_size=8)):
+        x = torch.randn(4, 32, requires_grad=True)
+        with use_backend("cpu"):
+            layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(4, -1))
+
+
+def test_codes_stay_packed():
+    layer = make(16, 64, 4, 8)
+    both(layer, torch.randn(3, 64))
+    assert layer.codes.shape == (16, 32) and torch.equal(layer.codes, pack(layer.unpacked(), 4))
