@@ -105,7 +105,7 @@ def compress(
     }
     pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, RichProgress())
     dense, packed = linear_bytes(pipe, plans)
-    save_compressed(pipe, target, source, plans)
+    save_compressed(pipe, target, source, plans, work)
     summary = {
         "output": str(output),
         "workspace": str(place),

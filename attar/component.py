@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +19,23 @@ from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
+from attar.models.weights import fill, weights_of
 from attar.progress import Progress
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan
 from attar.quantize.reconstruct import ReconstructionSettings, concatenate_calls
 from attar.recipe import Recipe
-from attar.stored import read_boundary, restore_block, save_block, write_boundary
+from attar.stored import read_boundary, read_layers, restore_block, save_block, write_boundary
 from attar.workspace import Workspace
 
 Calls = list[BlockCall]
+OUTSIDE = "outside.safetensors"
+
+
+def block_file(index: int) -> str:
+    """Name of a finished block in the workspace's folder of its component."""
+    return f"block-{index:03d}.safetensors"
 
 
 def transform_settings(recipe: Recipe) -> TransformSettings:
@@ -53,7 +61,7 @@ def block_settings(recipe: Recipe) -> BlockSettings:
 
 
 class ComponentJob:
-    """Compresses one transformer in place. One block is open at a time."""
+    """Compresses one transformer in place. One block is open at a time; where its weights come from is not known here."""
 
     def __init__(
         self,
@@ -71,7 +79,8 @@ class ComponentJob:
         self.workspace, self.store, self.seed, self.progress = workspace, store, seed, progress
         self.adapter = ModelAdapter.of(transformer)
         self.settings = block_settings(recipe)
-        self.device = next(transformer.parameters()).device
+        self.weights = weights_of(transformer)
+        self.device = self.weights.device
         self.propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
 
     def run(self, prompts: int) -> dict[str, Any]:
@@ -101,14 +110,16 @@ class ComponentJob:
                     full = starts.pop(block.index)
                     # later segments start behind glue that only a run of the model applies
                     quantized = self._catch(block, calls) if self.propagates and block.index else full
-                boundary = self._boundary(block.index)
+                boundary, file = self._boundary(block.index), self._file(block.index)
                 if block.index < first:
-                    result = restore_block(self.workspace, self._file(block.index), block.module)
+                    result = restore_block(self.workspace, file, block.module)
                     self.workspace.remove(boundary)  # a kill may have left it
                 else:
                     if block.index == first and self.workspace.has(boundary):
                         full, quantized = read_boundary(self.workspace, boundary, full, quantized)
-                    result, full, quantized = self._make(block, full, quantized, advance)
+                    with self.weights.opened(block.module):
+                        result, full, quantized = self._make(block, full, quantized, advance)
+                self.weights.replaced(block.module, partial(read_layers, self.workspace, file))
                 results.append(result)
                 note = block.name
                 if result["error_before"] is not None:
@@ -124,8 +135,15 @@ class ComponentJob:
         plain = BlockSettings(
             TransformSettings(scale=False, rotation="none"), weight_clip=False, act_clip=False
         )
-        if plans:
-            quantize_block(self.transformer, plans, lambda call: {}, [], [], plain, loss=_loss("mse"))
+        file = f"{self.name}/{OUTSIDE}"
+        if plans and self.workspace.has(file):
+            restore_block(self.workspace, file, self.transformer)
+            fill(self.transformer, read_layers(self.workspace, file).get, self.device)
+        elif plans:
+            outcome = quantize_block(
+                self.transformer, plans, lambda call: {}, [], [], plain, loss=_loss("mse")
+            )
+            save_block(self.workspace, file, outcome.layers, {})
 
     # -- what is there already
 
@@ -273,7 +291,7 @@ class ComponentJob:
         )
 
     def _file(self, index: int) -> str:
-        return f"{self.name}/block-{index:03d}.safetensors"
+        return f"{self.name}/{block_file(index)}"
 
     def _boundary(self, index: int) -> str:
         return f"{self.name}/boundary-{index:03d}.safetensors"

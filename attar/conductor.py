@@ -23,9 +23,10 @@ from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.component import ComponentJob
 from attar.errors import AttarError
-from attar.identity import pipeline_fingerprint
+from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.adapter import ModelAdapter
 from attar.models.source import Source, find_source, load_pipeline
+from attar.models.weights import weights_of
 from attar.progress import Progress, SilentProgress
 from attar.quantize.plan import LayerPlan, plan_layers
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -112,7 +113,7 @@ def run(
     workspace.claim(
         {
             "recipe": recipe.model_dump(mode="json"),
-            "model": pipeline_fingerprint(pipe),
+            "model": fingerprint(pipe, source),
             "prompts": chosen_prompts,
             "generation": call,
             "seed": seed,
@@ -173,6 +174,13 @@ def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | N
     return pool[: recipe.trace.prompts]
 
 
+def fingerprint(pipe: Any, source: Source) -> str:
+    """Of the folder that the pipeline comes from, with the type that it works in; else of the pipeline itself."""
+    if source.folder is None:
+        return pipeline_fingerprint(pipe)
+    return folder_fingerprint(source.folder, next(iter(transformer_components(pipe).values())).dtype)  # type: ignore[arg-type]
+
+
 def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
     """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for."""
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
@@ -202,7 +210,7 @@ def plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_finite(name: str, transformer: nn.Module) -> None:
     """Raises AttarError for the first parameter that is not finite."""
-    for key, parameter in transformer.named_parameters():
+    for key, parameter in weights_of(transformer).tensors():
         if not bool(torch.isfinite(parameter).all()):
             raise AttarError(
                 "a weight is not finite", where=f"{name}.{key}", fix="Check the model before compressing"

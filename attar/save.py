@@ -11,22 +11,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from attar import __version__
+from attar.assemble import Packed, write_weights
 from attar.calibration.trace import transformer_components
+from attar.component import OUTSIDE, block_file
 from attar.conductor import Compression
 from attar.errors import AttarError
 from attar.evaluate.model_card import ModelCard, model_card
 from attar.evaluate.report_data import PlanRow
 from attar.evaluate.size import model_size
 from attar.files import check_writable, not_written
-from attar.models.source import Source, stored_dtypes
+from attar.models.shards import Shards
+from attar.models.source import Source
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.runtime.backend import backend_description
-from attar.runtime.integrity import sort_header
 from attar.runtime.layers import packed_layers
+from attar.workspace import Workspace
 
 # files beside the components that belong to the model
 _COPIED = (
@@ -62,11 +64,13 @@ def check_destination(folder: Path, overwrite: bool, workspace: Path | None = No
     check_writable(place.parent)
 
 
-def save_compressed(pipe: Any, folder: str | Path, source: Source, plans: dict[str, list[LayerPlan]]) -> Path:
-    """Saves the pipeline with its evidence (compression.json), generation defaults and model card.
+def save_compressed(
+    pipe: Any, folder: str | Path, source: Source, plans: dict[str, list[LayerPlan]], workspace: Workspace
+) -> Path:
+    """Saves the pipeline of a source folder with its evidence (compression.json), generation defaults and model card.
 
-    Components that were not touched are copied from the source as they are; the floating-point rest of a transformer
-    is stored in the types that it has there. The folder appears under its name only when it is complete, and then
+    Packed layers come from the workspace. Components that were not touched are copied from the source as they are, and
+    so is the floating-point rest of a transformer; nothing of it need be in memory. The folder appears under its name only when it is complete, and then
     replaces a former one. Equal pipelines give equal files.
     Raises AttarError when the disk is full or the place cannot be written.
     """
@@ -75,7 +79,7 @@ def save_compressed(pipe: Any, folder: str | Path, source: Source, plans: dict[s
     partial, former = _passing(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        _save_components(pipe, partial, source)
+        _save_components(pipe, partial, source, workspace)
         content = compression.to_json()
         for name, part in content["components"].items():
             part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
@@ -98,33 +102,27 @@ def _passing(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.attar-partial"), folder.with_name(f".{folder.name}.attar-former")
 
 
-def _save_components(pipe: Any, target: Path, source: Source) -> None:
-    transformers = transformer_components(pipe)
-    if source.folder is None:
-        pipe.save_pretrained(target)
-    else:
-        target.mkdir(parents=True)
-        for name, transformer in transformers.items():
-            _restore_dtypes(transformer, stored_dtypes(source.folder / name))
-            transformer.save_pretrained(target / name)  # type: ignore[operator]
-        parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
-        for name in parts:
-            if name not in transformers and (source.folder / name).is_dir():
-                shutil.copytree(source.folder / name, target / name)
-        for name in _COPIED:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, target / name)
-    for name in transformers:
-        for path in (target / name).glob("*.safetensors"):
-            sort_header(path)
-
-
-def _restore_dtypes(transformer: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Floating-point parameters, and what packed layers compute in, in the types of the source."""
-    for name, parameter in transformer.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    for name, layer in packed_layers(transformer).items():
-        layer.compute_dtype = dtypes.get(f"{name}.weight", layer.compute_dtype)
+def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspace) -> None:
+    assert source.folder is not None
+    transformers, evidence = transformer_components(pipe), pipe.attar_compression.components
+    target.mkdir(parents=True)
+    for name, transformer in transformers.items():
+        transformer.save_config(target / name)  # type: ignore[operator]
+        files = [
+            Packed(f"{name}/{block_file(index)}", f"{block['block']}.")
+            for index, block in enumerate(evidence[name]["blocks"])
+        ]
+        if workspace.has(f"{name}/{OUTSIDE}"):
+            files.append(Packed(f"{name}/{OUTSIDE}", ""))
+        shards = Shards(source.folder / name)
+        write_weights(transformer, files, workspace, shards, target / name, "diffusion_pytorch_model")
+    parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
+    for name in parts:
+        if name not in transformers and (source.folder / name).is_dir():
+            shutil.copytree(source.folder / name, target / name)
+    for name in _COPIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, target / name)
 
 
 def plan_rows(plans: dict[str, list[LayerPlan]]) -> list[PlanRow]:
