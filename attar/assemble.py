@@ -57,8 +57,8 @@ def write_weights(
             kinds[key] = shards.entry(key).dtype, tuple(tensor.shape)
         elif key.startswith(layers) or not tensor.is_meta:
             kinds[key] = tensor.dtype, tuple(tensor.shape)
-    parts = _split(kinds, shard_bytes)
-    names = _names(stem, len(parts))
+    parts = split(kinds, shard_bytes)
+    names = shard_names(stem, len(parts))
     sums = dict.fromkeys(sorted(kinds), "0" * 64)
     with ExitStack() as stack:
         writers = [
@@ -87,7 +87,7 @@ def write_weights(
         for writer in writers:
             writer.finish(_metadata(sums))
     if len(parts) > 1:
-        _write_index(folder / f"{stem}.safetensors.index.json", kinds, dict(zip(names, parts, strict=True)))
+        write_index(folder / f"{stem}.safetensors.index.json", kinds, dict(zip(names, parts, strict=True)))
 
 
 def _metadata(sums: Mapping[str, str]) -> dict[str, str]:
@@ -98,7 +98,7 @@ def _bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return torch.empty(kind[1], dtype=kind[0], device="meta").nbytes
 
 
-def _split(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], most: int) -> list[list[str]]:
+def split(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], most: int) -> list[list[str]]:
     """The names in their order, in parts of at most `most` bytes unless one tensor is larger."""
     parts: list[list[str]] = [[]]
     room = most
@@ -111,17 +111,19 @@ def _split(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], most: int) 
     return parts
 
 
-def _names(stem: str, count: int) -> list[str]:
+def shard_names(stem: str, count: int) -> list[str]:
+    """Names of the weight files of a component."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _write_index(
+def write_index(
     path: Path,
     kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     parts: Mapping[str, list[str]],
 ) -> None:
+    """The index of a sharded component. parts: file name -> tensors in it."""
     content = {
         "metadata": {"total_size": sum(map(_bytes, kinds.values()))},
         "weight_map": {key: name for name, keys in parts.items() for key in keys},

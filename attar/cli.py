@@ -64,6 +64,13 @@ def compress(
     frames: Frames = None,
     device: Device = None,
     dtype: Dtype = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="read weights block by block, or load the pipeline whole (default: what fits)",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a compressed model that is there already")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and the forecast, change nothing")
@@ -72,7 +79,8 @@ def compress(
 ) -> None:
     """Compress a pipeline's transformers. A killed run goes on when it is started again."""
     from attar.forecast import forecast_job, forecast_text
-    from attar.models.source import find_source, load_pipeline, read_prompts
+    from attar.models.memory import choose, open_pipeline
+    from attar.models.source import find_source, read_prompts
     from attar.progress import RichProgress
     from attar.recipe import load_recipe
 
@@ -85,8 +93,10 @@ def compress(
     given = None if prompts is None else read_prompts(prompts)
     generation = _given({"height": height, "width": width, "num_frames": frames})
     source = find_source(model)
+    choice = choose(source, chosen.needs_data, precision, device, stream)
+    print(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}", file=sys.stderr)
     if dry_run:
-        pipe = load_pipeline(source, dtype=precision, device=device)
+        pipe = open_pipeline(source, choice, precision, device)
         result = forecast_job(pipe, source, chosen, given, generation)
         _emit(result) if as_json else print(forecast_text(result))
         return
@@ -99,7 +109,7 @@ def compress(
     place = workspace or target.with_name(f"{target.name}.work")
     check_destination(target, overwrite, place)
     work = Workspace(place)
-    pipe = load_pipeline(source, dtype=precision, device=device)
+    pipe = open_pipeline(source, choice, precision, device)
     plans = {
         n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
     }

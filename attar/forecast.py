@@ -19,6 +19,7 @@ from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind, run_block
 from attar.models.source import Source, stored_dtypes
+from attar.models.weights import weights_of
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, forecast
@@ -106,7 +107,8 @@ def _time_and_memory(
     call: dict[str, Any],
 ) -> dict[str, Any]:
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    model = sum(t.nbytes for part in modules for t in [*part.parameters(), *part.buffers()])
+    # what is streamed lies on the meta device, and of it one block at a time is in memory
+    model = sum(t.nbytes for p in modules for t in [*p.parameters(), *p.buffers()] if not t.is_meta)
     largest = 4 * max(
         sum(p.numel() for p in block.module.parameters())
         for part in components.values()
@@ -120,7 +122,8 @@ def _time_and_memory(
     adapter.observe(branches[0])
     block = adapter.blocks[0]
     samples = catch_samples(components[name], adapter, block, [branches])
-    cost = _measure_block(block, plans[name], samples[0], block_settings(recipe))
+    with weights_of(components[name]).opened(block.module):
+        cost = _measure_block(block, plans[name], samples[0], block_settings(recipe))
     settings = block_settings(recipe)
     count = recipe.select.count * len(samples)
     epochs = settings.learning.epochs if settings.learning else 0
