@@ -21,12 +21,13 @@ from torch import Tensor
 
 from attar.errors import AttarError
 
+# in the order in which safetensors lays tensors out, from the end of this table: large elements first, so all aligned
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
+_RANKS = {dtype: -rank for rank, dtype in enumerate(DTYPES.values())}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _AGAIN = "Copy or download it again"
 
@@ -114,7 +115,7 @@ class TensorWriter:
         tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str],
     ) -> None:
-        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))  # keeps every tensor aligned
+        order = sorted(tensors, key=lambda name: (_RANKS[tensors[name][0]], name))
         self.path, self._order, self._file = path, order, None
         self._places: dict[str, Entry] = {}
         offset = 0

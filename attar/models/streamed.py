@@ -98,8 +98,8 @@ def not_streamable(source: Source) -> str | None:
 
 
 def empty_model(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A model of a component's configuration on the meta device, in evaluation mode, its parameters in the types that
-    from_pretrained gives them."""
+    """A model of a component's configuration on the meta device, in evaluation mode, its stored tensors in the types
+    that from_pretrained gives them."""
     with _default_dtype(dtype), init_empty_weights():
         if _is_transformers(cls):
             model = cls._from_config(cls.config_class.from_pretrained(folder))
@@ -107,11 +107,10 @@ def empty_model(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
             model = cls.from_config(cls.load_config(folder))
     if _is_transformers(cls):
         model.tie_weights()  # each parameter became one of its own on the way to the meta device
-    nn.Module.to(model, dtype)  # diffusers' own warns of what is done in the next lines
     kept = _kept_in_float32(model, dtype)
-    for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
+    for name, tensor in model.state_dict(keep_vars=True).items():  # buffers that are not stored keep their types
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
     return model.eval().requires_grad_(False)
 
 
