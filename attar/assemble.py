@@ -52,9 +52,12 @@ def write_weights(
     state = model.state_dict()
     layers = tuple(f"{name}." for name in packed_layers(model))
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    tied = getattr(model, "all_tied_weights_keys", ())  # transformers stores one tensor of several that are tied
     for key, tensor in state.items():
         if key in shards:  # biases of packed layers too
             kinds[key] = shards.entry(key).dtype, tuple(tensor.shape)
+        elif key in tied:
+            continue
         elif key.startswith(layers) or not tensor.is_meta:
             kinds[key] = tensor.dtype, tuple(tensor.shape)
     parts = split(kinds, shard_bytes)

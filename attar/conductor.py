@@ -32,6 +32,8 @@ from attar.quantize.plan import LayerPlan, plan_layers
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.layers import packed_layers
+from attar.runtime.transformers_integration import mark_text_encoder
+from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
 
@@ -44,6 +46,7 @@ class Compression:
     generation: dict[str, Any]
     prompts: list[str]
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
+    text_encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # not written: a resumed run has the same bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +107,7 @@ def run(
     progress = progress or SilentProgress()
     components = transformer_components(pipe)
     plans = {name: plan_component(transformer, recipe) for name, transformer in components.items()}
+    text_plans = plan_text_encoders(pipe, recipe)
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))
     check_pool(recipe, chosen_prompts, call)
@@ -132,6 +136,12 @@ def run(
             report.components[name] = job.run(len(chosen_prompts))
             report.seconds[name] = time.monotonic() - started
             mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]
+        for name, encoder in text_encoders(pipe).items() if text_plans else ():
+            started = time.monotonic()
+            layers = compress_text_encoder(name, encoder, text_plans[name], workspace, progress)
+            report.text_encoders[name] = {"layers": layers}
+            report.seconds[name] = time.monotonic() - started
+            mark_text_encoder(encoder, recipe.name)
     finally:
         workspace.release()
     pipe.attar_compression = report

@@ -26,6 +26,7 @@ from attar.quantize.plan import LayerPlan, forecast
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 from attar.save import plan_rows
+from attar.text_encoder import plan_text_encoders, text_encoder_bytes
 
 
 def forecast_job(
@@ -45,15 +46,19 @@ def forecast_job(
     """
     components = transformer_components(pipe)
     plans = {name: plan_component(part, recipe) for name, part in components.items()}
+    text = plan_text_encoders(pipe, recipe)
     chosen = calibration_prompts(recipe, source, prompts)
     call = source.call_arguments(**(generation or {}))
     check_pool(recipe, chosen, call)
     return {
         "recipe": recipe.name,
         "bits": recipe.bits,
-        "layers": [_row(name, plan) for name in plans for plan in plans[name]],
+        "layers": [_row(name, plan) for name, part in {**plans, **text}.items() for plan in part],
         "rows": [vars(row) for row in plan_rows(plans)],
-        "bytes": _sizes(components, plans, recipe, source),
+        "bytes": {
+            **_sizes(components, plans, recipe, source),
+            "text_encoders": text_encoder_bytes(pipe, text, source),
+        },
         **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
     }
 
@@ -239,6 +244,8 @@ def forecast_text(result: dict[str, Any]) -> str:
         f"{format_bytes(sizes['block_linears_packed'])} ({sizes['linear_ratio']}×), with biases; whole transformer "
         f"{sizes['transformer_ratio']}× against bfloat16; {format_bytes(sizes['checkpoint'])} in its files",
     ]
+    for name, (before, after) in sizes["text_encoders"].items():
+        lines.append(f"{name}: {format_bytes(before)} → {format_bytes(after)} in its files, weights only")
     if result["measured_on"]:
         lines.append(
             f"calibration about {_duration(result['seconds'])}, of which {_duration(result['trace_seconds'])} tracing; "

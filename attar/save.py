@@ -28,6 +28,7 @@ from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.runtime.backend import backend_description
 from attar.runtime.layers import packed_layers
+from attar.text_encoder import packed_config
 from attar.workspace import Workspace
 
 # files beside the components that belong to the model
@@ -118,11 +119,28 @@ def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspa
         write_weights(transformer, files, workspace, shards, target / name, "diffusion_pytorch_model")
     parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
     for name in parts:
-        if name not in transformers and (source.folder / name).is_dir():
+        if name in pipe.attar_compression.text_encoders:
+            layers = pipe.attar_compression.text_encoders[name]["layers"]
+            _save_text_encoder(name, pipe.components[name], layers, target, source, workspace)
+        elif name not in transformers and (source.folder / name).is_dir():
             shutil.copytree(source.folder / name, target / name)
     for name in _COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, target / name)
+
+
+def _save_text_encoder(
+    name: str, encoder: Any, layers: list[str], target: Path, source: Source, workspace: Workspace
+) -> None:
+    assert source.folder is not None
+    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+    shutil.copytree(source.folder / name, target / name, ignore=shutil.ignore_patterns(*weights))
+    config = target / name / "config.json"
+    content = packed_config(config.read_text(encoding="utf-8"), encoder.config.quantization_config.to_dict())
+    config.unlink()
+    config.write_text(content, encoding="utf-8")
+    files = [Packed(f"{name}/{block_file(i)}", f"{layer}.") for i, layer in enumerate(layers)]
+    write_weights(encoder, files, workspace, Shards(source.folder / name), target / name, "model")
 
 
 def plan_rows(plans: dict[str, list[LayerPlan]]) -> list[PlanRow]:
@@ -171,6 +189,8 @@ def _card(
     if recipe.needs_data and recipe.select is not None:
         settings |= {"calibration samples": recipe.select.count, "selection": recipe.select.policy}
     settings |= {"rotation": recipe.quantize.rotation, "rounding": recipe.rounding.method}
+    if recipe.text_encoder is not None:
+        settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
     call = {
         k: v
         for k, v in source.generation.items()

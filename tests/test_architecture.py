@@ -15,6 +15,7 @@ CONDUCTING = {
     "conductor",
     "component",
     "assemble",
+    "text_encoder",
     "stored",
     "save",
     "forecast",
@@ -39,11 +40,17 @@ ALLOWED = {
     "assemble": {"models", "runtime", "stored", "workspace"},
     "stored": {"models", "quantize", "runtime", "workspace"},
     "component": {*VERBS, "losses", "models", "progress", "recipe", "stored", "workspace"},
-    "conductor": {*VERBS, "component", "identity", "models", "progress", "recipe", "runtime", "workspace"},
-    "save": {
-        *VERBS, "assemble", "component", "conductor", "evaluate", "models", "recipe", "runtime", "workspace",
+    "text_encoder": {
+        *VERBS, "component", "losses", "models", "progress", "recipe", "runtime", "stored", "workspace",
     },
-    "forecast": {*VERBS, "component", "conductor", "evaluate", "losses", "models", "recipe", "save"},
+    "conductor": {
+        *VERBS, "component", "identity", "models", "progress", "recipe", "runtime", "text_encoder", "workspace",
+    },
+    "save": {
+        *VERBS, "assemble", "component", "conductor", "evaluate", "models", "recipe", "runtime",
+        "text_encoder", "workspace",
+    },
+    "forecast": {*VERBS, "component", "conductor", "evaluate", "losses", "models", "recipe", "save", "text_encoder"},
     "errors": set(),
     "files": set(),
     "tensorfile": set(),

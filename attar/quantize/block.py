@@ -143,7 +143,9 @@ def _wrap(
     for name, plan in plans.items():
         linear: Any = linears[name]
         if plan.act_bits is None:
-            layer = QuantizedLinear(linear, plan.weight_bits or 0, None, weight_clip=False)
+            layer = QuantizedLinear(
+                linear, plan.weight_bits or 0, None, group_size=plan.group_size, weight_clip=False
+            )
         else:
             transforms = build_transforms(
                 linear, stats.get(name), settings.transforms, generators[name], rotations.get(name)
