@@ -52,7 +52,8 @@ def write_weights(
     state = model.state_dict()
     layers = tuple(f"{name}." for name in packed_layers(model))
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    tied = getattr(model, "all_tied_weights_keys", ())  # transformers stores one tensor of several that are tied
+    # of several tensors that are tied transformers stores one
+    tied = getattr(model, "all_tied_weights_keys", ())
     for key, tensor in state.items():
         if key in shards:  # biases of packed layers too
             kinds[key] = shards.entry(key).dtype, tuple(tensor.shape)

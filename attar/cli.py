@@ -80,7 +80,7 @@ def compress(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a pipeline's transformers, and its text encoders if asked for. A killed run goes on when it is started again."""
+    """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
     from attar.forecast import forecast_job, forecast_text
     from attar.models.memory import choose, open_pipeline
     from attar.models.source import find_source, read_prompts

@@ -61,7 +61,7 @@ def block_settings(recipe: Recipe) -> BlockSettings:
 
 
 class ComponentJob:
-    """Compresses one transformer in place. One block is open at a time; where its weights come from is not known here."""
+    """Compresses one transformer in place. One block is open at a time, wherever its weights come from."""
 
     def __init__(
         self,

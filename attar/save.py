@@ -71,8 +71,8 @@ def save_compressed(
     """Saves the pipeline of a source folder with its evidence (compression.json), generation defaults and model card.
 
     Packed layers come from the workspace. Components that were not touched are copied from the source as they are, and
-    so is the floating-point rest of a transformer; nothing of it need be in memory. The folder appears under its name only when it is complete, and then
-    replaces a former one. Equal pipelines give equal files.
+    so is the floating-point rest of a transformer; nothing of it need be in memory. The folder appears under its name
+    only when it is complete, and then replaces a former one. Equal pipelines give equal files.
     Raises AttarError when the disk is full or the place cannot be written.
     """
     folder = Path(os.path.realpath(folder))

@@ -127,7 +127,7 @@ class TensorWriter:
         self._missing = set(order)
 
     def __enter__(self) -> TensorWriter:
-        self._file: BinaryIO | None = open(self.path, "wb")  # noqa: SIM115 - closed on exit
+        self._file: BinaryIO | None = open(self.path, "wb")
         self._file.truncate(self._start + self._size)
         return self
 

@@ -24,13 +24,13 @@ from attar.models.streamed import empty_model
 # the published config.json of CogVideoX-5B's transformer
 COGVIDEOX_5B: dict[str, Any] = {
     "activation_fn": "gelu-approximate", "attention_bias": True, "attention_head_dim": 64, "dropout": 0.0,
-    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 16, "max_text_seq_length": 226, "norm_elementwise_affine": True,
-    "norm_eps": 1e-5, "num_attention_heads": 48, "num_layers": 42, "out_channels": 16, "patch_size": 2,
-    "sample_frames": 49, "sample_height": 60, "sample_width": 90, "spatial_interpolation_scale": 1.875,
+    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 16, "max_text_seq_length": 226,
+    "norm_elementwise_affine": True, "norm_eps": 1e-5, "num_attention_heads": 48, "num_layers": 42,
+    "out_channels": 16, "patch_size": 2, "sample_frames": 49, "sample_height": 60, "sample_width": 90, "spatial_interpolation_scale": 1.875,
     "temporal_compression_ratio": 4, "temporal_interpolation_scale": 1.0, "text_embed_dim": 4096, "time_embed_dim": 512,
     "timestep_activation_fn": "silu", "use_rotary_positional_embeddings": True,
 }  # fmt: skip
-WORDS = "a the red blue fox cat dog runs sits through on snow".split()
+WORDS = ["a", "the", "red", "blue", "fox", "cat", "dog", "runs", "sits", "through", "on", "snow"]
 GENERATION = {
     "height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16, "num_inference_steps": 2,
     "guidance_scale": 6.0,

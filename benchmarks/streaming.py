@@ -22,13 +22,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+LAYERS = 42
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
 FEW = ["--set", "trace.prompts=1", "--set", "trace.steps=2", "--set", "select.count=2"]
 CELLS: dict[str, tuple[list[str], float]] = {  # arguments of attar compress, bar in GB
     "rtn": (["--recipe", "rtn", "--weights", "8", "--acts", "8"], 3.0),
     "hadamard": (["--recipe", "hadamard", "--weights", "4", "--acts", "8"], 3.0),
     "smoothquant": (["--recipe", "smoothquant", "--weights", "8", "--acts", "8", *FEW], 6.0),
-    "learned-base": (["--recipe", "learned-base", "--weights", "4", "--acts", "6", *FEW, "--set", "reconstruct.epochs=1"], 6.0),
+    "learned-base": (["--recipe", "learned-base", "--weights", "4", "--acts", "6", *FEW,
+                      "--set", "reconstruct.epochs=1"], 6.0),
 }  # fmt: skip
 
 
@@ -46,6 +48,12 @@ def measure(command: list[str], log: Path) -> dict[str, float]:
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
     }
+
+
+def device() -> str:
+    """What the figures were measured on."""
+    threads = os.environ.get("OMP_NUM_THREADS", "unset")
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, OMP_NUM_THREADS={threads}"
 
 
 def folder_gb(folder: Path) -> float:
@@ -71,11 +79,12 @@ def run(cells: list[str], place: Path, layers: int) -> dict[str, Any]:
         command = ["attar", "compress", "MODEL", "--stream", "-o", "OUT", *arguments]
         real = [{"MODEL": str(model), "OUT": str(out)}.get(word, word) for word in command[1:]]
         row = measure([sys.executable, "-m", "attar", *real], place / f"{name}.log")
-        rows[name] = {
+        key = name if layers == LAYERS else f"{name}, {layers} of {LAYERS} blocks"
+        rows[key] = {
             **row, "bar_gb": bar, "command": " ".join(command), "transformer_gb": folder_gb(out / "transformer"),
             "source_gb": folder_gb(model / "transformer"),
         }  # fmt: skip
-        print(name, rows[name], flush=True)
+        print(key, rows[key], flush=True)
         shutil.rmtree(out)
         shutil.rmtree(place / f"{name}.work")
     return rows
@@ -85,20 +94,17 @@ def main() -> None:
     """Runs the cells that are asked for and puts them into the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
-    parser.add_argument("--layers", type=int, default=42, help="fewer make a quick trial, which is not kept")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer make a smaller model")
     parser.add_argument("--place", type=Path, help="folder for model and results (default: a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="attar-streaming-") as temporary:
         place = arguments.place or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
         rows = run(arguments.cells, place, arguments.layers)
-    if arguments.layers != 42:
-        return
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     content = {
         "model": "CogVideoX-5B's configuration, random bfloat16 weights; stand-ins for text encoder and autoencoder",
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, "
-        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
+        "device": device(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "safetensors")},
         "cells": {**known.get("cells", {}), **rows},
     }

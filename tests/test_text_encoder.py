@@ -129,7 +129,7 @@ def test_impossible_wishes(cli, models, small, tmp_path):
         message = cli("compress", models["wan"], "--dry-run", "--text-encoder-weights", value).message
         assert "text_encoder.weights" in message
     assert load_recipe("rtn", {"text_encoder.weights": 4}).text_encoder.group_size == 64
-    with pytest.raises(AttarError, match="unknown key 'text_encoder.acts'"):
+    with pytest.raises(AttarError, match=r"unknown key .text_encoder\.acts"):
         load_recipe("rtn", {"text_encoder.acts": 4})
     pipe = pipelines.make("wan")
     pipe.text_encoder = None

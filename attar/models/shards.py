@@ -42,9 +42,7 @@ class Shards:
         """Type and shape of a tensor."""
         return self._files[name].entries[name]
 
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The tensor in memory of its own; one of floating point in `dtype`, as from_pretrained casts it."""
         tensor = self._files[name].read(name)
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)

@@ -34,9 +34,7 @@ from attar.models.weights import StreamedWeights, Turn, tied_names
 _WHOLE = "Load it whole with --no-stream"
 
 
-def streamed_pipeline(
-    source: Source, *, dtype: torch.dtype | None = None, device: str | None = None
-) -> Any:
+def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
     """The pipeline of a local folder, of which only what lies outside the blocks is in memory.
 
     dtype and device are what the blocks are opened in, with the defaults of `load_pipeline`. A text encoder whose
@@ -108,7 +106,8 @@ def empty_model(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     if _is_transformers(cls):
         model.tie_weights()  # each parameter became one of its own on the way to the meta device
     kept = _kept_in_float32(model, dtype)
-    for name, tensor in model.state_dict(keep_vars=True).items():  # buffers that are not stored keep their types
+    # buffers that are not stored keep their types
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
     return model.eval().requires_grad_(False)

@@ -126,9 +126,7 @@ class StreamedWeights:
             return
         new = self._stored[name]() if name in self._stored else {}
         key = f"{name}.{{}}".format
-        fill(
-            self.units[name], lambda path: new[path] if path in new else self._read(key(path)), self.device
-        )
+        fill(self.units[name], lambda path: new[path] if path in new else self._read(key(path)), self.device)
 
     def close(self, name: str) -> None:
         """Lets the tensors of a unit go."""
@@ -166,7 +164,9 @@ def fill(module: nn.Module, tensor: Callable[[str], Tensor | None], device: torc
     for path, old in module.state_dict(keep_vars=True).items():
         new = tensor(path)
         if new is not None:
-            _put(module, path, new.to(device=device, dtype=old.dtype if old.is_floating_point() else None), old)
+            _put(
+                module, path, new.to(device=device, dtype=old.dtype if old.is_floating_point() else None), old
+            )
 
 
 def empty(module: nn.Module) -> None:

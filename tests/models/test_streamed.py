@@ -41,7 +41,10 @@ def test_it_generates_the_same_bits(folders, name, dtype):
     whole, streamed = load_pipeline(source, dtype=dtype), streamed_pipeline(source, dtype=dtype)
     for part in (part for part in whole.components if part.startswith("transformer")):
         if whole.components[part] is not None:
-            types = [{k: p.dtype for k, p in pipe.components[part].named_parameters()} for pipe in (whole, streamed)]
+            types = [
+                {k: p.dtype for k, p in pipe.components[part].named_parameters()}
+                for pipe in (whole, streamed)
+            ]
             assert types[0] == types[1]
     assert torch.equal(pipelines.generate(whole, name), pipelines.generate(streamed, name))
 
@@ -60,7 +63,7 @@ def test_one_unit_is_open_among_all_models(folders):
     def look(module, args):
         nonlocal most
         units = {
-            (name, ".".join(key.split(".")[:3 if name == "text_encoder" else 2]))
+            (name, ".".join(key.split(".")[: 3 if name == "text_encoder" else 2]))
             for name, part in parts.items()
             for key in resident(part) - rest[name]
         }
@@ -110,7 +113,9 @@ def test_what_cannot_be_streamed_is_said(folders, tmp_path):
     content = load_file(path)
     content["transformer_blocks.1.attn1.query.weight"] = content.pop(key)
     save_file(content, path, {"format": "pt"})
-    assert "no tensor 'transformer_blocks.1.attn1.to_q.weight'" in (not_streamable(find_source(str(copy))) or "")
+    assert "no tensor 'transformer_blocks.1.attn1.to_q.weight'" in (
+        not_streamable(find_source(str(copy))) or ""
+    )
     with pytest.raises(AttarError, match="cannot be streamed"):
         streamed_pipeline(find_source(str(copy)))
     for file in (copy / "transformer").glob("*.safetensors*"):
