@@ -14,7 +14,13 @@ from attar.calibration.score import score_candidates
 from attar.calibration.select import ScoreTable, select
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
-from attar.losses import joint_token_weights, mse, streams_token_weighted_mse, weight_percentiles
+from attar.losses import (
+    joint_token_weights,
+    mass_concentration,
+    mse,
+    streams_token_weighted_mse,
+    weight_percentiles,
+)
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
@@ -24,40 +30,21 @@ from attar.progress import Progress
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan
-from attar.quantize.reconstruct import ReconstructionSettings, concatenate_calls
+from attar.quantize.reconstruct import concatenate_calls
 from attar.recipe import Recipe
-from attar.stored import read_boundary, read_layers, restore_block, save_block, write_boundary
+from attar.settings import block_settings
+from attar.stored import (
+    OUTSIDE,
+    block_file,
+    read_boundary,
+    read_layers,
+    restore_block,
+    save_block,
+    write_boundary,
+)
 from attar.workspace import Workspace
 
 Calls = list[BlockCall]
-OUTSIDE = "outside.safetensors"
-
-
-def block_file(index: int) -> str:
-    """Name of a finished block in the workspace's folder of its component."""
-    return f"block-{index:03d}.safetensors"
-
-
-def transform_settings(recipe: Recipe) -> TransformSettings:
-    q = recipe.quantize
-    return TransformSettings(q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order)
-
-
-def block_settings(recipe: Recipe) -> BlockSettings:
-    """The plain settings of one block's quantization that a recipe stands for."""
-    q, r, rounding = recipe.quantize, recipe.reconstruct, recipe.rounding
-    learning = None
-    if r is not None and r.epochs:
-        learning = ReconstructionSettings(
-            epochs=r.epochs, batch_size=r.batch_size, transform_lr=r.transform_lr, clip_lr=r.clip_lr,
-            eta_min_ratio=r.eta_min_ratio, weight_decay=r.weight_decay, normalise_loss=r.normalise_loss,
-        )  # fmt: skip
-    return BlockSettings(
-        transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip, learning=learning,
-        train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
-        train_clip=r is not None and r.train_clip,
-        gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
-    )  # fmt: skip
 
 
 class ComponentJob:
@@ -261,11 +248,8 @@ class ComponentJob:
         learned = self.recipe.reconstruct
         if learned is None or not learned.epochs or learned.loss != "token_weighted":
             with evaluating(block.module):
-                return (
-                    [_cpu(run_block(block.module, c.to(self.device), block.outputs)) for c in calls],
-                    None,
-                    None,
-                )
+                outputs = [_cpu(run_block(block.module, c.to(self.device), block.outputs)) for c in calls]
+            return outputs, None, None
         targets, contexts, shares = [], [], []
         with evaluating(block.module):
             for call in calls:
@@ -279,7 +263,7 @@ class ComponentJob:
                 }
                 contexts.append(joint_token_weights(found, **options) if found else {})
                 if found:
-                    shares.append(_concentration(torch.cat(list(found.values()), dim=1)))
+                    shares.append(mass_concentration(torch.cat(list(found.values()), dim=1)))
         if not shares:
             return targets, contexts, None
         weights = torch.cat([w.flatten() for context in contexts for w in context.values()])
@@ -319,13 +303,6 @@ def _loss(name: str) -> Callable[..., Tensor]:
     if name == "mse":
         return lambda prediction, target, context: mse(prediction, target)
     return lambda prediction, target, context: streams_token_weighted_mse(prediction, target, context or {})
-
-
-def _concentration(mass: Tensor, points: int = 20) -> Tensor:
-    """Share of the attention mass (B, N) that the most attended 5 %, 10 %, … 100 % of the tokens hold: (points,)."""
-    shares = mass.sort(dim=1, descending=True).values.cumsum(1).mean(0) / mass.sum(1).mean()
-    places = torch.linspace(0, mass.shape[1], points + 1)[1:].round().long().clamp_min(1)
-    return shares[places - 1].cpu()
 
 
 def _cpu(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
-from attar.component import block_settings, catch_samples, transform_settings
+from attar.component import catch_samples
 from attar.conductor import calibration_prompts, check_pool, plan_component
 from attar.errors import calling
 from attar.losses import mse
@@ -26,6 +26,7 @@ from attar.quantize.plan import LayerPlan, forecast
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 from attar.save import plan_rows
+from attar.settings import block_settings, transform_settings
 from attar.text_encoder import plan_text_encoders, text_encoder_bytes
 
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from attar import __version__
 from attar.assemble import Packed, write_weights
 from attar.calibration.trace import transformer_components
-from attar.component import OUTSIDE, block_file
 from attar.conductor import Compression
 from attar.errors import AttarError
 from attar.evaluate.model_card import ModelCard, model_card
@@ -28,6 +27,7 @@ from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.runtime.backend import backend_description
 from attar.runtime.layers import packed_layers
+from attar.stored import OUTSIDE, block_file
 from attar.text_encoder import packed_config
 from attar.workspace import Workspace
 

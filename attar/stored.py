@@ -14,6 +14,13 @@ from attar.quantize.linear import replace_module
 from attar.runtime.layers import PackedLinear
 from attar.workspace import Workspace
 
+OUTSIDE = "outside.safetensors"  # packed layers that are in no block
+
+
+def block_file(index: int) -> str:
+    """Name of a finished block in the workspace's folder of its component."""
+    return f"block-{index:03d}.safetensors"
+
 
 def save_block(
     workspace: Workspace, file: str, layers: Mapping[str, PackedLinear], result: dict[str, Any]

@@ -84,7 +84,7 @@ class TensorFile:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.entries[name].offset + start)
-                view, done = memoryview(buffer.numpy()), 0
+                view, done = buffer.numpy().data, 0
                 while done < count:  # one call reads 2 GiB at most
                     got = file.readinto(view[done:])
                     if not got:
@@ -143,7 +143,7 @@ class TensorWriter:
         assert self._file is not None and name in self._missing
         assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), name
         self._file.seek(self._start + place.offset)
-        self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._missing.remove(name)
 
     def finish(self, metadata: Mapping[str, str]) -> None:

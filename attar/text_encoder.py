@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from attar.component import block_file
 from attar.errors import AttarError
 from attar.losses import mse
 from attar.models.source import Source, stored_dtypes
@@ -23,7 +22,7 @@ from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, forecast
 from attar.recipe import Recipe, TextEncoder
 from attar.runtime.layers import packed_layers
-from attar.stored import read_layers, restore_block, save_block
+from attar.stored import block_file, read_layers, restore_block, save_block
 from attar.workspace import Workspace
 
 _PLAIN = BlockSettings(TransformSettings(scale=False, rotation="none"), weight_clip=False, act_clip=False)
@@ -113,7 +112,7 @@ def text_encoder_bytes(
         encoder: Any = text_encoders(pipe)[name]
         state, tied = encoder.state_dict(), set(encoder.all_tied_weights_keys) - set(stored)
         before = {
-            key: tensor.numel() * stored.get(key, tensor.dtype).itemsize
+            key: tensor.numel() * (stored.get(key) or tensor.dtype).itemsize
             for key, tensor in state.items()
             if key not in tied
         }

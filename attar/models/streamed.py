@@ -54,7 +54,7 @@ def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, devic
         pipeline, classes, rest = _index(source.folder)
         for name, cls in classes.items():
             folder = source.folder / name
-            if not issubclass(cls, nn.Module):
+            if not _has_weights(cls):
                 parts[name] = cls.from_pretrained(folder)
                 continue
             model, shards = empty_model(cls, folder, dtype), Shards(folder)
@@ -102,7 +102,11 @@ def empty_model(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         if _is_transformers(cls):
             model = cls._from_config(cls.config_class.from_pretrained(folder))
         else:
-            model = cls.from_config(cls.load_config(folder))
+            config = cls.load_config(folder)
+            found = config.get("_class_name", cls.__name__)
+            if found != cls.__name__:
+                raise ValueError(f"{folder.name} is a {found}, model_index.json says {cls.__name__}")
+            model = cls.from_config(config)
     if _is_transformers(cls):
         model.tie_weights()  # each parameter became one of its own on the way to the meta device
     kept = _kept_in_float32(model, dtype)
@@ -154,6 +158,10 @@ def _index(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         else:
             classes[name] = getattr(import_module(value[0]), value[1])
     return getattr(import_module("diffusers"), index["_class_name"]), classes, rest
+
+
+def _has_weights(cls: Any) -> bool:
+    return issubclass(cls, nn.Module)
 
 
 def _is_transformers(cls: Any) -> bool:
