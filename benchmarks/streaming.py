@@ -90,6 +90,22 @@ def run(cells: list[str], place: Path, layers: int) -> dict[str, Any]:
     return rows
 
 
+def table(content: dict[str, Any]) -> str:
+    """The results as the table of docs/compress.md."""
+    rows = [
+        "| recipe | peak memory | bar | transformer | time | CPU time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in content["cells"].items():
+        rows.append(
+            f"| `{row['command'].removeprefix('attar compress MODEL --stream -o OUT ')}` "
+            f"{name.partition(',')[2].strip()}| {row['peak_gb']:.2f} GB | {row['bar_gb']:g} GB "
+            f"| {row['source_gb']:.2f} → {row['transformer_gb']:.2f} GB | {row['seconds'] / 60:.0f} min "
+            f"| {row['cpu_seconds'] / 60:.1f} min |"
+        )
+    return "\n".join([*rows, "", f"{content['device']}; {content['model']}"])
+
+
 def main() -> None:
     """Runs the cells that are asked for and puts them into the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -109,6 +125,7 @@ def main() -> None:
         "cells": {**known.get("cells", {}), **rows},
     }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content))
 
 
 if __name__ == "__main__":

@@ -99,16 +99,17 @@ def load_pipeline(
     with loading(source, quiet):
         pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             _align(part)
-    return pipe.to(device)
+    return pipe
 
 
 def _align(module: nn.Module) -> None:
     """Own memory for tensors that lie in a mapped file at odd addresses, where matrix kernels may round otherwise."""
     for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.data_ptr() % 64:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
 
 
