@@ -17,7 +17,6 @@ FULL = ModelCard(
     tags=["wan", "attar"],
     example_prompt='it\'s a "fox"',
     call={"num_frames": 17},
-    backend="reference backend: exact, not fast",
     settings={"samples": 40, "policy": "salient | capped"},
     generation={"steps": 50},
     sizes={"transformer": (2_600_000_000, 700_000_000), "vae": (250_000_000, 250_000_000)},
