@@ -120,9 +120,7 @@ LADDER = Study(
         Method("rotation", "hadamard"),
         Method("scaling", "smoothquant"),
         Method("scaling + rotation", "smoothquant", FIXED),
-        Method(
-            "+ learned clipping", "learned-base", {**FEW_EPOCHS, **FIXED, "reconstruct.train_scale": False}
-        ),
+        Method("+ learned clipping", "learned-base", {**FEW_EPOCHS, **CLIP_ALONE}),
         Method("+ learned rotation", "learned-base", {**FEW_EPOCHS, "reconstruct.train_scale": False}),
         Method("+ learned scale", "learned-base", FEW_EPOCHS),
         Method("+ GPTQ", "learned-base", {**FEW_EPOCHS, "rounding.method": "gptq"}),
