@@ -99,7 +99,7 @@ def table(content: dict[str, Any]) -> str:
     for name, row in content["cells"].items():
         rows.append(
             f"| `{row['command'].removeprefix('attar compress MODEL --stream -o OUT ')}` "
-            f"{name.partition(',')[2].strip()}| {row['peak_gb']:.2f} GB | {row['bar_gb']:g} GB "
+            f"{name.partition(', ')[2]} | {row['peak_gb']:.2f} GB | {row['bar_gb']:g} GB "
             f"| {row['source_gb']:.2f} → {row['transformer_gb']:.2f} GB | {row['seconds'] / 60:.0f} min "
             f"| {row['cpu_seconds'] / 60:.1f} min |"
         )
