@@ -29,7 +29,7 @@ def choose(
 ) -> Choice:
     """How the source is opened. wanted: what the user said, or None.
 
-    Without data every weight is read once, so streaming costs nothing. With data the model runs many times, and is
+    Without data every weight is needed once, so streaming costs little. With data the model runs many times, and is
     loaded whole where it fits.
     """
     if wanted is not None:
@@ -38,7 +38,7 @@ def choose(
     if why is not None:
         return Choice(False, f"not streamable: {why}")
     if not needs_data:
-        return Choice(True, "the recipe needs no data, so each weight is read once")
+        return Choice(True, "the recipe needs no data, so each weight is needed once")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     needed = int(HEADROOM * weight_bytes(source, dtype or default_dtype(device)))
     free = free_bytes(device)
