@@ -4,7 +4,7 @@
     small = attar.compress(pipe, recipe="s2q-vdit", weights=4, acts=6, workspace="work/")
     small.save_pretrained("wan-w4a6")
 
-Importing attar lets `DiffusionPipeline.from_pretrained` read compressed folders.
+Importing attar lets `from_pretrained` of diffusers and transformers read compressed folders.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ __version__ = "0.1.0"
 
 from attar.errors import AttarError
 from attar.runtime.diffusers_integration import register as _register_with_diffusers
+from attar.runtime.transformers_integration import register as _register_with_transformers
 
 _register_with_diffusers()
+_register_with_transformers()
 
 if TYPE_CHECKING:
     from attar.conductor import compress

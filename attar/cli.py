@@ -53,6 +53,9 @@ def compress(
     ] = "attar-ptq",
     weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
     acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
+    text_encoder_weights: Annotated[
+        int | None, typer.Option(help="bits of the text encoders' weights (default: left as they are)")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")
     ] = None,
@@ -64,48 +67,63 @@ def compress(
     frames: Frames = None,
     device: Device = None,
     dtype: Dtype = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="read weights block by block, or load the pipeline whole (default: what fits)",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a compressed model that is there already")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and the forecast, change nothing")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a pipeline's transformers. A killed run goes on when it is started again."""
+    """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
     from attar.forecast.dry_run import forecast_job, forecast_text
-    from attar.models.source import find_source, load_pipeline, read_prompts
+    from attar.models.memory import choose, open_pipeline
+    from attar.models.source import find_source, read_prompts
     from attar.progress import RichProgress
     from attar.recipe import load_recipe
 
-    chosen = load_recipe(
-        recipe, {**_assignments(set_), **_given({"quantize.weights": weights, "quantize.acts": acts})}
-    )
+    bits = {
+        "quantize.weights": weights,
+        "quantize.acts": acts,
+        "text_encoder.weights": text_encoder_weights,
+    }
+    chosen = load_recipe(recipe, {**_assignments(set_), **_given(bits)})
     if output is None and not dry_run:
         raise AttarError("no output folder was given", fix="Add -o FOLDER, or --dry-run to see the plan only")
     precision = _dtype(dtype)
     given = None if prompts is None else read_prompts(prompts)
     generation = _given({"height": height, "width": width, "num_frames": frames})
     source = find_source(model)
+    choice = choose(source, chosen.needs_data, precision, device, stream)
+    print(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}", file=sys.stderr)
     if dry_run:
-        pipe = load_pipeline(source, dtype=precision, device=device)
+        pipe = open_pipeline(source, choice, precision, device)
         result = forecast_job(pipe, source, chosen, given, generation)
         _emit(result) if as_json else print(forecast_text(result))
         return
     assert output is not None
     from attar import conductor
     from attar.save import check_destination, linear_bytes, save_compressed
+    from attar.text_encoder import plan_text_encoders, text_encoder_bytes
     from attar.workspace import Workspace
 
     target = Path(os.path.realpath(output))
     place = workspace or target.with_name(f"{target.name}.work")
     check_destination(target, overwrite, place)
     work = Workspace(place)
-    pipe = load_pipeline(source, dtype=precision, device=device)
+    pipe = open_pipeline(source, choice, precision, device)
     plans = {
         n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
     }
+    text = text_encoder_bytes(pipe, plan_text_encoders(pipe, chosen), source)
     pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, RichProgress())
     dense, packed = linear_bytes(pipe, plans)
-    save_compressed(pipe, target, source, plans)
+    save_compressed(pipe, target, source, plans, work)
     summary = {
         "output": str(output),
         "workspace": str(place),
@@ -114,6 +132,7 @@ def compress(
         "linear_bytes_bf16": dense,
         "linear_bytes_packed": packed,
         "linear_ratio": round(dense / packed, 3),
+        "text_encoder_bytes": text,
         "seconds": {k: round(v, 1) for k, v in pipe.attar_compression.seconds.items()},
         "block_errors": {
             name: [[b["error_before"], b["error_after"]] for b in part["blocks"]]
@@ -125,6 +144,8 @@ def compress(
     else:
         sizes = f"{dense / 1e6:.1f} → {packed / 1e6:.1f} MB ({dense / packed:.2f}×)"
         print(f"{output}: {chosen.name} {chosen.bits}, block linears {sizes}")
+        for name, (before, after) in text.items():
+            print(f"{name}: {before / 1e6:.1f} → {after / 1e6:.1f} MB in its files")
         print(
             f"resume data in {place} can be deleted; next: attar compare {model} {output} -o {target.name}-report"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,47 +14,41 @@ from attar.calibration.score import score_candidates
 from attar.calibration.select import ScoreTable, select
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
-from attar.losses import joint_token_weights, mse, streams_token_weighted_mse, weight_percentiles
+from attar.losses import (
+    joint_token_weights,
+    mass_concentration,
+    mse,
+    streams_token_weighted_mse,
+    weight_percentiles,
+)
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
+from attar.models.weights import fill, weights_of
 from attar.progress import Progress
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan
-from attar.quantize.reconstruct import ReconstructionSettings, concatenate_calls
+from attar.quantize.reconstruct import concatenate_calls
 from attar.recipe import Recipe
-from attar.stored import read_boundary, restore_block, save_block, write_boundary
+from attar.settings import block_settings
+from attar.stored import (
+    OUTSIDE,
+    block_file,
+    read_boundary,
+    read_layers,
+    restore_block,
+    save_block,
+    write_boundary,
+)
 from attar.workspace import Workspace
 
 Calls = list[BlockCall]
 
 
-def transform_settings(recipe: Recipe) -> TransformSettings:
-    q = recipe.quantize
-    return TransformSettings(q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order)
-
-
-def block_settings(recipe: Recipe) -> BlockSettings:
-    """The plain settings of one block's quantization that a recipe stands for."""
-    q, r, rounding = recipe.quantize, recipe.reconstruct, recipe.rounding
-    learning = None
-    if r is not None and r.epochs:
-        learning = ReconstructionSettings(
-            epochs=r.epochs, batch_size=r.batch_size, transform_lr=r.transform_lr, clip_lr=r.clip_lr,
-            eta_min_ratio=r.eta_min_ratio, weight_decay=r.weight_decay, normalise_loss=r.normalise_loss,
-        )  # fmt: skip
-    return BlockSettings(
-        transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip, learning=learning,
-        train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
-        train_clip=r is not None and r.train_clip,
-        gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
-    )  # fmt: skip
-
-
 class ComponentJob:
-    """Compresses one transformer in place. One block is open at a time."""
+    """Compresses one transformer in place. One block is open at a time, wherever its weights come from."""
 
     def __init__(
         self,
@@ -71,7 +66,8 @@ class ComponentJob:
         self.workspace, self.store, self.seed, self.progress = workspace, store, seed, progress
         self.adapter = ModelAdapter.of(transformer)
         self.settings = block_settings(recipe)
-        self.device = next(transformer.parameters()).device
+        self.weights = weights_of(transformer)
+        self.device = self.weights.device
         self.propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
 
     def run(self, prompts: int) -> dict[str, Any]:
@@ -101,14 +97,16 @@ class ComponentJob:
                     full = starts.pop(block.index)
                     # later segments start behind glue that only a run of the model applies
                     quantized = self._catch(block, calls) if self.propagates and block.index else full
-                boundary = self._boundary(block.index)
+                boundary, file = self._boundary(block.index), self._file(block.index)
                 if block.index < first:
-                    result = restore_block(self.workspace, self._file(block.index), block.module)
+                    result = restore_block(self.workspace, file, block.module)
                     self.workspace.remove(boundary)  # a kill may have left it
                 else:
                     if block.index == first and self.workspace.has(boundary):
                         full, quantized = read_boundary(self.workspace, boundary, full, quantized)
-                    result, full, quantized = self._make(block, full, quantized, advance)
+                    with self.weights.opened(block.module):
+                        result, full, quantized = self._make(block, full, quantized, advance)
+                self.weights.replaced(block.module, partial(read_layers, self.workspace, file))
                 results.append(result)
                 note = block.name
                 if result["error_before"] is not None:
@@ -124,8 +122,15 @@ class ComponentJob:
         plain = BlockSettings(
             TransformSettings(scale=False, rotation="none"), weight_clip=False, act_clip=False
         )
-        if plans:
-            quantize_block(self.transformer, plans, lambda call: {}, [], [], plain, loss=_loss("mse"))
+        file = f"{self.name}/{OUTSIDE}"
+        if plans and self.workspace.has(file):
+            restore_block(self.workspace, file, self.transformer)
+            fill(self.transformer, read_layers(self.workspace, file).get, self.device)
+        elif plans:
+            outcome = quantize_block(
+                self.transformer, plans, lambda call: {}, [], [], plain, loss=_loss("mse")
+            )
+            save_block(self.workspace, file, outcome.layers, {})
 
     # -- what is there already
 
@@ -243,11 +248,8 @@ class ComponentJob:
         learned = self.recipe.reconstruct
         if learned is None or not learned.epochs or learned.loss != "token_weighted":
             with evaluating(block.module):
-                return (
-                    [_cpu(run_block(block.module, c.to(self.device), block.outputs)) for c in calls],
-                    None,
-                    None,
-                )
+                outputs = [_cpu(run_block(block.module, c.to(self.device), block.outputs)) for c in calls]
+            return outputs, None, None
         targets, contexts, shares = [], [], []
         with evaluating(block.module):
             for call in calls:
@@ -261,7 +263,7 @@ class ComponentJob:
                 }
                 contexts.append(joint_token_weights(found, **options) if found else {})
                 if found:
-                    shares.append(_concentration(torch.cat(list(found.values()), dim=1)))
+                    shares.append(mass_concentration(torch.cat(list(found.values()), dim=1)))
         if not shares:
             return targets, contexts, None
         weights = torch.cat([w.flatten() for context in contexts for w in context.values()])
@@ -273,7 +275,7 @@ class ComponentJob:
         )
 
     def _file(self, index: int) -> str:
-        return f"{self.name}/block-{index:03d}.safetensors"
+        return f"{self.name}/{block_file(index)}"
 
     def _boundary(self, index: int) -> str:
         return f"{self.name}/boundary-{index:03d}.safetensors"
@@ -301,13 +303,6 @@ def _loss(name: str) -> Callable[..., Tensor]:
     if name == "mse":
         return lambda prediction, target, context: mse(prediction, target)
     return lambda prediction, target, context: streams_token_weighted_mse(prediction, target, context or {})
-
-
-def _concentration(mass: Tensor, points: int = 20) -> Tensor:
-    """Share of the attention mass (B, N) that the most attended 5 %, 10 %, … 100 % of the tokens hold: (points,)."""
-    shares = mass.sort(dim=1, descending=True).values.cumsum(1).mean(0) / mass.sum(1).mean()
-    places = torch.linspace(0, mass.shape[1], points + 1)[1:].round().long().clamp_min(1)
-    return shares[places - 1].cpu()
 
 
 def _cpu(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:

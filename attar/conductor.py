@@ -23,14 +23,17 @@ from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.component import ComponentJob
 from attar.errors import AttarError
-from attar.identity import pipeline_fingerprint
+from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.adapter import ModelAdapter
 from attar.models.source import Source, find_source, load_pipeline
+from attar.models.weights import weights_of
 from attar.progress import Progress, SilentProgress
 from attar.quantize.plan import LayerPlan, plan_layers
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.layers import packed_layers
+from attar.runtime.transformers_integration import mark_text_encoder
+from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
 
@@ -43,6 +46,7 @@ class Compression:
     generation: dict[str, Any]
     prompts: list[str]
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
+    text_encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # not written: a resumed run has the same bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -103,6 +107,7 @@ def run(
     progress = progress or SilentProgress()
     components = transformer_components(pipe)
     plans = {name: plan_component(transformer, recipe) for name, transformer in components.items()}
+    text_plans = plan_text_encoders(pipe, recipe)
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))
     check_pool(recipe, chosen_prompts, call)
@@ -112,7 +117,7 @@ def run(
     workspace.claim(
         {
             "recipe": recipe.model_dump(mode="json"),
-            "model": pipeline_fingerprint(pipe),
+            "model": fingerprint(pipe, source),
             "prompts": chosen_prompts,
             "generation": call,
             "seed": seed,
@@ -131,6 +136,12 @@ def run(
             report.components[name] = job.run(len(chosen_prompts))
             report.seconds[name] = time.monotonic() - started
             mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]
+        for name, encoder in text_encoders(pipe).items() if text_plans else ():
+            started = time.monotonic()
+            layers = compress_text_encoder(name, encoder, text_plans[name], workspace, progress)
+            report.text_encoders[name] = {"layers": layers}
+            report.seconds[name] = time.monotonic() - started
+            mark_text_encoder(encoder, recipe.name)
     finally:
         workspace.release()
     pipe.attar_compression = report
@@ -173,6 +184,13 @@ def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | N
     return pool[: recipe.trace.prompts]
 
 
+def fingerprint(pipe: Any, source: Source) -> str:
+    """Of the folder that the pipeline comes from, with the type that it works in; else of the pipeline itself."""
+    if source.folder is None:
+        return pipeline_fingerprint(pipe)
+    return folder_fingerprint(source.folder, next(iter(transformer_components(pipe).values())).dtype)  # type: ignore[arg-type]
+
+
 def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
     """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for."""
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
@@ -202,7 +220,7 @@ def plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_finite(name: str, transformer: nn.Module) -> None:
     """Raises AttarError for the first parameter that is not finite."""
-    for key, parameter in transformer.named_parameters():
+    for key, parameter in weights_of(transformer).tensors():
         if not bool(torch.isfinite(parameter).all()):
             raise AttarError(
                 "a weight is not finite", where=f"{name}.{key}", fix="Check the model before compressing"

@@ -1,13 +1,16 @@
-"""What makes two runs the same job: a fingerprint of the model."""
+"""What makes two runs the same job: a fingerprint of the model, whether it is in memory or in a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from attar.models.shards import Shards
 
 # where a model lies, and what wrote it; diffusers keeps the last entry in a random order
 _NO_IDENTITY = ("_name_or_path", "transformers_version", "_diffusers_version", "_use_default_values")
@@ -30,4 +33,30 @@ def pipeline_fingerprint(pipe: Any) -> str:
                 count = max(1, _ENDS // max(1, tensor.element_size()))
                 for part in (flat[:count], flat[-count:]):
                     digest.update(part.contiguous().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def folder_fingerprint(folder: Path, dtype: torch.dtype) -> str:
+    """The same of a pipeline's folder that is worked on in `dtype`, without loading anything."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(f"{index.get('_class_name')}{dtype}".encode())
+    for name in sorted(index):
+        part = folder / name
+        if (part / "config.json").is_file():
+            entries = json.loads((part / "config.json").read_text(encoding="utf-8"))
+            entries = {k: v for k, v in entries.items() if k not in _NO_IDENTITY}
+            digest.update(f"{name}{json.dumps(entries, sort_keys=True)}".encode())
+        shards = Shards(part)
+        for key in sorted(shards):
+            entry = shards.entry(key)
+            digest.update(f"{key}{entry.dtype}{entry.shape}".encode())
+            for end in shards.ends(key, _ENDS):
+                digest.update(end)
+        if not shards and part.is_dir():
+            for path in sorted(part.glob("*.bin")):  # the older format: what can be read without loading it
+                digest.update(f"{path.name}{path.stat().st_size}".encode())
+                with open(path, "rb") as file:
+                    digest.update(file.read(_ENDS))
+                    file.seek(-min(_ENDS, path.stat().st_size), 2)
+                    digest.update(file.read())
     return digest.hexdigest()

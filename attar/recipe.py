@@ -130,6 +130,15 @@ class Rounding(_Stage):
     block: int = Field(default=128, ge=1)
 
 
+class TextEncoder(_Stage):
+    """Low-bit weights of the linears in the text encoders' layers; activations stay in floating point."""
+
+    weights: int = Field(default=8, ge=2, le=8, description="bits")
+    group_size: int | None = Field(
+        default=64, ge=1, description="input channels to a scale; null for one scale per output channel"
+    )
+
+
 class Paper(_Stage):
     title: str
     url: str
@@ -147,6 +156,7 @@ class Recipe(_Stage):
     quantize: Quantize = Quantize()
     reconstruct: Reconstruct | None = Reconstruct()
     rounding: Rounding = Rounding()
+    text_encoder: TextEncoder | None = None
 
     @property
     def needs_data(self) -> bool:

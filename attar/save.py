@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from attar import __version__
+from attar.assemble import Packed, write_weights
 from attar.calibration.trace import transformer_components
 from attar.conductor import Compression
 from attar.errors import AttarError
@@ -21,12 +21,14 @@ from attar.evaluate.model_card import ModelCard, model_card
 from attar.evaluate.report_data import PlanRow
 from attar.evaluate.size import model_size
 from attar.files import check_writable, not_written
-from attar.models.source import Source, stored_dtypes
+from attar.models.shards import Shards
+from attar.models.source import Source
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
-from attar.runtime.backend import backend_description
-from attar.runtime.integrity import sort_header
 from attar.runtime.layers import packed_layers
+from attar.stored import OUTSIDE, block_file
+from attar.text_encoder import packed_config
+from attar.workspace import Workspace
 
 # files beside the components that belong to the model
 _COPIED = (
@@ -62,12 +64,14 @@ def check_destination(folder: Path, overwrite: bool, workspace: Path | None = No
     check_writable(place.parent)
 
 
-def save_compressed(pipe: Any, folder: str | Path, source: Source, plans: dict[str, list[LayerPlan]]) -> Path:
-    """Saves the pipeline with its evidence (compression.json), generation defaults and model card.
+def save_compressed(
+    pipe: Any, folder: str | Path, source: Source, plans: dict[str, list[LayerPlan]], workspace: Workspace
+) -> Path:
+    """Saves the pipeline of a source folder with its evidence (compression.json), generation defaults and model card.
 
-    Components that were not touched are copied from the source as they are; the floating-point rest of a transformer
-    is stored in the types that it has there. The folder appears under its name only when it is complete, and then
-    replaces a former one. Equal pipelines give equal files.
+    Packed layers come from the workspace. Components that were not touched are copied from the source as they are, and
+    so is the floating-point rest of a transformer; nothing of it need be in memory. The folder appears under its name
+    only when it is complete, and then replaces a former one. Equal pipelines give equal files.
     Raises AttarError when the disk is full or the place cannot be written.
     """
     folder = Path(os.path.realpath(folder))
@@ -75,7 +79,7 @@ def save_compressed(pipe: Any, folder: str | Path, source: Source, plans: dict[s
     partial, former = _passing(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        _save_components(pipe, partial, source)
+        _save_components(pipe, partial, source, workspace)
         content = compression.to_json()
         for name, part in content["components"].items():
             part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
@@ -98,33 +102,44 @@ def _passing(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.attar-partial"), folder.with_name(f".{folder.name}.attar-former")
 
 
-def _save_components(pipe: Any, target: Path, source: Source) -> None:
-    transformers = transformer_components(pipe)
-    if source.folder is None:
-        pipe.save_pretrained(target)
-    else:
-        target.mkdir(parents=True)
-        for name, transformer in transformers.items():
-            _restore_dtypes(transformer, stored_dtypes(source.folder / name))
-            transformer.save_pretrained(target / name)  # type: ignore[operator]
-        parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
-        for name in parts:
-            if name not in transformers and (source.folder / name).is_dir():
-                shutil.copytree(source.folder / name, target / name)
-        for name in _COPIED:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, target / name)
-    for name in transformers:
-        for path in (target / name).glob("*.safetensors"):
-            sort_header(path)
+def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspace) -> None:
+    assert source.folder is not None
+    transformers, evidence = transformer_components(pipe), pipe.attar_compression.components
+    target.mkdir(parents=True)
+    for name, transformer in transformers.items():
+        transformer.save_config(target / name)  # type: ignore[operator]
+        files = [
+            Packed(f"{name}/{block_file(index)}", f"{block['block']}.")
+            for index, block in enumerate(evidence[name]["blocks"])
+        ]
+        if workspace.has(f"{name}/{OUTSIDE}"):
+            files.append(Packed(f"{name}/{OUTSIDE}", ""))
+        shards = Shards(source.folder / name)
+        write_weights(transformer, files, workspace, shards, target / name, "diffusion_pytorch_model")
+    parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
+    for name in parts:
+        if name in pipe.attar_compression.text_encoders:
+            layers = pipe.attar_compression.text_encoders[name]["layers"]
+            _save_text_encoder(name, pipe.components[name], layers, target, source, workspace)
+        elif name not in transformers and (source.folder / name).is_dir():
+            shutil.copytree(source.folder / name, target / name)
+    for name in _COPIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, target / name)
 
 
-def _restore_dtypes(transformer: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Floating-point parameters, and what packed layers compute in, in the types of the source."""
-    for name, parameter in transformer.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    for name, layer in packed_layers(transformer).items():
-        layer.compute_dtype = dtypes.get(f"{name}.weight", layer.compute_dtype)
+def _save_text_encoder(
+    name: str, encoder: Any, layers: list[str], target: Path, source: Source, workspace: Workspace
+) -> None:
+    assert source.folder is not None
+    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+    shutil.copytree(source.folder / name, target / name, ignore=shutil.ignore_patterns(*weights))
+    config = target / name / "config.json"
+    content = packed_config(config.read_text(encoding="utf-8"), encoder.config.quantization_config.to_dict())
+    config.unlink()
+    config.write_text(content, encoding="utf-8")
+    files = [Packed(f"{name}/{block_file(i)}", f"{layer}.") for i, layer in enumerate(layers)]
+    write_weights(encoder, files, workspace, Shards(source.folder / name), target / name, "model")
 
 
 def plan_rows(plans: dict[str, list[LayerPlan]]) -> list[PlanRow]:
@@ -173,6 +188,8 @@ def _card(
     if recipe.needs_data and recipe.select is not None:
         settings |= {"calibration samples": recipe.select.count, "selection": recipe.select.policy}
     settings |= {"rotation": recipe.quantize.rotation, "rounding": recipe.rounding.method}
+    if recipe.text_encoder is not None:
+        settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
     call = {
         k: v
         for k, v in source.generation.items()
@@ -183,6 +200,6 @@ def _card(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
         pipeline_tag="text-to-video" if video else "text-to-image",
         fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
-        call=call, backend=backend_description(pipe.device), settings=settings, sizes=sizes, plan=plan_rows(plans),
+        call=call, settings=settings, sizes=sizes, plan=plan_rows(plans),
         example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
     )  # fmt: skip

@@ -14,6 +14,13 @@ from attar.quantize.linear import replace_module
 from attar.runtime.layers import PackedLinear
 from attar.workspace import Workspace
 
+OUTSIDE = "outside.safetensors"  # packed layers that are in no block
+
+
+def block_file(index: int) -> str:
+    """Name of a finished block in the workspace's folder of its component."""
+    return f"block-{index:03d}.safetensors"
+
 
 def save_block(
     workspace: Workspace, file: str, layers: Mapping[str, PackedLinear], result: dict[str, Any]
@@ -31,26 +38,34 @@ def save_block(
 
 
 def restore_block(workspace: Workspace, file: str, module: nn.Module) -> dict[str, Any]:
-    """Puts the stored packed layers into the block; returns the result that was saved with them."""
-    stored = workspace.read_tensors(file)
-    if stored is None:
-        raise AttarError("the file is missing", where=str(workspace.folder / file), fix="Run again")
-    tensors, meta = stored
+    """Puts layers like the stored ones into the block, on the meta device; `read_layers` gives their tensors.
+
+    Returns the result that was saved with them.
+    """
+    _, meta = _read(workspace, file)
     for name, shape in meta["layers"].items():
-        device = next(module.get_submodule(name).parameters()).device
         layer = PackedLinear.from_scheme(
             shape["scheme"],
             shape["in"],
             shape["out"],
             shape["bias"],
-            device="cpu",
+            device="meta",
             dtype=getattr(torch, shape["dtype"]),
         )
-        prefix = f"{name}."
-        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        layer.load_state_dict(own, assign=True)  # the bias keeps its type
-        replace_module(module, name, layer.requires_grad_(False).to(device))
+        replace_module(module, name, layer.requires_grad_(False))
     return meta["result"]
+
+
+def read_layers(workspace: Workspace, file: str) -> dict[str, Tensor]:
+    """The tensors of the packed layers of one block, by their names in it."""
+    return _read(workspace, file)[0]
+
+
+def _read(workspace: Workspace, file: str) -> tuple[dict[str, Tensor], Any]:
+    stored = workspace.read_tensors(file)
+    if stored is None:
+        raise AttarError("the file is missing", where=str(workspace.folder / file), fix="Run again")
+    return stored
 
 
 def write_boundary(
@@ -70,9 +85,7 @@ def read_boundary(
     workspace: Workspace, file: str, full: list[BlockCall], quantized: list[BlockCall]
 ) -> tuple[list[BlockCall], list[BlockCall]]:
     """Calls of the same segment with the streams that were stored; without quantized ones both are the same."""
-    stored = workspace.read_tensors(file)
-    if stored is None:
-        raise AttarError("the file is missing", where=str(workspace.folder / file), fix="Run again")
+    stored = _read(workspace, file)
     tensors: dict[str, list[dict[str, Tensor]]] = {}
     for path, calls in (("full", full), ("quantized", quantized)):
         tensors[path] = [{} for _ in calls]

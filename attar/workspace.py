@@ -123,8 +123,9 @@ class Workspace:
                 where=str(self.folder),
                 fix="Repeat its arguments to go on with it, or use another --workspace",
             )
-        for path in self.folder.rglob(".*.tmp"):  # left by killed runs
-            path.unlink(missing_ok=True)
+        for pattern in (".*.tmp", ".tmp*"):  # left by killed runs; the latter are safetensors' own
+            for path in self.folder.rglob(pattern):
+                path.unlink(missing_ok=True)
         if known is None:
             self.write_json("job.json", content)
 

@@ -1,12 +1,15 @@
 """The benchmark's cells are valid recipes, and its tables follow from its results."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from attar.models.source import find_source, load_pipeline
 from attar.recipe import load_recipe
+from benchmarks import streaming
 from benchmarks.cells import STUDIES, digest
 from benchmarks.outliers import CHANNELS, FACTOR, plant_outliers
 from benchmarks.tables import write_tables
@@ -77,3 +80,12 @@ def test_planted_outliers_change_what_linears_see_and_not_what_the_model_compute
     factors[list(CHANNELS)] = FACTOR
     for x, y in zip(plain, enlarged, strict=True):
         torch.testing.assert_close(y, x * factors, rtol=1e-2, atol=1e-3)
+
+
+def test_the_streaming_figures_in_the_docs_are_the_measured_ones():
+    content = json.loads(streaming.RESULTS.read_text())
+    page = (Path(__file__).parents[1] / "docs" / "compress.md").read_text(encoding="utf-8")
+    for line in streaming.table(content).splitlines():
+        assert line in page
+    assert all(row["peak_gb"] < row["bar_gb"] for row in content["cells"].values())
+    assert {"rtn", "hadamard", "smoothquant"} <= set(content["cells"])

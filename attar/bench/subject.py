@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.catch import catch_block_calls
-from attar.component import block_settings
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
 from attar.forecast.calls import Latent, transformer_call
@@ -22,6 +21,7 @@ from attar.models.tree import map_tensors
 from attar.quantize.block import quantize_block
 from attar.quantize.plan import plan_layers
 from attar.recipe import Recipe
+from attar.settings import block_settings
 
 IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel")
 LAYER_KEYS = ("num_layers", "num_single_layers")  # of a transformer's config: blocks of each kind

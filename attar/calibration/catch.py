@@ -12,6 +12,7 @@ from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind
 from attar.models.tree import map_tensors
+from attar.models.weights import weights_of
 
 
 class _Reached(Exception):
@@ -47,7 +48,7 @@ def catch_block_calls(
         caught.append(BlockCall(streams, constants))
         raise _Reached
 
-    device = next(transformer.parameters()).device
+    device = weights_of(transformer).device
     handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with evaluating(transformer):

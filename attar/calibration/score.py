@@ -16,6 +16,7 @@ from attar.models.adapter import ModelAdapter, evaluating
 from attar.models.block import as_outputs
 from attar.models.families import FAMILIES
 from attar.models.tree import map_tensors
+from attar.models.weights import weights_of
 
 FEATURES = ("latent", "block0_input", "last_hidden", "model_output")
 
@@ -76,7 +77,7 @@ def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Te
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         kept.append(as_outputs(output)[stream])
 
-    device = next(adapter.transformer.parameters()).device
+    device = weights_of(adapter.transformer).device
     handle = last.module.register_forward_hook(keep)
     try:
         with evaluating(adapter.transformer):

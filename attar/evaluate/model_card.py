@@ -50,7 +50,6 @@ class ModelCard:
     fps: float = 16
     dtype: str = "bfloat16"
     call: dict[str, Any] = field(default_factory=dict)
-    backend: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from attar.component import block_settings
 from attar.forecast.counts import Counts
 from attar.forecast.hardware import Hardware
 from attar.forecast.latency import predict_latency
 from attar.models.adapter import ModelAdapter
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
+from attar.settings import block_settings
 
 # Beside the epochs a sample passes a block for its target, statistics, errors, Hessians and propagation.
 PASSES = 6
@@ -52,7 +52,7 @@ def learning_seconds(blocks: Iterable[BlockCost], samples: int, epochs: int) -> 
 
 
 def calibration_memory(
-    modules: Iterable[nn.Module],
+    model: float,
     transformers: Iterable[nn.Module],
     recipe: Recipe,
     samples: int = 0,
@@ -62,11 +62,11 @@ def calibration_memory(
 ) -> CalibrationMemory:
     """Peak bytes while blocks are made.
 
-    On the device lie the pipeline's modules as they are, the largest block once more in float32, and what one training
-    step keeps. In main memory lie the samples of one block boundary: streams and constants, bytes of one sample in
-    float32, the streams once as inputs and once as targets, twice as often where the quantized blocks' outputs go on.
+    On the device lie the pipeline's modules (`model` bytes), the largest block once more in float32, and what one
+    training step keeps. In main memory lie the samples of one block boundary: streams and constants, bytes of one
+    sample in float32, the streams once as inputs and once as targets, twice as often where the quantized blocks'
+    outputs go on.
     """
-    model = sum(t.nbytes for part in modules for t in [*part.parameters(), *part.buffers()])
     largest = 4 * max(
         sum(p.numel() for p in block.module.parameters())
         for part in transformers
@@ -137,8 +137,9 @@ def forecast_calibration(
     each is learned on samples of its own. Scoring candidates and catching block inputs are left out.
     """
     transformers = [modules[name] for name in counts]
+    model = sum(t.nbytes for part in modules.values() for t in [*part.parameters(), *part.buffers()])
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
-        memory = calibration_memory(modules.values(), transformers, recipe)
+        memory = calibration_memory(model, transformers, recipe)
         return {"trace_seconds": 0.0, "learn_seconds": 0.0, **vars(memory)}
     settings = block_settings(recipe)
     epochs = settings.learning.epochs if settings.learning else 0
@@ -151,8 +152,6 @@ def forecast_calibration(
         for traffic in counted.blocks.values():  # bfloat16 counted, float32 held
             streams = max(streams, 2.0 * traffic.outputs)
             constants = max(constants, 2.0 * max(0, traffic.inputs - traffic.outputs))
-    memory = calibration_memory(
-        modules.values(), transformers, recipe, recipe.select.count, streams, constants, saved
-    )
+    memory = calibration_memory(model, transformers, recipe, recipe.select.count, streams, constants, saved)
     trace = recipe.trace.prompts * (recipe.trace.steps or steps) * step_seconds
     return {"trace_seconds": trace, "learn_seconds": learn, **vars(memory)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
-from attar.component import block_settings, catch_samples
+from attar.component import catch_samples
 from attar.conductor import calibration_prompts, check_pool, plan_component
 from attar.errors import calling
 from attar.forecast.calibration import BlockCost, calibration_memory, learning_seconds
@@ -21,11 +21,14 @@ from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind, run_block
 from attar.models.source import Source, stored_dtypes
+from attar.models.weights import weights_of
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.plan import LayerPlan
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 from attar.save import plan_rows
+from attar.settings import block_settings
+from attar.text_encoder import plan_text_encoders, text_encoder_bytes
 
 
 def forecast_job(
@@ -45,15 +48,19 @@ def forecast_job(
     """
     components = transformer_components(pipe)
     plans = {name: plan_component(part, recipe) for name, part in components.items()}
+    text = plan_text_encoders(pipe, recipe)
     chosen = calibration_prompts(recipe, source, prompts)
     call = source.call_arguments(**(generation or {}))
     check_pool(recipe, chosen, call)
     return {
         "recipe": recipe.name,
         "bits": recipe.bits,
-        "layers": [_row(name, plan) for name in plans for plan in plans[name]],
+        "layers": [_row(name, plan) for name, part in {**plans, **text}.items() for plan in part],
         "rows": [vars(row) for row in plan_rows(plans)],
-        "bytes": planned_sizes(components, plans, recipe, _stored(components, source)),
+        "bytes": {
+            **planned_sizes(components, plans, recipe, _stored(components, source)),
+            "text_encoders": text_encoder_bytes(pipe, text, source),
+        },
         **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
     }
 
@@ -79,8 +86,10 @@ def _time_and_memory(
     call: dict[str, Any],
 ) -> dict[str, Any]:
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    # what is streamed lies on the meta device, and of it one block at a time is in memory
+    resident = sum(t.nbytes for p in modules for t in [*p.parameters(), *p.buffers()] if not t.is_meta)
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
-        memory = calibration_memory(modules, components.values(), recipe)
+        memory = calibration_memory(resident, components.values(), recipe)
         return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": int(memory.device), "measured_on": None}
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
     name, branches, step_seconds = _one_step(pipe, components, call)
@@ -88,14 +97,15 @@ def _time_and_memory(
     adapter.observe(branches[0])
     block = adapter.blocks[0]
     samples = catch_samples(components[name], adapter, block, [branches])
-    cost = _measure_block(block, plans[name], samples[0], block_settings(recipe))
+    with weights_of(components[name]).opened(block.module):
+        cost = _measure_block(block, plans[name], samples[0], block_settings(recipe))
     settings = block_settings(recipe)
     count = recipe.select.count * len(samples)
     epochs = settings.learning.epochs if settings.learning else 0
     blocks = sum(len(ModelAdapter.of(part).blocks) for part in components.values())
     learn = learning_seconds([cost] * blocks, count, epochs)
     memory = calibration_memory(
-        modules, components.values(), recipe, count,
+        resident, components.values(), recipe, count,
         _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved,
     )  # fmt: skip
     return {
@@ -205,6 +215,8 @@ def forecast_text(result: dict[str, Any]) -> str:
         f"{format_bytes(sizes['block_linears_packed'])} ({sizes['linear_ratio']}×), with biases; whole transformer "
         f"{sizes['transformer_ratio']}× against bfloat16; {format_bytes(sizes['checkpoint'])} in its files",
     ]
+    for name, (before, after) in sizes["text_encoders"].items():
+        lines.append(f"{name}: {format_bytes(before)} → {format_bytes(after)} in its files, weights only")
     if result["measured_on"]:
         lines.append(
             f"calibration about {_duration(result['seconds'])}, of which {_duration(result['trace_seconds'])} tracing; "

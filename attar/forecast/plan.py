@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from attar.component import transform_settings
 from attar.conductor import plan_component
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
@@ -29,6 +28,7 @@ from attar.forecast.sizes import planned_sizes
 from attar.forecast.verdict import verdict
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
+from attar.settings import transform_settings
 
 
 def hardware_for(name: str, peaks: Mapping[str, float]) -> Hardware:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from attar.component import transform_settings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, forecast
 from attar.recipe import Recipe
+from attar.settings import transform_settings
 
 
 def planned_sizes(

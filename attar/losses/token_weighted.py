@@ -97,3 +97,10 @@ def streams_token_weighted_mse(
     if total is None:
         raise AttarError("a reconstruction loss needs at least one output stream")
     return total / tokens
+
+
+def mass_concentration(mass: Tensor, points: int = 20) -> Tensor:
+    """Share of the attention mass (B, N) that the most attended 5 %, 10 %, … 100 % of the tokens hold: (points,)."""
+    shares = mass.sort(dim=1, descending=True).values.cumsum(1).mean(0) / mass.sum(1).mean()
+    places = torch.linspace(0, mass.shape[1], points + 1)[1:].round().long().clamp_min(1)
+    return shares[places - 1].cpu()

@@ -21,6 +21,7 @@ from attar.models.block import BlockCall, signature_of
 from attar.models.families import FAMILIES
 from attar.models.joint import find_joint_order
 from attar.models.tree import map_tensors
+from attar.models.weights import weights_of
 from attar.models.wiring import watch
 
 SECOND_STREAM = ("encoder_hidden_states", "context", "txt", "encoder_hidden_state")
@@ -181,7 +182,7 @@ class ModelAdapter:
         """
         if self.observed:
             return
-        device = next(self.transformer.parameters()).device
+        device = weights_of(self.transformer).device
         with evaluating(self.transformer):
             call = map_tensors(dict(call), lambda tensor: tensor.to(device))
             wiring = watch(self.transformer, [block.module for block in self.blocks], call)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from attar.errors import AttarError, reason
 from attar.models.zoo import zoo_folder, zoo_names
@@ -90,20 +91,43 @@ def load_pipeline(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = dtype or default_dtype(device)
     assert source.folder is not None
     check_weight_files(source.folder)
     if is_compressed(source.folder):
         verify_folder(source.folder)
+    with loading(source, quiet):
+        pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            _align(part)
+    return pipe
+
+
+def _align(module: nn.Module) -> None:
+    """Own memory for tensors that lie in a mapped file at odd addresses, where matrix kernels may round otherwise."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """The type that a pipeline is loaded in where none is named."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+@contextmanager
+def loading(source: Source, quiet: bool = True) -> Iterator[None]:
+    """What diffusers and transformers raise inside about a folder becomes one AttarError; they print nothing."""
     try:
         with _quiet() if quiet else nullcontext():
-            pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
+            yield
     except AttarError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         raise AttarError(f"the pipeline cannot be loaded ({reason(error)})", where=source.name) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 @contextmanager

@@ -107,9 +107,10 @@ def quantize_block(
                 codes[name] = gptq(weight, hessian, scale, layer.weight_bits, damping, settings.gptq_block)
             except AttarError as error:
                 raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
-    for name, layer in layers.items():
-        outcome.layers[name] = layer.bake(codes.get(name))
+    for name in list(layers):
+        outcome.layers[name] = layers[name].bake(codes.pop(name, None))
         replace_module(module, name, outcome.layers[name])
+        del layers[name], linears[name]  # so that the weights of a block are not all there twice
     if calls:
         outcome.error_after = _mean_relative_error(run, calls, targets)
     return outcome
@@ -142,7 +143,9 @@ def _wrap(
     for name, plan in plans.items():
         linear: Any = linears[name]
         if plan.act_bits is None:
-            layer = QuantizedLinear(linear, plan.weight_bits or 0, None, weight_clip=False)
+            layer = QuantizedLinear(
+                linear, plan.weight_bits or 0, None, group_size=plan.group_size, weight_clip=False
+            )
         else:
             transforms = build_transforms(
                 linear, stats.get(name), settings.transforms, generators[name], rotations.get(name)

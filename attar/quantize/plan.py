@@ -37,7 +37,8 @@ class LayerPlan:
 
     name: dotted name from the transformer's root. role: "self_attn.q", "ffn.up", "modulation", …
     weight_bits: 2..8, or None when the layer is left as it is. act_bits: 2..8, or None for floating-point
-    activations. reason: why the layer is treated differently from the default, or None.
+    activations. reason: why the layer is treated differently from the default, or None. group_size: input
+    channels to a scale, only for floating-point activations; None for one scale per output channel.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerPlan:
     in_features: int
     out_features: int
     bias: bool
+    group_size: int | None = None
 
     @property
     def skipped(self) -> bool:
@@ -159,7 +161,7 @@ def _check_bits(bits: Any, what: str, where: str | None) -> None:
         raise AttarError(f"{what} cannot be {bits!r} bits", where=where, fix=fix)
 
 
-def forecast(plan: LayerPlan, transforms: TransformSettings, group_size: int | None = None) -> Forecast:
+def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
     """Bytes of the layer before (bfloat16) and after packing with these transforms.
 
     Raises AttarError when the groups do not divide the layer's input channels.
@@ -169,7 +171,7 @@ def forecast(plan: LayerPlan, transforms: TransformSettings, group_size: int | N
     dense = 2 * d * out + bias
     if plan.weight_bits is None:
         return Forecast(dense, dense)
-    packed = out * packed_width(d, plan.weight_bits) + 4 * out * group_count(d, group_size) + bias
+    packed = out * packed_width(d, plan.weight_bits) + 4 * out * group_count(d, plan.group_size) + bias
     packed += 4 * d if transforms.scale else 0
     if transforms.rotation == "kronecker":
         packed += 4 * sum(size**2 for size in kronecker_factors(d))

@@ -151,7 +151,10 @@ def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    indexes = sorted(folder.glob("diffusion_pytorch_model*.safetensors.index*.json"))
+    stem = "diffusion_pytorch_model"
+    if not any(folder.glob(f"{stem}*.safetensors*")):
+        stem = "model"  # a text encoder's, by transformers
+    indexes = sorted(folder.glob(f"{stem}*.safetensors.index*.json"))
     if indexes:
         try:
             return [
@@ -161,7 +164,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise AttarError(
                 "the index of the shards is damaged", where=indexes[0].name, fix=_DAMAGED
             ) from error
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
     if not files:
         raise AttarError("no weight file", where=str(folder), fix=_DAMAGED)
     return files

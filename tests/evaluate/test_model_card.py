@@ -17,7 +17,6 @@ FULL = ModelCard(
     tags=["wan", "attar"],
     example_prompt='it\'s a "fox"',
     call={"num_frames": 17},
-    backend="reference backend: exact, not fast",
     settings={"samples": 40, "policy": "salient | capped"},
     generation={"steps": 50},
     sizes={"transformer": (2_600_000_000, 700_000_000), "vae": (250_000_000, 250_000_000)},
@@ -61,7 +60,7 @@ def test_every_part_is_shown_and_tables_hold():
         "salient \\| capped",
     ):
         assert part in text
-    for part in ("kept in high precision", "Slower than bf16.", "exact, not fast", "steps 50"):
+    for part in ("kept in high precision", "Slower than bf16.", "steps 50"):
         assert part in text
 
 

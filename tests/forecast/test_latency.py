@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.shapes import architecture, counted
 
-from attar.component import transform_settings
 from attar.conductor import plan_component
 from attar.errors import AttarError
 from attar.forecast.counts import Counts, Operation
@@ -22,6 +21,7 @@ from attar.forecast.latency import (
 )
 from attar.quantize.plan import LayerPlan
 from attar.recipe import load_recipe
+from attar.settings import transform_settings
 
 MACHINE = Hardware("x", "x", {"bf16": 100.0, "int8": 200.0}, bandwidth=10.0)
 operations = st.builds(

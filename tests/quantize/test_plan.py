@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_forecast_is_what_the_packed_layer_weighs(rotation, scale, weights, acts
         linear = nn.Linear(d, out, bias=bias, dtype=torch.bfloat16)
         settings = TransformSettings(scale=scale, rotation=rotation)
         (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], weights, acts)
-        found = forecast(layer_plan, settings, group)
+        found = forecast(replace(layer_plan, group_size=group), settings)
         transforms = build_transforms(linear, torch.ones(d), settings)
         packed = QuantizedLinear(linear, weights, acts, transforms, group_size=group).bake()
         assert found.packed == packed_size(packed)["total"]
@@ -117,4 +117,4 @@ def test_forecast_of_a_kept_layer_and_sums():
     assert kept == Forecast(2 * (32 * 12 + 12), 2 * (32 * 12 + 12))
     assert kept + Forecast(1, 2) == Forecast(kept.dense + 1, kept.packed + 2)
     with pytest.raises(AttarError, match="groups"):
-        forecast(plans["blocks.0.ffn.0"], TransformSettings(), group_size=5)
+        forecast(replace(plans["blocks.0.ffn.0"], group_size=5), TransformSettings())

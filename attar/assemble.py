@@ -1,0 +1,135 @@
+"""Puts the finished files of a compressed component together, a few tensors at a time.
+
+Packed layers come from the workspace, everything else from the files of the source, in the types that it has there.
+So neither the model nor its compressed form is ever in memory as a whole, and a pipeline that was in memory gives the
+same files as one that was streamed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.models.shards import Shards
+from attar.runtime.integrity import CHECKSUM_KEY, tensor_checksums
+from attar.runtime.layers import packed_layers
+from attar.stored import read_layers
+from attar.tensorfile import TensorWriter
+from attar.workspace import Workspace
+
+SHARD_BYTES = 10_000_000_000  # as diffusers' save_pretrained splits
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A file of the workspace with packed layers, whose names there follow `prefix` in the model."""
+
+    file: str
+    prefix: str
+
+
+def write_weights(
+    model: nn.Module,
+    packed: Iterable[Packed],
+    workspace: Workspace,
+    shards: Shards,
+    folder: Path,
+    stem: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the weight files of a model with packed layers into `folder`, with checksums in their headers.
+
+    model: says which tensors there are; they may be on the meta device if `packed` and `shards` have them.
+    stem: "diffusion_pytorch_model", or "model" for transformers. Raises AttarError for a tensor that is nowhere.
+    """
+    state = model.state_dict()
+    layers = tuple(f"{name}." for name in packed_layers(model))
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    # of several tensors that are tied transformers stores one
+    tied = getattr(model, "all_tied_weights_keys", ())
+    for key, tensor in state.items():
+        if key in shards:  # biases of packed layers too
+            kinds[key] = shards.entry(key).dtype, tuple(tensor.shape)
+        elif key in tied:
+            continue
+        elif key.startswith(layers) or not tensor.is_meta:
+            kinds[key] = tensor.dtype, tuple(tensor.shape)
+    parts = split(kinds, shard_bytes)
+    names = shard_names(stem, len(parts))
+    sums = dict.fromkeys(sorted(kinds), "0" * 64)
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                TensorWriter(folder / name, {key: kinds[key] for key in part}, _metadata(sums))
+            )
+            for name, part in zip(names, parts, strict=True)
+        ]
+        home = {key: writer for writer, part in zip(writers, parts, strict=True) for key in part}
+
+        def write(key: str, tensor: Tensor) -> None:
+            tensor = tensor.to(kinds[key][0])
+            sums.update(tensor_checksums({key: tensor}))
+            home.pop(key).write(key, tensor)
+
+        for source in packed:
+            for name, tensor in read_layers(workspace, source.file).items():
+                if source.prefix + name not in shards:
+                    write(source.prefix + name, tensor)
+        for key in list(home):
+            if key not in shards and state[key].is_meta:
+                raise AttarError(
+                    "a tensor is neither in the workspace nor in the source", where=key, fix="Run again"
+                )
+            write(key, shards.read(key) if key in shards else state[key])
+        for writer in writers:
+            writer.finish(_metadata(sums))
+    if len(parts) > 1:
+        write_index(folder / f"{stem}.safetensors.index.json", kinds, dict(zip(names, parts, strict=True)))
+
+
+def _metadata(sums: Mapping[str, str]) -> dict[str, str]:
+    return {"format": "pt", CHECKSUM_KEY: json.dumps(sums, separators=(",", ":"), sort_keys=True)}
+
+
+def _bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return torch.empty(kind[1], dtype=kind[0], device="meta").nbytes
+
+
+def split(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], most: int) -> list[list[str]]:
+    """The names in their order, in parts of at most `most` bytes unless one tensor is larger."""
+    parts: list[list[str]] = [[]]
+    room = most
+    for key, kind in kinds.items():
+        if _bytes(kind) > room and parts[-1]:
+            parts.append([])
+            room = most
+        parts[-1].append(key)
+        room -= _bytes(kind)
+    return parts
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """Names of the weight files of a component."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_index(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    parts: Mapping[str, list[str]],
+) -> None:
+    """The index of a sharded component. parts: file name -> tensors in it."""
+    content = {
+        "metadata": {"total_size": sum(map(_bytes, kinds.values()))},
+        "weight_map": {key: name for name, keys in parts.items() for key in keys},
+    }
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,72 @@
+"""Whether a pipeline is loaded whole or streamed, by what it needs and what there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from attar.models.shards import Shards
+from attar.models.source import Source, default_dtype, load_pipeline
+from attar.models.streamed import not_streamable, streamed_pipeline
+
+HEADROOM = 1.5  # what blocks, samples and activations take beside the weights, as a factor of these
+
+
+@dataclass(frozen=True)
+class Choice:
+    """streamed: read the weights block by block. reason: one line that says why."""
+
+    streamed: bool
+    reason: str
+
+
+def choose(
+    source: Source, needs_data: bool, dtype: torch.dtype | None, device: str | None, wanted: bool | None
+) -> Choice:
+    """How the source is opened. wanted: what the user said, or None.
+
+    Without data every weight is needed once, so streaming costs little. With data the model runs many times, and is
+    loaded whole where it fits.
+    """
+    if wanted is not None:
+        return Choice(wanted, "as asked for")
+    why = not_streamable(source)
+    if why is not None:
+        return Choice(False, f"not streamable: {why}")
+    if not needs_data:
+        return Choice(True, "the recipe needs no data, so each weight is needed once")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    needed = int(HEADROOM * weight_bytes(source, dtype or default_dtype(device)))
+    free = free_bytes(device)
+    words = f"needs about {needed / 1e9:.1f} GB with its activations, {free / 1e9:.1f} GB are free"
+    return Choice(needed > free, f"the whole pipeline {words}")
+
+
+def open_pipeline(source: Source, choice: Choice, dtype: torch.dtype | None, device: str | None) -> Any:
+    """The pipeline, whole or streamed. Raises AttarError as `load_pipeline` and `streamed_pipeline` do."""
+    return (streamed_pipeline if choice.streamed else load_pipeline)(source, dtype=dtype, device=device)
+
+
+def weight_bytes(source: Source, dtype: torch.dtype) -> int:
+    """What the pipeline's weights take when all of them are loaded in `dtype`."""
+    assert source.folder is not None
+    parts = [path for path in source.folder.iterdir() if path.is_dir()]
+    return dtype.itemsize * sum(Shards(part).values() for part in parts)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can be had on a device: of the GPU, or of the machine within the limits of its container."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)

@@ -1,0 +1,31 @@
+"""The plain settings of quantization that a recipe stands for."""
+
+from __future__ import annotations
+
+from attar.quantize.block import BlockSettings
+from attar.quantize.initialize import TransformSettings
+from attar.quantize.reconstruct import ReconstructionSettings
+from attar.recipe import Recipe
+
+
+def transform_settings(recipe: Recipe) -> TransformSettings:
+    """Of the equivalent transforms of one layer."""
+    q = recipe.quantize
+    return TransformSettings(q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order)
+
+
+def block_settings(recipe: Recipe) -> BlockSettings:
+    """Of one block's quantization."""
+    q, r, rounding = recipe.quantize, recipe.reconstruct, recipe.rounding
+    learning = None
+    if r is not None and r.epochs:
+        learning = ReconstructionSettings(
+            epochs=r.epochs, batch_size=r.batch_size, transform_lr=r.transform_lr, clip_lr=r.clip_lr,
+            eta_min_ratio=r.eta_min_ratio, weight_decay=r.weight_decay, normalise_loss=r.normalise_loss,
+        )  # fmt: skip
+    return BlockSettings(
+        transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip, learning=learning,
+        train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
+        train_clip=r is not None and r.train_clip,
+        gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
+    )  # fmt: skip
