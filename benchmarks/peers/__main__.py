@@ -1,8 +1,14 @@
-"""`python -m benchmarks.peers`: every competitor on digits-video, each result kept as soon as it is there."""
+"""`python -m benchmarks.peers`: every competitor on digits-video (quality) and on a real-size block (speed).
+
+python -m benchmarks.peers --part quality      one after another, each kept as soon as it is there
+python -m benchmarks.peers --part speed        all in one run, in turns, on the first block of --shape
+python -m benchmarks.peers --part table        writes docs/peers.md from what is there
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import traceback
@@ -17,37 +23,83 @@ from attar.files import writing
 from attar.models.source import find_source
 from benchmarks.peers.competitors import COMPETITORS, Competitor
 from benchmarks.peers.quality import measure_quality
+from benchmarks.peers.speed import measure_speed
+from benchmarks.peers.table import write_table
 from benchmarks.protocol import Bench
 
 ROOT = Path(__file__).parent.parent.parent
+PARTS = ("quality", "speed", "table")
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="+", help="only competitors whose name contains one of these")
+    parser.add_argument("--again", action="store_true", help="measure what is there already once more")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--shape", default="wan-1.3b")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--again", action="store_true", help="measure what is there already once more")
     parser.add_argument("--work", type=Path, default=Path("work/quality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    results = json.loads(args.results.read_text()) if args.results.is_file() else {"quality": {}}
+    chosen = [c for c in COMPETITORS if not args.only or any(part in c.name for part in args.only)]
+    if "quality" in args.part:
+        run_quality(args, chosen)
+    if "speed" in args.part:
+        run_speed(args, chosen)
+    if "table" in args.part:
+        print(write_table(load(args.results), ROOT / "docs" / "peers.md"))
+
+
+def run_quality(args: argparse.Namespace, chosen: list[Competitor]) -> None:
     bench: Bench | None = None
-    for competitor in COMPETITORS:
-        wanted = not args.only or any(part in competitor.name for part in args.only)
-        if not wanted or (competitor.name in results["quality"] and not args.again):
+    for competitor in chosen:
+        if competitor.name in load(args.results)["quality"] and not args.again:
             continue
         bench = bench or Bench(find_source("digits-video"), args.work, 0, args.steps)
         figures = attempt(bench, competitor, args.prompts)
-        results["device"] = platform.processor() or platform.machine()
+        results = load(args.results)
         results["quality"][competitor.name] = {"version": _version(competitor), **figures}
-        with writing(args.results) as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
+        save(args.results, results)
         print(competitor.name, figures, flush=True)
+
+
+def run_speed(args: argparse.Namespace, chosen: list[Competitor]) -> None:
+    results = load(args.results)
+    rows = measure_speed(chosen, args.shape, args.tokens, args.rounds)
+    results["speed"][f"{args.shape}, {args.tokens} tokens"] = {
+        "device": processor(),
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "rows": {c.name: {"version": _version(c), **rows[c.name]} for c in chosen},
+    }
+    save(args.results, results)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {"quality": {}, "speed": {}}
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def attempt(bench: Bench, competitor: Competitor, prompts: int) -> dict[str, Any]:

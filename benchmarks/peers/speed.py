@@ -1,0 +1,88 @@
+"""Speed and memory of every competitor on one block of a real model's shapes, all in one run, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.bench.subject import bench_blocks, latent_grid, pack_block
+from attar.bench.timing import faster, interleave
+from attar.forecast.architecture import find_architecture
+from attar.models.block import BlockCall, run_block
+from attar.recipe import load_recipe
+from benchmarks.peers.competitors import Competitor, Task
+from benchmarks.peers.quality import linear_bytes
+
+BASELINE = "bf16"
+
+
+class OneBlock(nn.Module):
+    """A block under the name that it has in its transformer, called with the arguments of a block."""
+
+    def __init__(self, block: nn.Module, outputs: tuple[str | None, ...]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block])
+        self.outputs = outputs
+        self.config = None
+
+    def forward(self, return_dict: bool = False, **arguments: Any) -> tuple[Tensor, ...]:
+        found = run_block(self.blocks[0], BlockCall({}, arguments), self.outputs)
+        return tuple(found.values())
+
+
+@dataclass
+class Ready:
+    """A competitor that is prepared: what to run, and what its linears weigh."""
+
+    run: Callable[[], object]
+    bytes: int
+
+
+def measure_speed(
+    competitors: Sequence[Competitor], shape: str, tokens: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds of a block, times faster than bf16 with its spread, and bytes of the linears; or the error.
+
+    Libraries that only simulate are left out. Raises AttarError for an unknown shape.
+    """
+    ready: dict[str, Ready] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for competitor in competitors:
+        if competitor.simulated:
+            found[competitor.name] = {"error": "simulated in floating point: its speed here says nothing"}
+            continue
+        try:
+            ready[competitor.name] = _prepare(competitor, shape, tokens)
+        except Exception as error:  # a failure is a result too
+            text = " ".join(str(error).split())
+            found[competitor.name] = {"error": f"{type(error).__name__}: {text[:300]}"}
+    seconds = interleave({name: r.run for name, r in ready.items()}, rounds)
+    for name, values in seconds.items():
+        found[name] = {"seconds": median(values), "bytes": ready[name].bytes}
+        if BASELINE in seconds:
+            found[name]["faster"] = faster(seconds[BASELINE], values).to_json()
+    return {c.name: found[c.name] for c in competitors}
+
+
+def _prepare(competitor: Competitor, shape: str, tokens: int) -> Ready:
+    torch.manual_seed(0)
+    architecture = find_architecture(shape)
+    block = bench_blocks(architecture, latent_grid(architecture, tokens), 512, competitor.dtype)[0]
+    call = {**block.call.constants, **block.call.streams}
+
+    def attar(recipe: str, weights: int, acts: int) -> nn.Module:
+        bits = {"quantize.weights": weights, "quantize.acts": acts}
+        return OneBlock(pack_block(block, load_recipe(recipe, bits)), block.outputs)
+
+    task = Task(OneBlock(block.dense, block.outputs), [call], attar)
+    with torch.no_grad():
+        module = competitor.make(task)
+        if competitor.compiled:
+            module = torch.compile(module)
+        module(**call, return_dict=False)  # whatever is compiled or cached at first
+    return Ready(lambda: module(**call, return_dict=False), linear_bytes(module))

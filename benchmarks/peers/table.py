@@ -1,0 +1,79 @@
+"""docs/peers.md: quality and speed of every competitor, and two pictures, from the results file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+INTRO = """# attar beside other libraries
+
+`python -m benchmarks.peers` measures and writes this page from `benchmarks/results/peers.json`. Every library quantizes
+the linears of the transformer blocks and nothing else, with its own defaults for the format; those that calibrate get
+the same full-precision calls. A library that fails is shown with its error. *Simulated* means that it computes in
+floating point what other machines' kernels would compute in integers, so its speed and memory say nothing.
+"""
+
+
+def write_table(results: dict[str, Any], path: Path) -> str:
+    """Writes the page and returns it."""
+    parts = [INTRO]
+    if results["quality"]:
+        parts.append(_quality(results["quality"]))
+    parts += [_speed(title, study) for title, study in results["speed"].items()]
+    text = "\n".join(parts)
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def _quality(rows: dict[str, Any]) -> str:
+    lines = [
+        "## Quality on digits-video\n",
+        "The same held-out prompts and noise for all, 50 steps; PSNR and SSIM are to the videos of fp32.\n",
+        "| | version | PSNR dB | SSIM | prompts right (fp32) | block linears | seconds to quantize |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    whole = rows.get("bf16", {}).get("bytes")
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append(f"| {name} | {row['version']} | {_plain(row['error'])} |||||")
+            continue
+        right, full = row["accuracy"]["all"], row["reference_accuracy"]["all"]
+        lines.append(
+            f"| {name} | {row['version']} | {_decibels(row['psnr'])} | {row['ssim']:.4f} | "
+            f"{100 * right:.1f} ({100 * full:.1f}) | {_size(row['bytes'], whole)} | "
+            f"{row['seconds_to_quantize']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _speed(title: str, study: dict[str, Any]) -> str:
+    lines = [
+        f"## Speed of one block: {title}\n",
+        f"{study['device']}, {study['threads']} thread{'s' if study['threads'] > 1 else ''}, "
+        f"{study['rounds']} rounds in turns; in brackets the middle half of the rounds.\n",
+        "| | ms | times faster than bf16 | block linears |",
+        "|---|---|---|---|",
+    ]
+    whole = study["rows"].get("bf16", {}).get("bytes")
+    for name, row in study["rows"].items():
+        if "error" in row:
+            lines.append(f"| {name} | {_plain(row['error'])} |||")
+            continue
+        f = row.get("faster")
+        ratio = "–" if f is None else f"{f['value']:.2f} ({f['low']:.2f} – {f['high']:.2f})"
+        lines.append(f"| {name} | {1000 * row['seconds']:.0f} | {ratio} | {_size(row['bytes'], whole)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _size(size: int | None, whole: int | None) -> str:
+    if size is None:
+        return "simulated"
+    return f"{size / 1e6:.1f} MB" + ("" if not whole else f" ({size / whole:.3f}×)")
+
+
+def _decibels(value: float) -> str:
+    return "∞" if value == float("inf") else f"{value:.2f}"
+
+
+def _plain(error: str) -> str:
+    return error.replace("|", "/")[:160]
