@@ -1,0 +1,55 @@
+"""The comparison with other libraries: what runs is measured side by side, what fails is shown with its error."""
+
+import torch
+from torch import nn
+
+from benchmarks.peers.competitors import COMPETITORS, Competitor, Task
+from benchmarks.peers.quality import linear_bytes
+from benchmarks.peers.speed import OneBlock, measure_speed
+from benchmarks.peers.table import write_table
+
+
+def broken(task: Task) -> nn.Module:
+    raise RuntimeError("no kernel | for this processor")
+
+
+def test_names_are_unique():
+    names = [competitor.name for competitor in COMPETITORS]
+    assert len(set(names)) == len(names)
+
+
+def test_speed_of_all_in_one_run():
+    chosen = [c for c in COMPETITORS if c.name in ("bf16", "attar rtn W8A8", "ModelOpt INT4 AWQ")]
+    rows = measure_speed([*chosen, Competitor("broken", "torch", broken)], "wan-1.3b", tokens=16, rounds=3)
+    assert rows["bf16"]["faster"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert rows["attar rtn W8A8"]["seconds"] > 0
+    assert 0.5 <= rows["attar rtn W8A8"]["bytes"] / rows["bf16"]["bytes"] < 0.52
+    assert "simulated" in rows["ModelOpt INT4 AWQ"]["error"]
+    assert rows["broken"]["error"] == "RuntimeError: no kernel | for this processor"
+
+
+def test_only_the_linears_of_blocks_are_weighed():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "blocks": nn.ModuleList([nn.Linear(4, 4, bias=False)])})
+    assert linear_bytes(model) == 64
+    assert linear_bytes(OneBlock(nn.Linear(4, 4, bias=False).to(torch.bfloat16), ("x",))) == 32
+
+
+def test_the_page_shows_failures_beside_figures(tmp_path):
+    accuracy = {"all": 0.5}
+    good = {
+        "version": "torch 2", "psnr": 40.0, "ssim": 0.99, "accuracy": accuracy, "reference_accuracy": {"all": 1.0},
+        "bytes": 1_000_000, "seconds_to_quantize": 3.0,
+    }  # fmt: skip
+    failed = {"version": "x 1", "error": "RuntimeError: no kernel | for this processor"}
+    ratio = {"value": 1.5, "low": 1.4, "high": 1.6}
+    speed = {"version": "torch 2", "seconds": 0.5, "bytes": 250_000, "faster": ratio}
+    results = {
+        "quality": {"bf16": good, "other": failed},
+        "speed": {
+            "wan": {"device": "a CPU", "threads": 1, "rounds": 3, "rows": {"bf16": speed, "other": failed}}
+        },
+    }
+    text = write_table(results, tmp_path / "peers.md")
+    assert "| bf16 | torch 2 | 40.00 | 0.9900 | 50.0 (100.0) | 1.0 MB (1.000×) | 3 |" in text
+    assert "| bf16 | 500 | 1.50 (1.40 – 1.60) | 0.2 MB (1.000×) |" in text
+    assert text.count("RuntimeError: no kernel / for this processor") == 2
