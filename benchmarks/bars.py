@@ -104,15 +104,18 @@ def _percent(cells: Cells, study: Study, reference: str) -> Value:
 
 
 def _above(bar: str, gain: Estimate | None, least: float, unit: str) -> Verdict:
-    return Verdict(bar, None if gain is None else gain.mean > least, _said(gain, unit))
+    return Verdict(bar, None if gain is None else gain.mean > least, _said(gain, unit, least))
 
 
 def _below(bar: str, change: Estimate | None) -> Verdict:
     return Verdict(bar, None if change is None else change.mean < 0, _said(change, "%"))
 
 
-def _said(e: Estimate | None, unit: str) -> str:
+def _said(e: Estimate | None, unit: str, least: float = 0) -> str:
     if e is None:
         return ""
     interval = "" if e.high is None else f" ± {e.high - e.mean:.2f}"
-    return f"{e.mean:+.2f}{interval} {unit}, {e.count} seed{'s' if e.count > 1 else ''}"
+    noise = (
+        ", in the mean only" if e.low is not None and e.high is not None and e.low < least < e.high else ""
+    )
+    return f"{e.mean:+.2f}{interval} {unit}, {e.count} seed{'s' if e.count > 1 else ''}{noise}"

@@ -47,7 +47,7 @@ class Study:
 def digest(recipe: Recipe, *without: str) -> str:
     """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
     unsaid = {"name", "summary", "notes", "paper", *without}
-    text = json.dumps(recipe.model_dump(exclude=unsaid), sort_keys=True)
+    text = json.dumps(recipe.model_dump(exclude=unsaid, exclude_none=True), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

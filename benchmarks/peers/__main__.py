@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from attar import __version__
 from attar.files import writing
 from attar.models.source import find_source
 from benchmarks.peers.competitors import COMPETITORS, Competitor
@@ -114,6 +115,8 @@ def attempt(bench: Bench, competitor: Competitor, prompts: int) -> dict[str, Any
 
 
 def _version(competitor: Competitor) -> str:
+    if competitor.distribution == "attar":  # may run from its checkout
+        return f"attar {__version__}"
     try:
         return f"{competitor.distribution} {version(competitor.distribution)}"
     except PackageNotFoundError:
