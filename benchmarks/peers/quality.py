@@ -22,7 +22,8 @@ def measure_quality(bench: Bench, competitor: Competitor, prompts: int) -> dict[
     calls = calibration_calls(bench)
 
     def attar(recipe: str, weights: int, acts: int) -> nn.Module:
-        return compress(bench, Method(recipe, recipe).resolve((weights, acts)))[0].transformer
+        packed = compress(bench, Method(recipe, recipe).resolve((weights, acts)))[0].transformer
+        return packed.to(competitor.dtype)
 
     if (
         competitor.dtype != torch.float32
