@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from attar.evaluate.statistics import Estimate, paired_difference
-from benchmarks.cells import ACCURACY, LADDER, MAIN, OUTLIERS, Study, find_cell
+from benchmarks.cells import ACCURACY, LADDER, MAIN, OUTLIERS, Study, block_error, find_cell, seeds_of
 
 Cells = dict[str, Any]
 Value = Callable[[dict[str, Any]], float]
-SEEDS = range(100)
 DEFAULT, FAITHFUL = "attar-ptq (default)", "S²Q-VDiT (with GPTQ)"
 UNLEARNED = ("round to nearest", "SmoothQuant", "Hadamard (QuaRot-style)")
 
@@ -73,7 +72,7 @@ def _gain(cells: Cells) -> Iterator[Verdict]:
 
 def _cells(cells: Cells, study: Study, name: str, bits: tuple[int, int]) -> dict[int, dict[str, Any]]:
     method = next(m for m in study.methods if m.name == name)
-    found = {seed: find_cell(cells, study, method, bits, seed) for seed in SEEDS}
+    found = {seed: find_cell(cells, study, method, bits, seed) for seed in seeds_of(cells)}
     return {seed: cell for seed, cell in found.items() if cell is not None}
 
 
@@ -92,15 +91,11 @@ def _psnr(cell: dict[str, Any]) -> float:
     return sum(cell["psnr"]) / len(cell["psnr"])
 
 
-def _block(cell: dict[str, Any]) -> float:
-    return sum(cell["block_errors"]) / len(cell["block_errors"])
-
-
 def _percent(cells: Cells, study: Study, reference: str) -> Value:
     """The block error in percent of the mean one of `reference`."""
     found = _cells(cells, study, reference, (4, 4))
-    mean = sum(map(_block, found.values())) / max(len(found), 1)
-    return lambda cell: 100 * _block(cell) / mean
+    mean = sum(map(block_error, found.values())) / max(len(found), 1)
+    return lambda cell: 100 * block_error(cell) / mean
 
 
 def _above(bar: str, gain: Estimate | None, least: float, unit: str) -> Verdict:

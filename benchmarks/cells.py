@@ -67,6 +67,16 @@ def key(study: str, method: str, bits: tuple[int, int], seed: int) -> str:
     return f"{study}|{method}|W{bits[0]}A{bits[1]}|{seed}"
 
 
+def seeds_of(cells: dict[str, Any]) -> list[int]:
+    """The seeds that anything was measured with."""
+    return sorted({int(name.rsplit("|", 1)[1]) for name in cells})
+
+
+def block_error(cell: dict[str, Any]) -> float:
+    """Held-out block error, mean over blocks."""
+    return sum(cell["block_errors"]) / len(cell["block_errors"])
+
+
 def find_cell(
     cells: dict[str, Any], study: Study, method: Method, bits: tuple[int, int], seed: int
 ) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from attar.recipe import Recipe
 from attar.workspace import Workspace
 from benchmarks.bars import check_bars
 from benchmarks.bars import table as bars_table
-from benchmarks.cells import STUDIES, Method, Study, digest, find_cell, key
+from benchmarks.cells import STUDIES, Method, Study, block_error, digest, find_cell, key
 from benchmarks.memory import remembering
 from benchmarks.protocol import Bench
 from benchmarks.tables import write_tables
@@ -126,8 +126,7 @@ def _cells(
 
 
 def _line(key: str, cell: dict[str, Any]) -> str:
-    block = sum(cell["block_errors"]) / len(cell["block_errors"])
-    text = f"{key:<52} block error {block:.5f}"
+    text = f"{key:<52} block error {block_error(cell):.5f}"
     if "psnr" in cell:
         text += f"  PSNR {sum(cell['psnr']) / len(cell['psnr']):.2f}  all right {cell['accuracy']['all']:.3f}"
     return text

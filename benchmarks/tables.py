@@ -9,7 +9,7 @@ from typing import Any
 
 from attar.evaluate.statistics import Estimate, mean_interval, paired_difference
 from benchmarks import bars
-from benchmarks.cells import STUDIES, Study, find_cell
+from benchmarks.cells import STUDIES, Study, block_error, find_cell, seeds_of
 
 INTRO = """# Quality on digits-video
 
@@ -50,7 +50,7 @@ def _study(study: Study, cells: dict[str, Any]) -> str:
     rows = []
     for bits in study.bits:
         for method in study.methods:
-            cell = {seed: find_cell(cells, study, method, bits, seed) for seed in _seeds(cells)}
+            cell = {seed: find_cell(cells, study, method, bits, seed) for seed in seeds_of(cells)}
             found = {seed: c for seed, c in cell.items() if c is not None}
             if found:
                 rows.append((f"W{bits[0]}A{bits[1]}", method.name, found))
@@ -65,21 +65,13 @@ def _study(study: Study, cells: dict[str, Any]) -> str:
     for bits, name, found in rows:
         seeds = [found[s] for s in sorted(found)]
         lines.append(
-            f"| {bits} | {name} | {len(seeds)} | {_over(seeds, _block, 4)} | "
+            f"| {bits} | {name} | {len(seeds)} | {_over(seeds, block_error, 4)} | "
             f"{_over(seeds, _calibration, 4)} | {_over(seeds, _median_latent, 4)} | "
             f"{_over(seeds, _mean('psnr'), 2)} | {_over(seeds, _mean('ssim'), 4)} | {_accuracy(seeds)} | "
             f"{_over(seeds, lambda c: c.get('calibration_cpu_seconds'), 0)} |"
         )
     lines += _differences(study, rows) + _chosen(study, rows)
     return "\n".join(lines) + "\n"
-
-
-def _seeds(cells: dict[str, Any]) -> list[int]:
-    return sorted({int(name.rsplit("|", 1)[1]) for name in cells})
-
-
-def _block(cell: dict[str, Any]) -> float:
-    return sum(cell["block_errors"]) / len(cell["block_errors"])
 
 
 def _calibration(cell: dict[str, Any]) -> float | None:
@@ -128,7 +120,7 @@ def _differences(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> l
         if name == base or not seeds:
             continue
         before = [100.0 for _ in seeds]
-        after = [100 * _block(found[s]) / _block(reference[s]) for s in seeds]
+        after = [100 * block_error(found[s]) / block_error(reference[s]) for s in seeds]
         lines.append(f"- {name}: {_estimate(paired_difference(before, after), 1)} %")
     return lines
 

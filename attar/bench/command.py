@@ -11,7 +11,7 @@ from attar.bench.run import bench_model
 from attar.bench.subject import bench_blocks, latent_grid, pack_block, packed_blocks
 from attar.errors import AttarError
 from attar.forecast.architecture import find_architecture
-from attar.forecast.calls import TEXT_TOKENS
+from attar.forecast.calls import text_length
 from attar.models.source import find_source, is_compressed, load_pipeline
 from attar.recipe import Recipe
 
@@ -37,11 +37,8 @@ def bench(
         raise AttarError(f"{tokens} tokens cannot be measured", where="--tokens", fix="Give at least 1")
     folder = Path(model) if is_compressed(Path(model)) else None
     architecture = find_architecture(model, compressed=folder is not None)
-    name, whole = next(iter(architecture.transformers.items()))
-    family = type(whole).__name__
-    text = text_tokens or architecture.default.get("text_tokens") or TEXT_TOKENS.get(family)
-    if not text:
-        raise AttarError("the length of the text is not known", where=family, fix="Add --text-tokens N")
+    name = next(iter(architecture.transformers))
+    text = text_length(architecture, text_tokens)
     blocks = bench_blocks(architecture, latent_grid(architecture, tokens), text, dtype, device)
     if folder is None:
         what = f"{recipe.name} at {recipe.bits}, random weights"

@@ -212,3 +212,12 @@ TEXT_TOKENS = {
 
 # families whose guidance scale is an input of the transformer, or that have none: one branch a step
 ONE_BRANCH = {"FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"}
+
+
+def text_length(architecture: Architecture, given: int | None = None) -> int:
+    """Tokens of the text: the given number, else the model's, else its family's. Raises AttarError without any."""
+    family = type(next(iter(architecture.transformers.values()))).__name__
+    text = given or architecture.default.get("text_tokens") or TEXT_TOKENS.get(family)
+    if not text:
+        raise AttarError("the length of the text is not known", where=family, fix="Add --text-tokens N")
+    return text

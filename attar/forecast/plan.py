@@ -12,12 +12,12 @@ from attar.forecast.architecture import Architecture
 from attar.forecast.calibration import forecast_calibration
 from attar.forecast.calls import (
     ONE_BRANCH,
-    TEXT_TOKENS,
     Size,
     decode,
     encode,
     latent_of,
     makes_images,
+    text_length,
     transformer_call,
 )
 from attar.forecast.counts import Counts, count_module, count_transformer
@@ -59,11 +59,7 @@ def size_for(
     frames = frames or default.get("frames") or (1 if makes_images(architecture) else None)
     if not frames:
         raise AttarError("the model does not say its number of frames", fix="Add --frames N")
-    family = type(next(iter(architecture.transformers.values()))).__name__
-    text = text_tokens or default.get("text_tokens") or TEXT_TOKENS.get(family)
-    if not text:
-        raise AttarError("the length of the text is not known", where=family, fix="Add --text-tokens N")
-    return Size(width, height, frames, text)
+    return Size(width, height, frames, text_length(architecture, text_tokens))
 
 
 def count_step(architecture: Architecture, size: Size) -> dict[str, Counts]:

@@ -121,15 +121,10 @@ class AttarQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         for name, layer in packed_layers(model).items():
+            layer.settle(name)
             scale = layer.weight_scale
-            for buffer, tensor in layer.named_buffers():
-                if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                    raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
             if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
                 raise AttarError("the weight scales are not finite and positive", where=name)
-            if layer.bias is not None:
-                layer.bias.requires_grad_(False)
-                layer.compute_dtype = layer.bias.dtype
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
         return model

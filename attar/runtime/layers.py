@@ -185,6 +185,18 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             weight = restore_weight(self._chain(), weight)
         return weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
 
+    def settle(self, name: str) -> None:
+        """Takes the model's dtype from the bias, after a library has filled the layer from a checkpoint.
+
+        Raises AttarError, with the layer's name, when a float32 buffer was cast.
+        """
+        for buffer, tensor in self.named_buffers():
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+            self.compute_dtype = self.bias.dtype
+
     def extra_repr(self) -> str:
         acts = "float" if self.act_bits is None else f"{self.act_bits} bits per token"
         return (

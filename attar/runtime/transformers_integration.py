@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -63,12 +62,7 @@ class AttarTextQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in packed_layers(model).items():
-            for buffer, tensor in layer.named_buffers():
-                if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                    raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
-            if layer.bias is not None:
-                layer.bias.requires_grad_(False)
-                layer.compute_dtype = layer.bias.dtype
+            layer.settle(name)
         # The flag's effect in transformers is to forbid `.half()` and `.float()`, which packed layers survive.
         model.is_quantized = False
         return model
