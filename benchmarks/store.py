@@ -1,0 +1,22 @@
+"""Result files: read whole, written whole, so that a benchmark that is stopped keeps what it has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from attar.files import writing
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def load(path: Path, *sections: str) -> dict[str, Any]:
+    """What the file holds; without one, every section empty."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {name: {} for name in sections}
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Writes the file, which appears whole or not at all; one line for each value, so that versions compare well."""
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=0) + "\n", encoding="utf-8")
