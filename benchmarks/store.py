@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +22,12 @@ def save(path: Path, results: dict[str, Any]) -> None:
     """Writes the file, which appears whole or not at all; one line for each value, so that versions compare well."""
     with writing(path) as temporary:
         temporary.write_text(json.dumps(results, indent=0) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -8,8 +8,6 @@ python -m benchmarks.peers --part table        writes docs/peers.md from what is
 from __future__ import annotations
 
 import argparse
-import contextlib
-import platform
 import traceback
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +23,7 @@ from benchmarks.peers.quality import measure_quality
 from benchmarks.peers.speed import measure_speed
 from benchmarks.peers.table import write_table
 from benchmarks.protocol import Bench
-from benchmarks.store import FOLDER, load, save
+from benchmarks.store import FOLDER, load, processor, save
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("quality", "speed", "table")
@@ -82,15 +80,6 @@ def run_speed(args: argparse.Namespace, chosen: list[Competitor]) -> None:
         "rows": {c.name: {"version": _version(c), **rows[c.name]} for c in chosen},
     }
     save(args.results, results)
-
-
-def processor() -> str:
-    """The CPU's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def attempt(bench: Bench, competitor: Competitor, prompts: int) -> dict[str, Any]:
