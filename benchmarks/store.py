@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def save(path: Path, results: dict[str, Any]) -> None:
     """Writes the file, which appears whole or not at all; one line for each value, so that versions compare well."""
     with writing(path) as temporary:
         temporary.write_text(json.dumps(results, indent=0) + "\n", encoding="utf-8")
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """An error as a result: its kind and the start of its text, without paths, which are of one machine only."""
+    text = re.sub(r"(?<!\S)/\S+", "…", " ".join(str(error).split()))
+    return {"error": f"{type(error).__name__}: {text[:200]}"}
 
 
 def processor() -> str:

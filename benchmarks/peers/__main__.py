@@ -23,7 +23,7 @@ from benchmarks.peers.quality import measure_quality
 from benchmarks.peers.speed import measure_speed
 from benchmarks.peers.table import write_table
 from benchmarks.protocol import Bench
-from benchmarks.store import FOLDER, load, processor, save
+from benchmarks.store import FOLDER, failure, load, processor, save
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("quality", "speed", "table")
@@ -89,8 +89,7 @@ def attempt(bench: Bench, competitor: Competitor, prompts: int) -> dict[str, Any
         return measure_quality(bench, competitor, prompts)
     except Exception as error:
         traceback.print_exc()
-        text = " ".join(str(error).split())
-        return {"error": f"{type(error).__name__}: {text[:300]}"}
+        return failure(error)
 
 
 def _version(competitor: Competitor) -> str:
