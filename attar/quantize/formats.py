@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.quantize.compiled import FakeQuantizeRows, compiled_for
 from attar.runtime.reference import MIN_ABSMAX, integer_range, quantize, symmetric_scale, wide
 
 
@@ -34,8 +35,8 @@ def fake_quantize_tokens(x: Tensor, bits: int, clip: Tensor | None = None) -> Te
     """
     if clip is None:
         one = x.new_ones((), dtype=wide(x).dtype)
-        return _FakeQuantizeRange.apply(wide(x), one, one, bits)
-    return _FakeQuantizeRange.apply(wide(x), clip[0], clip[1], bits)
+        return _fake_quantize_range(wide(x), one, one, bits)
+    return _fake_quantize_range(wide(x), clip[0], clip[1], bits)
 
 
 def fake_quantize_weight(
@@ -48,7 +49,7 @@ def fake_quantize_weight(
     """
     grouped = _grouped(wide(weight), group_size)
     low, high = (grouped.new_ones(()),) * 2 if clip is None else clip.unsqueeze(-1).unbind(0)
-    return _FakeQuantizeRange.apply(grouped, low, high, bits).view(weight.shape)
+    return _fake_quantize_range(grouped, low, high, bits).view(weight.shape)
 
 
 def quantize_weight(
@@ -87,6 +88,13 @@ def _clamp_and_scale(grouped: Tensor, clip: Tensor | None, bits: int) -> tuple[T
     if clip is not None:
         smallest, largest = smallest * clip[0].unsqueeze(-1), largest * clip[1].unsqueeze(-1)
     return grouped.clamp(smallest, largest), symmetric_scale(torch.maximum(smallest.abs(), largest), bits)
+
+
+def _fake_quantize_range(x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int) -> Tensor:
+    if low_factor.shape == high_factor.shape and low_factor.numel() in (1, x.numel() // max(1, x.shape[-1])):
+        if compiled_for(x, low_factor, high_factor):
+            return FakeQuantizeRows.apply(x, low_factor, high_factor, bits)
+    return _FakeQuantizeRange.apply(x, low_factor, high_factor, bits)
 
 
 class _FakeQuantizeRange(torch.autograd.Function):

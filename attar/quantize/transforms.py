@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
+from attar.quantize.compiled import KroneckerRows, compiled_for
 from attar.runtime import transforms as runtime
 from attar.runtime.hadamard import base_order
 from attar.runtime.reference import wide
@@ -198,6 +199,8 @@ class LearnedKronecker(nn.Module):
 
 def apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """x (left ⊗ right): (..., l·r) -> (..., l·r)."""
+    if compiled_for(x, left, right):
+        return KroneckerRows.apply(x, left, right)
     y = x.reshape(-1, left.shape[0], right.shape[0]) @ right  # (n, l, r)
     return (left.mT @ y).reshape(x.shape)
 

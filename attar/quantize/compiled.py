@@ -1,0 +1,66 @@
+"""Fake quantization and the Kronecker rotation by the compiled kernels of the runtime, with their gradients.
+
+They do in one pass over the rows what takes PyTorch a dozen, and make a training step on CPU about twice as fast.
+The functions of `formats` and `transforms` choose them by `compiled_for`, and are the definition of what they
+compute: fake quantization bit for bit, rotations and gradients up to the order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attar.runtime.backend import backend_name
+from attar.runtime.cpu import learning
+
+
+def compiled_for(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: float32 on CPU, not empty, where the backend is `cpu`."""
+    fits = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
+    return fits and backend_name("cpu") == "cpu"
+
+
+class FakeQuantizeRows(torch.autograd.Function):
+    """`formats._FakeQuantizeRange` of x (..., k) for factors of one number or one for each row (..., 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int) -> Tensor:
+        x, low_factor, high_factor = x.contiguous(), low_factor.contiguous(), high_factor.contiguous()
+        y, extremes = learning.fake_quantize(x, low_factor, high_factor, bits)
+        ctx.save_for_backward(x, low_factor, high_factor, extremes)
+        ctx.bits = bits
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, low_factor, high_factor, extremes = ctx.saved_tensors
+        grad_x, grad_factors = learning.fake_quantize_backward(
+            grad.contiguous(), x, low_factor, high_factor, ctx.bits, extremes, ctx.needs_input_grad[0]
+        )
+        grad_low, grad_high = (
+            (g.sum() if factor.numel() == 1 else g).view(factor.shape) if needed else None
+            for g, factor, needed in zip(
+                grad_factors, (low_factor, high_factor), ctx.needs_input_grad[1:3], strict=True
+            )
+        )
+        return grad_x, grad_low, grad_high, None
+
+
+class KroneckerRows(torch.autograd.Function):
+    """`transforms.apply_kronecker`: x (..., l·r), left (l, l), right (r, r) -> x (left ⊗ right)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        x, left, right = x.contiguous(), left.contiguous(), right.contiguous()
+        ctx.save_for_backward(x, left, right)
+        return learning.kronecker(x, left, right)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        needs_x, *needs_factors = ctx.needs_input_grad
+        return learning.kronecker_backward(grad.contiguous(), *ctx.saved_tensors, needs_x, any(needs_factors))

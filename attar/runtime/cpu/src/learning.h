@@ -1,0 +1,136 @@
+// What training repeats for each weight and activation: fake quantization and the Kronecker rotation of rows, with
+// their gradients. Values are those of formats.py bit for bit; sums run in another order.
+#pragma once
+
+#include "rows.h"
+
+namespace attar {
+namespace {
+
+// Half to even, for numbers of any size, and with their sign.
+INLINE Floats rounded(Floats v) {
+    const Ints sign = bits_of<Ints>(v) & int32_t(0x80000000u);
+    const Floats magnitude = bits_of<Floats>(bits_of<Ints>(v) & 0x7fffffff);
+    const Floats whole = magnitude < 0x1p23f ? (magnitude + 0x1p23f) - 0x1p23f : magnitude;
+    return bits_of<Floats>(bits_of<Ints>(whole) | sign);
+}
+
+// Clamps to a range whose upper end has the last word.
+INLINE Floats clamped(Floats v, Floats low, Floats high) {
+    v = v < low ? low : v;
+    return v > high ? high : v;
+}
+
+// The range that a row is clamped to, and its step size.
+struct Range {
+    float low, high, step;
+    Range(const FakeQuantize& call, int64_t row)
+        : low(call.smallest[row] * call.low_factor[row * call.stride]),
+          high(call.largest[row] * call.high_factor[row * call.stride]),
+          step(step_of(magnitude_of(low, high), call.bits)) {}
+};
+
+void fake_quantize(const FakeQuantize& call, int64_t row) {
+    const float* x = call.x + row * call.k;
+    float* y = call.y + row * call.k;
+    minmax_of({x, FLOAT32, call.k}, call.smallest + row, call.largest + row);
+    const Range range(call, row);
+    const Floats low = Floats{} + range.low, high = Floats{} + range.high;
+    for (int64_t i = 0; i < call.k; i += LANES) {
+        Floats v = clamped(load_some(x, i, FLOAT32, call.k - i), low, high);
+        store_some(y, i, FLOAT32, call.k - i, rounded(v / range.step) * range.step);
+    }
+}
+
+INLINE float sum_of(Floats v) {
+    float sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += v[i];
+    return sum;
+}
+
+INLINE bool any(Ints mask) {
+    uint64_t words[8], found = 0;
+    memcpy(words, &mask, 64);
+    for (uint64_t word : words) found |= word;
+    return found != 0;
+}
+
+// The first place of a number that the row holds.
+int64_t place_of(const float* x, int64_t k, float value) {
+    int64_t i = 0;
+    while (i + LANES <= k && !any(load<Floats>(x + i) == value)) i += LANES;
+    while (i < k && x[i] != value) ++i;
+    return i < k ? i : 0;  // a row with NaN
+}
+
+// Identity through the rounding and inside the range. What lies outside moves its end, the step size moves with the
+// larger end, and the ends move with the row's extremes and with the factors.
+void fake_quantize_backward(const FakeQuantize& call, int64_t row) {
+    const float *x = call.x + row * call.k, *grad = call.grad + row * call.k;
+    float* grad_x = call.grad_x ? call.grad_x + row * call.k : nullptr;
+    const Range range(call, row);
+    const Floats low = Floats{} + range.low, high = Floats{} + range.high;
+    Floats below = {}, above = {}, step = {};
+    for (int64_t i = 0; i < call.k; i += LANES) {
+        const Floats v = load_some(x, i, FLOAT32, call.k - i), g = load_some(grad, i, FLOAT32, call.k - i);
+        const Floats inside = clamped(v, low, high), steps = inside / range.step;
+        below = below + (v < inside ? g : Floats{});
+        above = above + (v > inside ? g : Floats{});
+        step = multiply_add(g, rounded(steps) - steps, step);
+        if (grad_x) store_some(grad_x, i, FLOAT32, call.k - i, v == inside ? g : Floats{});
+    }
+    const float grad_absmax = sum_of(step) / largest_code(call.bits), magnitude = __builtin_fabsf(range.low);
+    float grad_low = sum_of(below), grad_high = sum_of(above);
+    if (range.high >= magnitude && range.high >= MIN_ABSMAX) grad_high += grad_absmax;
+    if (magnitude > range.high && magnitude > MIN_ABSMAX) grad_low += range.low > 0 ? grad_absmax : -grad_absmax;
+    if (grad_x) {
+        grad_x[place_of(x, call.k, call.largest[row])] += grad_high * call.high_factor[row * call.stride];
+        grad_x[place_of(x, call.k, call.smallest[row])] += grad_low * call.low_factor[row * call.stride];
+    }
+    call.grad_low[row] = grad_low * call.smallest[row];
+    call.grad_high[row] = grad_high * call.largest[row];
+}
+
+void kronecker(const Kronecker& call, int64_t first, int64_t last, float* scratch) {
+    const int64_t l = call.l, r = call.r, batch = kronecker_batch(l, r);
+    for (int64_t i = first; i < last; i += batch) {
+        const int64_t count = last - i < batch ? last - i : batch;
+        rotate_kronecker(call.left, call.right, l, r, count, call.x + i * l * r, scratch, call.y + i * l * r);
+    }
+}
+
+// x (rows, cols) -> y (cols, rows)
+void transpose_matrix(const float* x, int64_t rows, int64_t cols, float* y) {
+    for (int64_t i = 0; i < rows; i += LANES)
+        for (int64_t j = 0; j < cols; j += LANES) {
+            Ints tile[LANES] = {};
+            for (int64_t k = 0; k < LANES && i + k < rows; ++k)
+                tile[k] = bits_of<Ints>(load_some(x + (i + k) * cols, j, FLOAT32, cols - j));
+            transpose(tile);
+            for (int64_t k = 0; k < LANES && j + k < cols; ++k)
+                store_some(y + (j + k) * rows, i, FLOAT32, rows - i, bits_of<Floats>(tile[k]));
+        }
+}
+
+// With u = left · ∂y:  ∂x = u · rightᵀ,  ∂left = Σ (x · right) · ∂yᵀ,  ∂right = Σ xᵀ · u.
+void kronecker_backward(const Kronecker& call, int64_t first, int64_t last, float* scratch, float* sums) {
+    const int64_t l = call.l, r = call.r, d = l * r, batch = kronecker_batch(l, r);
+    float *u = scratch, *rotated = u + batch * d, *transposed = rotated + batch * d;
+    if (sums) memset(sums, 0, (l * l + r * r) * sizeof *sums);
+    for (int64_t i = first; i < last; i += batch) {
+        const int64_t count = last - i < batch ? last - i : batch;
+        const float *x = call.x + i * d, *grad = call.grad + i * d;
+        for (int64_t n = 0; n < count; ++n) multiply({call.left, grad + n * d, u + n * d, l, 1, l, r, false}, l);
+        if (call.grad_x) multiply({u, call.right_t, call.grad_x + i * d, r, 1, r, r, false}, count * l);
+        if (!sums) continue;
+        multiply({x, call.right, rotated, r, 1, r, r, false}, count * l);
+        for (int64_t n = 0; n < count; ++n) {
+            transpose_matrix(grad + n * d, l, r, transposed);
+            multiply({rotated + n * d, transposed, sums, r, 1, r, l, true}, l);
+        }
+        multiply({x, u, sums + l * l, 1, r, count * l, r, true}, r);
+    }
+}
+
+}  // namespace
+}  // namespace attar
