@@ -24,30 +24,27 @@ def compiled_for(*tensors: Tensor) -> bool:
 
 
 class FakeQuantizeRows(torch.autograd.Function):
-    """`formats._FakeQuantizeRange` of x (..., k) for factors of one number or one for each row (..., 1)."""
+    """`formats._FakeQuantizeRange` of x (..., k), for factors (f_lo, f_hi) of all rows (2,) or of each row (2, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int) -> Tensor:
-        x, low_factor, high_factor = x.contiguous(), low_factor.contiguous(), high_factor.contiguous()
-        y, extremes = learning.fake_quantize(x, low_factor, high_factor, bits)
-        ctx.save_for_backward(x, low_factor, high_factor, extremes)
+    def forward(ctx: Any, x: Tensor, factors: Tensor, bits: int) -> Tensor:
+        x, factors = x.contiguous(), factors.contiguous()
+        y, extremes = learning.fake_quantize(x, factors, bits)
+        ctx.save_for_backward(x, factors, extremes)
         ctx.bits = bits
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, low_factor, high_factor, extremes = ctx.saved_tensors
-        grad_x, grad_factors = learning.fake_quantize_backward(
-            grad.contiguous(), x, low_factor, high_factor, ctx.bits, extremes, ctx.needs_input_grad[0]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, factors, extremes = ctx.saved_tensors
+        with_x, with_factors, _ = ctx.needs_input_grad
+        grad_x, grad_rows = learning.fake_quantize_backward(
+            grad.contiguous(), x, factors, ctx.bits, extremes, with_x
         )
-        grad_low, grad_high = (
-            (g.sum() if factor.numel() == 1 else g).view(factor.shape) if needed else None
-            for g, factor, needed in zip(
-                grad_factors, (low_factor, high_factor), ctx.needs_input_grad[1:3], strict=True
-            )
-        )
-        return grad_x, grad_low, grad_high, None
+        if not with_factors:
+            return grad_x, None, None
+        return grad_x, grad_rows.sum(1) if factors.ndim == 1 else grad_rows.view(factors.shape), None
 
 
 class KroneckerRows(torch.autograd.Function):

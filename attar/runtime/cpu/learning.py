@@ -35,51 +35,51 @@ class _Kronecker(Structure):
     )
 
 
-def fake_quantize(x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """x (..., k), factors of one number or one for each row -> x̂ (..., k), and the rows' extremes (2, rows)."""
+def fake_quantize(x: Tensor, factors: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """x (..., k), factors (2,) or (2, rows...) -> x̂ (..., k), and the rows' (smallest, largest) (2, rows)."""
     y = torch.empty_like(x)
     extremes = x.new_empty(2, x.numel() // x.shape[-1])
-    call = _fake_quantize_call(x, low_factor, high_factor, bits, extremes)
+    call = _fake_quantize_call(x, factors, bits, extremes)
     call.y = y.data_ptr()
     library().code.attar_fake_quantize(ctypes.byref(call), library().level)
     return y, extremes
 
 
 def fake_quantize_backward(
-    grad: Tensor,
-    x: Tensor,
-    low_factor: Tensor,
-    high_factor: Tensor,
-    bits: int,
-    extremes: Tensor,
-    with_x: bool = True,
+    grad: Tensor, x: Tensor, factors: Tensor, bits: int, extremes: Tensor, with_x: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradient of x, or None, and those of (low, high) factors in each row (2, rows)."""
+    """Gradient of x, or None, and those of the factors in each row (2, rows)."""
     grad_x = torch.empty_like(x) if with_x else None
-    grad_factors = torch.empty_like(extremes)
-    call = _fake_quantize_call(x, low_factor, high_factor, bits, extremes)
+    grad_rows = torch.empty_like(extremes)
+    call = _fake_quantize_call(x, factors, bits, extremes)
     call.grad = grad.data_ptr()
     call.grad_x = None if grad_x is None else grad_x.data_ptr()
-    call.grad_low, call.grad_high = grad_factors[0].data_ptr(), grad_factors[1].data_ptr()
+    call.grad_low, call.grad_high = _halves(grad_rows)
     library().code.attar_fake_quantize_backward(ctypes.byref(call), library().level)
-    return grad_x, grad_factors
+    return grad_x, grad_rows
 
 
-def _fake_quantize_call(
-    x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int, extremes: Tensor
-) -> _FakeQuantize:
+def _fake_quantize_call(x: Tensor, factors: Tensor, bits: int, extremes: Tensor) -> _FakeQuantize:
+    low_factor, high_factor = _halves(factors)
+    smallest, largest = _halves(extremes)
     return _FakeQuantize(
         x=x.data_ptr(),
         rows=extremes.shape[1],
         k=x.shape[-1],
-        low_factor=low_factor.data_ptr(),
-        high_factor=high_factor.data_ptr(),
-        stride=0 if low_factor.numel() == 1 else 1,
+        low_factor=low_factor,
+        high_factor=high_factor,
+        stride=0 if factors.ndim == 1 else 1,
         bits=bits,
         threads=torch.get_num_threads(),
-        smallest=extremes[0].data_ptr(),
-        largest=extremes[1].data_ptr(),
+        smallest=smallest,
+        largest=largest,
     )
+
+
+def _halves(pair: Tensor) -> tuple[int, int]:
+    """Addresses of pair[0] and pair[1]."""
+    first = pair.data_ptr()
+    return first, first + pair.numel() // 2 * pair.element_size()
 
 
 def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -8,17 +8,65 @@ namespace attar {
 namespace {
 
 // Half to even, for numbers of any size, and with their sign.
-INLINE Floats rounded(Floats v) {
-    const Ints sign = bits_of<Ints>(v) & int32_t(0x80000000u);
-    const Floats magnitude = bits_of<Floats>(bits_of<Ints>(v) & 0x7fffffff);
-    const Floats whole = magnitude < 0x1p23f ? (magnitude + 0x1p23f) - 0x1p23f : magnitude;
-    return bits_of<Floats>(bits_of<Ints>(whole) | sign);
+INLINE Wide rounded(Wide v) {
+    const WideInts sign = bits_of<WideInts>(v) & INT32_MIN;
+    const Wide magnitude = bits_of<Wide>(bits_of<WideInts>(v) & INT32_MAX);
+    const Wide whole = magnitude < 0x1p23f ? (magnitude + 0x1p23f) - 0x1p23f : magnitude;
+    return bits_of<Wide>(bits_of<WideInts>(whole) | sign);
 }
 
 // Clamps to a range whose upper end has the last word.
-INLINE Floats clamped(Floats v, Floats low, Floats high) {
+INLINE Wide clamped(Wide v, Wide low, Wide high) {
     v = v < low ? low : v;
     return v > high ? high : v;
+}
+
+INLINE bool any(WideInts mask) {
+    uint64_t words[WIDE / 2], found = 0;
+    memcpy(words, &mask, sizeof words);
+    for (uint64_t word : words) found |= word;
+    return found != 0;
+}
+
+INLINE float sum_of(Wide v) {
+    float sum = 0;
+    for (int i = 0; i < WIDE; ++i) sum += v[i];
+    return sum;
+}
+
+// The extremes of a row, or NaN twice if it holds one.
+void extremes_of(const float* x, int64_t k, float* smallest, float* largest) {
+    float least = __builtin_inff(), most = -least;
+    bool undefined = false;
+    Wide bottom = everywhere(least), top = everywhere(most);
+    WideInts unequal = {};
+    int64_t i = 0;
+    for (; i + WIDE <= k; i += WIDE) {
+        const Wide v = load<Wide>(x + i);
+        bottom = v < bottom ? v : bottom;
+        top = v > top ? v : top;
+        unequal |= v != v;
+    }
+    for (int lane = 0; lane < WIDE; ++lane) {
+        least = bottom[lane] < least ? bottom[lane] : least;
+        most = top[lane] > most ? top[lane] : most;
+    }
+    for (; i < k; ++i) {
+        least = x[i] < least ? x[i] : least;
+        most = x[i] > most ? x[i] : most;
+        undefined |= x[i] != x[i];
+    }
+    undefined |= any(unequal);
+    *smallest = undefined ? __builtin_nanf("") : least;
+    *largest = undefined ? __builtin_nanf("") : most;
+}
+
+// The first place of a number that the row holds.
+int64_t place_of(const float* x, int64_t k, float value) {
+    int64_t i = 0;
+    while (i + WIDE <= k && !any(load<Wide>(x + i) == value)) i += WIDE;
+    while (i < k && x[i] != value) ++i;
+    return i < k ? i : 0;  // a row with NaN
 }
 
 // The range that a row is clamped to, and its step size.
@@ -31,61 +79,42 @@ struct Range {
 };
 
 void fake_quantize(const FakeQuantize& call, int64_t row) {
-    const float* x = call.x + row * call.k;
-    float* y = call.y + row * call.k;
-    minmax_of({x, FLOAT32, call.k}, call.smallest + row, call.largest + row);
+    const int64_t k = call.k;
+    const float* x = call.x + row * k;
+    float* y = call.y + row * k;
+    extremes_of(x, k, call.smallest + row, call.largest + row);
     const Range range(call, row);
-    const Floats low = Floats{} + range.low, high = Floats{} + range.high;
-    for (int64_t i = 0; i < call.k; i += LANES) {
-        Floats v = clamped(load_some(x, i, FLOAT32, call.k - i), low, high);
-        store_some(y, i, FLOAT32, call.k - i, rounded(v / range.step) * range.step);
+    const Wide low = everywhere(range.low), high = everywhere(range.high), step = everywhere(range.step);
+    for (int64_t i = 0; i < k; i += WIDE) {
+        const Wide steps = clamped(load_wide(x + i, k - i), low, high) / step;
+        store_wide(y + i, k - i, rounded(steps) * step);
     }
-}
-
-INLINE float sum_of(Floats v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += v[i];
-    return sum;
-}
-
-INLINE bool any(Ints mask) {
-    uint64_t words[8], found = 0;
-    memcpy(words, &mask, 64);
-    for (uint64_t word : words) found |= word;
-    return found != 0;
-}
-
-// The first place of a number that the row holds.
-int64_t place_of(const float* x, int64_t k, float value) {
-    int64_t i = 0;
-    while (i + LANES <= k && !any(load<Floats>(x + i) == value)) i += LANES;
-    while (i < k && x[i] != value) ++i;
-    return i < k ? i : 0;  // a row with NaN
 }
 
 // Identity through the rounding and inside the range. What lies outside moves its end, the step size moves with the
 // larger end, and the ends move with the row's extremes and with the factors.
 void fake_quantize_backward(const FakeQuantize& call, int64_t row) {
-    const float *x = call.x + row * call.k, *grad = call.grad + row * call.k;
-    float* grad_x = call.grad_x ? call.grad_x + row * call.k : nullptr;
+    const int64_t k = call.k;
+    const float *x = call.x + row * k, *grad = call.grad + row * k;
+    float* grad_x = call.grad_x ? call.grad_x + row * k : nullptr;
     const Range range(call, row);
-    const Floats low = Floats{} + range.low, high = Floats{} + range.high;
-    Floats below = {}, above = {}, step = {};
-    for (int64_t i = 0; i < call.k; i += LANES) {
-        const Floats v = load_some(x, i, FLOAT32, call.k - i), g = load_some(grad, i, FLOAT32, call.k - i);
-        const Floats inside = clamped(v, low, high), steps = inside / range.step;
-        below = below + (v < inside ? g : Floats{});
-        above = above + (v > inside ? g : Floats{});
-        step = multiply_add(g, rounded(steps) - steps, step);
-        if (grad_x) store_some(grad_x, i, FLOAT32, call.k - i, v == inside ? g : Floats{});
+    const Wide low = everywhere(range.low), high = everywhere(range.high), step = everywhere(range.step);
+    Wide below = {}, above = {}, residual = {};
+    for (int64_t i = 0; i < k; i += WIDE) {
+        const Wide v = load_wide(x + i, k - i), g = load_wide(grad + i, k - i);
+        const Wide inside = clamped(v, low, high), steps = inside / step;
+        below = below + (v < inside ? g : Wide{});
+        above = above + (v > inside ? g : Wide{});
+        residual = multiply_add(g, rounded(steps) - steps, residual);
+        if (grad_x) store_wide(grad_x + i, k - i, v == inside ? g : Wide{});
     }
-    const float grad_absmax = sum_of(step) / largest_code(call.bits), magnitude = __builtin_fabsf(range.low);
+    const float grad_absmax = sum_of(residual) / largest_code(call.bits), magnitude = __builtin_fabsf(range.low);
     float grad_low = sum_of(below), grad_high = sum_of(above);
     if (range.high >= magnitude && range.high >= MIN_ABSMAX) grad_high += grad_absmax;
     if (magnitude > range.high && magnitude > MIN_ABSMAX) grad_low += range.low > 0 ? grad_absmax : -grad_absmax;
     if (grad_x) {
-        grad_x[place_of(x, call.k, call.largest[row])] += grad_high * call.high_factor[row * call.stride];
-        grad_x[place_of(x, call.k, call.smallest[row])] += grad_low * call.low_factor[row * call.stride];
+        grad_x[place_of(x, k, call.largest[row])] += grad_high * call.high_factor[row * call.stride];
+        grad_x[place_of(x, k, call.smallest[row])] += grad_low * call.low_factor[row * call.stride];
     }
     call.grad_low[row] = grad_low * call.smallest[row];
     call.grad_high[row] = grad_high * call.largest[row];

@@ -14,51 +14,55 @@ struct Product {
     bool add;  // c += a · b
 };
 
-// ROWS rows from i on, COLS vectors from `column` on, of which the last one has `count` columns.
+constexpr int COLUMNS = WIDE == 16 ? 4 : 2;  // registers of a row of the tile, of which there are 16, or 32
+
+// ROWS rows from i on, COLS registers from `column` on, of which the last one has `count` columns.
 template <int ROWS, int COLS>
 void multiply_tile(const Product& p, int64_t i, int64_t column, int64_t count) {
-    Floats sum[ROWS][COLS];
+    Wide sum[ROWS][COLS];
+    float* to = p.c + i * p.n + column;
     UNROLL for (int r = 0; r < ROWS; ++r)
-        UNROLL for (int c = 0; c < COLS; ++c) {
-            const float* start = p.c + (i + r) * p.n + column;
-            sum[r][c] = p.add ? load_some(start, c * LANES, FLOAT32, c + 1 < COLS ? LANES : count) : Floats{};
-        }
+        UNROLL for (int c = 0; c < COLS; ++c)
+            sum[r][c] = p.add ? load_wide(to + r * p.n + c * WIDE, c + 1 < COLS ? WIDE : count) : Wide{};
     const float *a = p.a + i * p.down, *b = p.b + column;
     for (int64_t j = 0; j < p.k; ++j, a += p.right, b += p.n) {
-        Floats row[COLS];
-        UNROLL for (int c = 0; c < COLS; ++c)
-            row[c] = load_some(b, c * LANES, FLOAT32, c + 1 < COLS ? LANES : count);
+        Wide row[COLS];
+        UNROLL for (int c = 0; c < COLS; ++c) row[c] = load_wide(b + c * WIDE, c + 1 < COLS ? WIDE : count);
         UNROLL for (int r = 0; r < ROWS; ++r) {
-            const Floats factor = Floats{} + a[r * p.down];
+            const Wide factor = everywhere(a[r * p.down]);
             UNROLL for (int c = 0; c < COLS; ++c) sum[r][c] = multiply_add(factor, row[c], sum[r][c]);
         }
     }
     UNROLL for (int r = 0; r < ROWS; ++r)
         UNROLL for (int c = 0; c < COLS; ++c)
-            store_some(p.c + (i + r) * p.n + column, c * LANES, FLOAT32, c + 1 < COLS ? LANES : count, sum[r][c]);
+            store_wide(to + r * p.n + c * WIDE, c + 1 < COLS ? WIDE : count, sum[r][c]);
 }
 
 template <int COLS>
-void multiply_columns(const Product& p, int64_t m, int64_t column, int64_t count) {
-    int64_t i = 0;
-    for (; i + 6 <= m; i += 6) multiply_tile<6, COLS>(p, i, column, count);
-    for (; i + 4 <= m; i += 4) multiply_tile<4, COLS>(p, i, column, count);
-    for (; i + 2 <= m; i += 2) multiply_tile<2, COLS>(p, i, column, count);
-    for (; i < m; ++i) multiply_tile<1, COLS>(p, i, column, count);
-}
+struct Columns {
+    // At most COLS registers of columns, of which the last one has `count`.
+    static void multiply(const Product& p, int64_t m, int64_t column, int registers, int64_t count) {
+        if (registers < COLS) return Columns<COLS - 1>::multiply(p, m, column, registers, count);
+        int64_t i = 0;
+        for (; i + 6 <= m; i += 6) multiply_tile<6, COLS>(p, i, column, count);
+        for (; i + 4 <= m; i += 4) multiply_tile<4, COLS>(p, i, column, count);
+        for (; i + 2 <= m; i += 2) multiply_tile<2, COLS>(p, i, column, count);
+        for (; i < m; ++i) multiply_tile<1, COLS>(p, i, column, count);
+    }
+};
+
+template <>
+struct Columns<0> {
+    static void multiply(const Product&, int64_t, int64_t, int, int64_t) {}
+};
 
 void multiply(const Product& p, int64_t m) {
-    int64_t column = 0;
-    for (; column + 4 * LANES <= p.n; column += 4 * LANES) multiply_columns<4>(p, m, column, LANES);
-    const int64_t left = p.n - column, last = (left - 1) % LANES + 1;
-    if (left > 3 * LANES)
-        multiply_columns<4>(p, m, column, last);
-    else if (left > 2 * LANES)
-        multiply_columns<3>(p, m, column, last);
-    else if (left > LANES)
-        multiply_columns<2>(p, m, column, last);
-    else if (left > 0)
-        multiply_columns<1>(p, m, column, last);
+    for (int64_t column = 0; column < p.n; column += COLUMNS * WIDE) {
+        const int64_t left = p.n - column;
+        const bool full = left >= COLUMNS * WIDE;
+        Columns<COLUMNS>::multiply(p, m, column, full ? COLUMNS : int((left + WIDE - 1) / WIDE),
+                                   full ? WIDE : (left - 1) % WIDE + 1);
+    }
 }
 
 template <int STEP>
