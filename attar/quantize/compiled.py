@@ -1,4 +1,4 @@
-"""Fake quantization and the Kronecker rotation by the compiled kernels of the runtime, with their gradients.
+"""Fake quantization and Kronecker rotations by the compiled kernels of the runtime, with their gradients.
 
 They do in one pass over the rows what takes PyTorch a dozen, and make a training step on CPU about twice as fast.
 The functions of `formats` and `transforms` choose them by `compiled_for`, and are the definition of what they
@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from attar.runtime.backend import backend_name
 from attar.runtime.cpu import learning
+
+
+LARGEST_CAYLEY = 128  # beyond that width LAPACK's blocked inverse is faster
 
 
 def compiled_for(*tensors: Tensor) -> bool:
@@ -61,3 +64,18 @@ class KroneckerRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         needs_x, *needs_factors = ctx.needs_input_grad
         return learning.kronecker_backward(grad.contiguous(), *ctx.saved_tensors, needs_x, any(needs_factors))
+
+
+class CayleyMatrices(torch.autograd.Function):
+    """`transforms.cayley`: parameters (..., n, n) -> rotations."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        rotation, inverse = learning.cayley(parameter.contiguous())
+        ctx.save_for_backward(inverse)
+        return rotation
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return learning.cayley_backward(grad.contiguous(), *ctx.saved_tensors)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
-from attar.quantize.compiled import KroneckerRows, compiled_for
+from attar.quantize.compiled import LARGEST_CAYLEY, CayleyMatrices, KroneckerRows, compiled_for
 from attar.runtime import transforms as runtime
 from attar.runtime.hadamard import base_order
 from attar.runtime.reference import wide
@@ -115,6 +115,8 @@ def cayley(parameter: Tensor) -> Tensor:
     Zero gives the identity; an entry p turns its plane by about p radians, the scaling of PyTorch's own
     Cayley parametrisation, and so of FlatQuant's learning rates.
     """
+    if parameter.shape[-1] <= LARGEST_CAYLEY and compiled_for(parameter):
+        return CayleyMatrices.apply(parameter)
     return _Cayley.apply(parameter)
 
 

@@ -35,6 +35,13 @@ class _Kronecker(Structure):
     )
 
 
+class _Cayley(Structure):
+    _fields_ = (
+        *(("parameter", c_void_p), ("count", c_int64), ("n", c_int64)),
+        *(("inverse", c_void_p), ("rotation", c_void_p), ("grad", c_void_p), ("grad_parameter", c_void_p)),
+    )
+
+
 def fake_quantize(x: Tensor, factors: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """x (..., k), factors (2,) or (2, rows...) -> x̂ (..., k), and the rows' (smallest, largest) (2, rows)."""
     y = torch.empty_like(x)
@@ -124,3 +131,25 @@ def _kronecker_call(x: Tensor, left: Tensor, right: Tensor) -> _Kronecker:
         part=max(_PART, -(-rows // _PARTS)),
         threads=torch.get_num_threads(),
     )
+
+
+def cayley(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameters (..., n, n) -> rotations and the inverses (I + K)^{-1} behind them."""
+    rotation, inverse = torch.empty_like(parameter), torch.empty_like(parameter)
+    call = _Cayley(parameter=parameter.data_ptr(), rotation=rotation.data_ptr())
+    _run_cayley(call, inverse)
+    return rotation, inverse
+
+
+def cayley_backward(grad: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient of the parameters."""
+    grad_parameter = torch.empty_like(inverse)
+    call = _Cayley(grad=grad.data_ptr(), grad_parameter=grad_parameter.data_ptr())
+    _run_cayley(call, inverse)
+    return grad_parameter
+
+
+def _run_cayley(call: _Cayley, inverse: Tensor) -> None:
+    call.inverse, call.n = inverse.data_ptr(), inverse.shape[-1]
+    call.count = inverse.numel() // call.n**2
+    check_memory(library().code.attar_cayley(ctypes.byref(call), library().level))

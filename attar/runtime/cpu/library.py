@@ -49,7 +49,7 @@ class Library:
         code.attar_kernels.restype = c_char_p
         code.attar_linear.argtypes = [POINTER(_Linear), c_int]
         code.attar_dequantize.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int32, c_int, c_int]
-        for name in ("attar_fake_quantize", "attar_fake_quantize_backward", "attar_kronecker"):
+        for name in ("attar_fake_quantize", "attar_fake_quantize_backward", "attar_kronecker", "attar_cayley"):
             getattr(code, name).argtypes = [c_void_p, c_int]
         code.attar_fake_quantize.restype = code.attar_fake_quantize_backward.restype = None
         self.code = code

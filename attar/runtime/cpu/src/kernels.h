@@ -81,6 +81,15 @@ struct Kronecker {
     int32_t threads;
 };
 
+// Rotations of parameters (count, n, n), and the gradient; `inverse` is written by the forward pass for the backward one.
+struct Cayley {
+    const float* parameter;
+    int64_t count, n;
+    float *inverse, *rotation;
+    const float* grad;  // of the rotation
+    float* grad_parameter;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -101,6 +110,9 @@ struct Kernels {
     // Rows [first, last); `scratch` has room for kronecker_scratch() floats. Backward: `sums` of those rows' part.
     void (*kronecker)(const Kronecker&, int64_t first, int64_t last, float* scratch);
     void (*kronecker_backward)(const Kronecker&, int64_t first, int64_t last, float* scratch, float* sums);
+    void (*cayley)(const Cayley&, int64_t index);
+    // `scratch` has room for 3 · n · n floats.
+    void (*cayley_backward)(const Cayley&, int64_t index, float* scratch);
 };
 
 // Rows that one product takes together, so that short ones are worth a call.

@@ -49,4 +49,18 @@ int attar_kronecker(const Kronecker* pointer, int level) {
     }
     return failed;
 }
+
+// The same; a few small matrices are no work for several threads.
+int attar_cayley(const Cayley* call, int level) {
+    const Kernels& kernels = *kernels_at(level);
+    float* scratch = call->grad ? static_cast<float*>(buffer.reserve(3 * call->n * call->n * sizeof(float))) : nullptr;
+    if (call->grad && !scratch) return 1;
+    for (int64_t i = 0; i < call->count; ++i) {
+        if (call->grad)
+            kernels.cayley_backward(*call, i, scratch);
+        else
+            kernels.cayley(*call, i);
+    }
+    return 0;
+}
 }

@@ -2,6 +2,7 @@
 // their gradients. Values are those of formats.py bit for bit; sums run in another order.
 #pragma once
 
+#include "cayley.h"
 #include "rows.h"
 
 namespace attar {
@@ -126,19 +127,6 @@ void kronecker(const Kronecker& call, int64_t first, int64_t last, float* scratc
         const int64_t count = last - i < batch ? last - i : batch;
         rotate_kronecker(call.left, call.right, l, r, count, call.x + i * l * r, scratch, call.y + i * l * r);
     }
-}
-
-// x (rows, cols) -> y (cols, rows)
-void transpose_matrix(const float* x, int64_t rows, int64_t cols, float* y) {
-    for (int64_t i = 0; i < rows; i += LANES)
-        for (int64_t j = 0; j < cols; j += LANES) {
-            Ints tile[LANES] = {};
-            for (int64_t k = 0; k < LANES && i + k < rows; ++k)
-                tile[k] = bits_of<Ints>(load_some(x + (i + k) * cols, j, FLOAT32, cols - j));
-            transpose(tile);
-            for (int64_t k = 0; k < LANES && j + k < cols; ++k)
-                store_some(y + (j + k) * rows, i, FLOAT32, rows - i, bits_of<Floats>(tile[k]));
-        }
 }
 
 // With u = left · ∂y:  ∂x = u · rightᵀ,  ∂left = Σ (x · right) · ∂yᵀ,  ∂right = Σ xᵀ · u.

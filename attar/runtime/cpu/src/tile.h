@@ -85,7 +85,9 @@ constexpr Kernels kernels_of(const char* name) {
             fake_quantize,
             fake_quantize_backward,
             kronecker,
-            kronecker_backward};
+            kronecker_backward,
+            cayley,
+            cayley_backward};
 }
 
 }  // namespace
