@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from attar.runtime.backend import backend_name
 from attar.runtime.cpu import learning
 
-
 LARGEST_CAYLEY = 128  # beyond that width LAPACK's blocked inverse is faster
 
 
