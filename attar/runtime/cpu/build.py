@@ -24,7 +24,7 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-_PORTABLE = {"entry.cpp": (), "scalar.cpp": ()}
+_PORTABLE = {"entry.cpp": (), "learning.cpp": (), "scalar.cpp": ()}
 _X86 = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mbmi2"),
     "avxvnni.cpp": ("-mavx2", "-mfma", "-mbmi2", "-mavxvnni"),
