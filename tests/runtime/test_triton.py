@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,45 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     run_checks(ATTAR_CACHE=str(tmp_path))
+
+
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a program may have
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """The kernels compiled for any GPU, with nothing left over from earlier runs."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from support import triton_compile
+
+    return triton_compile
+
+
+@pytest.mark.parametrize("capability, instruction", [(80, "mma.sync"), (90, "wgmma"), (120, "mma.sync")])
+def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
+    from attar.runtime.triton.kernels import FLOATING, INTEGER
+
+    for bits in (4, 8):
+        code = compiler.compiled_product(capability, INTEGER[0], bits).asm["ptx"]
+        assert re.search(rf"{instruction}\S*\.s32\.s8\.s8", code)
+        # Nothing that would round otherwise than the reference, and full 16 bytes at a time from memory.
+        assert "fma.rn.f32" not in code and "cp.async.cg" in code and "st.global.v4" in code
+    code = compiler.compiled_product(capability, FLOATING[0], 4, weight_only=True).asm["ptx"]
+    assert re.search(rf"{instruction}\S*\.f32\.bf16\.bf16", code)
+
+
+def test_rows_are_quantized_with_the_rounding_of_the_reference(compiler):
+    code = compiler.compiled_quantize(90).asm["ptx"]
+    assert "div.rn.f32" in code and not re.search(r"div\.(full|approx)|fma\.rn\.f32", code)
+
+
+def test_what_runs_untuned_fits_every_gpu(compiler):
+    """In a capture the first tile for a number of rows is taken without a trial."""
+    from attar.runtime.triton.kernels import FLOATING, INTEGER
+
+    for rows in (16, 64, 128):
+        for candidates, weight_only in ((INTEGER, False), (FLOATING, True)):
+            first = next(c for c in candidates if c.rows <= rows)
+            for dtype in ("bf16", "fp32") if weight_only else ("bf16",):
+                made = compiler.compiled_product(89, first, 4, dtype, weight_only)
+                assert made.metadata.shared <= SHARED[89] * 1024, (first, dtype)

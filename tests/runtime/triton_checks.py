@@ -17,7 +17,7 @@ from attar.runtime import PackedLinear, backend_description, backend_name, use_b
 from attar.runtime.packing import pack
 from attar.runtime.reference import integer_range, quantize_tokens
 from attar.runtime.transforms import ChannelScale, Dense, Hadamard, Kronecker
-from attar.runtime.triton import kernels, tune
+from attar.runtime.triton import kernels
 from attar.runtime.triton.available import interpreting
 from attar.runtime.triton.codes import padded_columns, planes
 
@@ -263,7 +263,3 @@ def test_which_backend_runs():
     assert backend_name("cpu") in ("cpu", "reference")  # the interpreter is never chosen by itself
     if not interpreting():
         assert backend_name("cuda") == "triton"
-
-
-def test_rows_are_counted_in_powers_of_two():
-    assert [tune.bucket(rows) for rows in (1, 16, 17, 4096, 4097)] == [16, 16, 32, 4096, 8192]

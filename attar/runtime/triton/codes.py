@@ -1,9 +1,9 @@
 """How the kernels read packed weights, and the order in which activations lie beside them.
 
 Codes of b bits repeat their place in a byte after a group of P = 8 / gcd(8, b) codes: two codes to a byte at 4 bits,
-four in three bytes at 6. So a row is taken apart into P *planes*: plane p holds the codes p, p + P, p + 2P, …, which all
-have the same shift. A plane of activations meets a plane of weights in one matrix product; their sum is that of the
-row, since integers may be added in any order. Nothing has to be interleaved in registers.
+four in three bytes at 6. So a row is taken apart into P *planes*: plane p holds the codes p, p + P, p + 2P, …, which
+all have the same shift. A plane of activations meets a plane of weights in one matrix product; their sum is that of
+the row, since integers may be added in any order. Nothing has to be interleaved in registers.
 """
 
 import math
@@ -43,9 +43,9 @@ def load_codes(
 ):
     """Codes of a plane times 2^(8 - BITS), int8 (n, j).
 
-    rows (n, 1) are addresses of packed rows and column (1, j) places in the plane. WHOLE: no column lies beyond the row;
-    else what lies there reads as some number. A code is brought to the top of a byte: flipping the highest bit then
-    turns the stored offset number into a two's complement one, and the factor is divided out of the finished sum.
+    rows (n, 1) are addresses of packed rows and column (1, j) places in the plane. WHOLE: no column lies beyond the
+    row; else what lies there reads as some number. A code is brought to the top of a byte: flipping the highest bit
+    then turns the stored offset number into a two's complement one. The factor is divided out of the finished sum.
     """
     FIRST: tl.constexpr = PLANE * BITS // 8
     SHIFT: tl.constexpr = PLANE * BITS % 8

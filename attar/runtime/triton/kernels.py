@@ -67,8 +67,9 @@ class TritonKernels:
             with _on(x.device):
                 channel = steps[0][1][0] if steps else None
                 quantized, step = quantize(x, channel, clip, act_bits, weight_bits)
-                tensors = (quantized, step, codes, weight_scale, bias, y)
-                _product(integer_matmul, INTEGER, tensors, x.shape[1], weight_bits)
+                codes = codes.contiguous()
+                tensors = (quantized, step, codes, _float32(weight_scale), _contiguous(bias), y)
+                _product(integer_matmul, INTEGER, tensors, codes, x.shape[1], weight_bits)
         return y
 
     def weight_only(
@@ -78,10 +79,11 @@ class TritonKernels:
         y = x.new_empty(x.shape[0], codes.shape[0])
         if y.numel():
             with _on(x.device):
-                tensors = (in_planes(x, bits), codes, weight_scale, bias, y)
+                codes = codes.contiguous()
+                tensors = (in_planes(x, bits), codes, _float32(weight_scale), _contiguous(bias), y)
                 groups = weight_scale.shape[1]
                 more = {"groups": groups, "group_size": x.shape[1] // groups}
-                _product(weight_only_matmul, FLOATING, tensors, x.shape[1], bits, **more)
+                _product(weight_only_matmul, FLOATING, tensors, codes, x.shape[1], bits, **more)
         return y
 
 
@@ -99,8 +101,9 @@ def quantize(
     step = torch.empty(m, dtype=torch.float32, device=x.device)
     most = float(integer_range(act_bits)[1])
     block = min(triton.next_power_of_2(length), _CHUNK // count)
-    quantize_rows[(m,)](
-        x, channel, clip, quantized, step, width, length, x.stride(0), count * length,
+    launch: Any = quantize_rows[(m,)]
+    launch(
+        x, _float32(channel), _float32(clip), quantized, step, width, length, x.stride(0), count * length,
         MOST=most, PLANES=count, BLOCK=block, num_warps=4, **EXACT,
     )  # fmt: skip
     return quantized, step
@@ -117,21 +120,20 @@ def in_planes(x: Tensor, bits: int) -> Tensor:
 def _product(
     kernel: Any,
     candidates: Sequence[Config],
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    codes: Tensor,
     width: int,
     bits: int,
     **more: int,
 ) -> None:
-    """Runs a product. tensors: as the kernel takes them, activations first and the output (m, n) last."""
-    x, y = tensors[0], tensors[-1]
-    assert x is not None and y is not None
-    m, n = y.shape
+    """Runs a product of `tensors`, as the kernel takes them: activations (m, planes, columns) first, y (m, n) last."""
+    x, (m, n) = tensors[0], tensors[-1].shape
     count, length = planes(bits), columns(width, bits)
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(m, config.rows) * triton.cdiv(n, config.outputs),)
         kernel[grid](
-            *tensors, m, n, length, x.shape[2], tensors[-4].shape[1], **more,
+            *tensors, m, n, length, x.shape[2], codes.shape[1], **more,
             BITS=bits, PLANES=count, WHOLE=width % count == 0 and length % config.depth == 0,
             BLOCK_M=config.rows, BLOCK_N=config.outputs, BLOCK_K=config.depth, GROUP=_SHARING,
             num_warps=config.warps, num_stages=config.stages, **EXACT,
@@ -140,6 +142,14 @@ def _product(
     fitting = [config for config in candidates if config.rows <= bucket(m)]
     problem = Problem(kernel.__name__, str(x.dtype), bits, bucket(m), n, width, more.get("groups", 1))
     run(choose(problem, fitting, run, x.device))
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -92,7 +93,7 @@ class Tuner:
         if self._choices is None:
             self._choices = self._read()
         found = self._choices.get(key)
-        if found in candidates:
+        if found is not None and found in candidates:
             return found
         if os.environ.get(_VARIABLE) == "0" or _capturing():
             return candidates[0]
@@ -137,7 +138,8 @@ def choose(problem: Problem, candidates: Sequence[Config], run: Run, device: tor
 
 def _milliseconds(run: Run, config: Config) -> float:
     """Median time of a run on the current device, with a cold second-level cache."""
-    return triton.testing.do_bench(lambda: run(config), warmup=10, rep=40, return_mode="median")
+    found: Any = triton.testing.do_bench(lambda: run(config), warmup=10, rep=40, return_mode="median")
+    return found
 
 
 def _fastest(candidates: Sequence[Config], run: Run, measure: Callable[[Run, Config], float]) -> Config:
