@@ -81,7 +81,7 @@ def test_sums_are_exact_at_every_width(weight_bits, act_bits):
 def test_every_tile_size_gives_the_same_integers(config, weight_bits, monkeypatch):
     """Several tiles each way, of which the last are ragged; rows of whole tiles and a ragged one."""
     monkeypatch.setattr(kernels, "choose", lambda problem, candidates, run, device: config)
-    for width in (2 * config.depth * planes(weight_bits), config.depth * planes(weight_bits) + 21):
+    for width in (512, 277):
         layer = make(config.outputs + 5, width, weight_bits, 8, seed=weight_bits)
         x = torch.randn(config.rows + 3, width, generator=generator(7))
         assert_same(*compare(layer, x))
@@ -90,8 +90,8 @@ def test_every_tile_size_gives_the_same_integers(config, weight_bits, monkeypatc
 @pytest.mark.parametrize("config", kernels.FLOATING)
 def test_every_tile_size_gives_the_same_product(config, monkeypatch):
     monkeypatch.setattr(kernels, "choose", lambda problem, candidates, run, device: config)
-    layer = make(config.outputs + 5, 6 * config.depth, 4, None, group_size=config.depth)
-    x = torch.randn(config.rows + 3, 6 * config.depth, generator=generator(7))
+    layer = make(config.outputs + 5, 192, 4, None, group_size=32)
+    x = torch.randn(config.rows + 3, 192, generator=generator(7))
     torch.testing.assert_close(*compare(layer, x), rtol=1e-5, atol=1e-5)
 
 
@@ -151,6 +151,38 @@ def test_rotations_differ_by_rounding_only(seed, width, act_bits, rotation):
     assert torch.isclose(y, expected, rtol=1e-4, atol=1e-4).all(-1).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("clip", [None, (0.9, 0.95)])
+@pytest.mark.parametrize(
+    "width, weight_bits", [(16, 4), (192, 4), (240, 3), (320, 8), (448, 6), (512, 2), (640, 4)]
+)
+def test_a_rotation_is_computed_with_the_codes(width, weight_bits, clip):
+    """Bases of orders 1, 12, 20 and 28; 240 = 60 · 4 is left to torch."""
+    rotation = Hadamard.random(width, generator(width))
+    scale = ChannelScale(torch.rand(width, generator=generator(width)) + 0.5)
+    steps = [(t.kind, t.operands()) for t in (scale, rotation)]
+    assert kernels.KERNELS.fusable(steps) == (0 if width == 240 else 2)
+    layer = make(40, width, weight_bits, 8, chain=[scale, rotation], clip=clip)
+    x = torch.randn(21, width, generator=generator(3))
+    x[2], x[3, 5] = 0, 1e6
+    x[4, 7], x[5, 1] = float("nan"), float("inf")
+    y, expected = compare(layer, x)
+    assert y[4].isnan().all() and expected[4].isnan().all() and not y[5].isfinite().any()
+    keep = [row for row in range(21) if row not in (4, 5)]
+    y, expected = y[keep], expected[keep]
+    difference = (y - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1)
+    assert float(difference.max()) < 2e-2 and float((difference < 1e-5).float().mean()) > 0.8
+    if width != 240:
+        codes, step = kernels.quantize(x.to(DEVICE), layer.act_clip, 8, weight_bits, [
+            (t.kind, [o.to(DEVICE) for o in t.operands()]) for t in (scale, rotation)
+        ])  # fmt: skip
+        expected, scales = quantize_tokens(rotation(scale(x)), 8, clip)
+        row = codes.cpu().transpose(1, 2).flatten(1)
+        assert not row[:, width:].any()
+        off = (row[:, :width].int() - expected.int()).abs()[keep]
+        assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.01
+        torch.testing.assert_close(step.cpu()[keep], scales[keep, 0], rtol=1e-5, atol=0)
+
+
 def test_a_dense_matrix_stays_in_torch():
     scale = ChannelScale(torch.rand(72, generator=generator(3)) + 0.5)
     x = torch.randn(9, 72, generator=generator(4))
@@ -184,7 +216,7 @@ def test_weights_are_those_of_the_reference(weight_bits, dtype):
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 def test_codes_of_activations_lie_in_planes(weight_bits):
     x = torch.randn(5, 203, generator=generator(weight_bits))
-    codes, step = kernels.quantize(x.to(DEVICE), None, None, 6, weight_bits)
+    codes, step = kernels.quantize(x.to(DEVICE), None, 6, weight_bits)
     count, length = planes(weight_bits), padded_columns(203, weight_bits)
     assert codes.shape == (5, count, length)
     row = codes.cpu().transpose(1, 2).flatten(1)  # column by column again

@@ -29,7 +29,7 @@ _VARIABLE = "ATTAR_TRITON_TUNING"
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of a program: rows, outputs and codes of a plane; warps, and how many loads are in flight."""
+    """Tile of a program: rows, outputs, and codes of a row in one step, all planes together; warps; loads in flight."""
 
     rows: int
     outputs: int
