@@ -49,12 +49,14 @@ COMPETITORS = (
 
 
 def linear_shapes(shape: str) -> dict[str, tuple[int, int]]:
-    """Role -> (in, out) of the linears in a model's blocks; one role for linears of equal size."""
+    """Role and size -> (in, out) of the linears that tokens pass in a model's blocks; one role for those of equal size."""
     transformer = next(iter(find_architecture(shape).transformers.values()))
     adapter = ModelAdapter.of(transformer)
     found: dict[tuple[int, int], str] = {}
     for block in adapter.blocks:
         for linear in adapter.linears(block):
+            if linear.role == "modulation":  # a single row
+                continue
             module: Any = linear.module
             found.setdefault((module.in_features, module.out_features), linear.role)
     return {f"{role} {size[0]}->{size[1]}": size for size, role in found.items()}

@@ -48,7 +48,7 @@ def compiler(tmp_path, monkeypatch):
 def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
     from attar.runtime.triton.kernels import FLOATING, INTEGER
 
-    for bits in (4, 8):
+    for bits in (4, 8) if capability == 90 else (4,):
         code = compiler.compiled_product(capability, INTEGER[0], bits).asm["ptx"]
         assert re.search(rf"{instruction}\S*\.s32\.s8\.s8", code)
         # Nothing that would round otherwise than the reference, and full 16 bytes at a time from memory.
@@ -62,6 +62,18 @@ def test_rows_are_quantized_with_the_rounding_of_the_reference(compiler):
     assert "div.rn.f32" in code and not re.search(r"div\.(full|approx)|fma\.rn\.f32", code)
 
 
+def test_ones_and_nones_are_constants(compiler):
+    """A single row, a single output, one group, no bias: Triton compiles kernels of their own for these."""
+    from attar.runtime.triton.kernels import FLOATING, INTEGER
+
+    compiler.compiled_product(90, INTEGER[-1], 4, m=1, bias_ptr=None)
+    compiler.compiled_product(90, INTEGER[-1], 4, n=1, m=1)
+    compiler.compiled_product(90, FLOATING[-1], 4, weight_only=True, m=1, groups=1, bias_ptr=None)
+    compiler.compiled_product(90, FLOATING[-1], 8, weight_only=True, n=1, groups=1)
+    compiler.compiled_quantize(90, channel_ptr=None, clip_ptr=None, width=1, x_stride=1)
+    compiler.compiled_rotation(90, 12, 128, channel_ptr=None, clip_ptr=None)
+
+
 @pytest.mark.parametrize("order, across", [(1, 4096), (12, 128), (20, 256), (12, 1024)])
 def test_rotations_of_real_widths_fit_every_gpu(compiler, order, across):
     made = compiler.compiled_rotation(89, order, across)
@@ -69,13 +81,13 @@ def test_rotations_of_real_widths_fit_every_gpu(compiler, order, across):
     assert not re.search(r"div\.(full|approx)", made.asm["ptx"])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [3, 4])
 def test_what_runs_untuned_fits_every_gpu(compiler, bits):
     """In a capture the first tile for a number of rows is taken without a trial; wider codes take less memory."""
     from attar.runtime.triton.kernels import FLOATING, INTEGER
 
     for candidates, weight_only in ((INTEGER, False), (FLOATING, True)):
-        for first in {next(c for c in candidates if c.rows <= rows) for rows in (16, 32, 64, 128)}:
+        for first in {next(c for c in candidates if c.rows <= rows) for rows in (16, 128)}:
             dtype = "fp32" if weight_only else "bf16"
             made = compiler.compiled_product(89, first, bits, dtype, weight_only)
             assert made.metadata.shared <= SHARED, first

@@ -48,7 +48,7 @@ def compare(layer, x):
     scaled=st.booleans(),
     size=st.sampled_from([1.0, 1e-7, 1e3]),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=25)
 def test_equal_to_the_reference_bit_for_bit(
     seed, weight_bits, act_bits, rows, out_features, in_features, dtype, bias, clip, scaled, size
 ):
@@ -81,7 +81,7 @@ def test_sums_are_exact_at_every_width(weight_bits, act_bits):
 def test_every_tile_size_gives_the_same_integers(config, weight_bits, monkeypatch):
     """Several tiles each way, of which the last are ragged; rows of whole tiles and a ragged one."""
     monkeypatch.setattr(kernels, "choose", lambda problem, candidates, run, device: config)
-    for width in (512, 277):
+    for width in (512, 277)[config.rows > 128 :]:
         layer = make(config.outputs + 5, width, weight_bits, 8, seed=weight_bits)
         x = torch.randn(config.rows + 3, width, generator=generator(7))
         assert_same(*compare(layer, x))
@@ -95,12 +95,11 @@ def test_every_tile_size_gives_the_same_product(config, monkeypatch):
     torch.testing.assert_close(*compare(layer, x), rtol=1e-5, atol=1e-5)
 
 
-def test_more_rows_than_tiles_that_share_weights():
-    layer = make(70, 64, 4, 8)
-    x = torch.randn(16 * 19, 64, generator=generator(7))
-    whole = compare(layer, x)
-    assert_same(*whole)
-    assert torch.equal(compare(layer, x[-9:])[0], whole[0][-9:])
+@pytest.mark.parametrize("rows", [16 * 8, 16 * 11 + 3])
+def test_more_tiles_of_rows_than_share_weights(rows, monkeypatch):
+    smallest = min(kernels.INTEGER, key=lambda config: config.rows)
+    monkeypatch.setattr(kernels, "choose", lambda problem, candidates, run, device: smallest)
+    assert_same(*compare(make(150, 64, 4, 8), torch.randn(rows, 64, generator=generator(7))))
 
 
 def test_the_longest_sums():
@@ -134,7 +133,7 @@ def test_extreme_rows(clip):
 @given(
     seeds, st.sampled_from([8, 16, 60, 64, 96, 560]), bits, st.sampled_from(["hadamard", "kronecker", "both"])
 )
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 def test_rotations_differ_by_rounding_only(seed, width, act_bits, rotation):
     """The order of the sums in a rotation is free: few codes may fall on the other side of a half."""
     left = torch.linalg.qr(torch.randn(width // 4, width // 4, generator=generator(seed)))[0]
