@@ -49,7 +49,7 @@ COMPETITORS = (
 
 
 def linear_shapes(shape: str) -> dict[str, tuple[int, int]]:
-    """Role and size -> (in, out) of the linears that tokens pass in a model's blocks; one role for those of equal size."""
+    """Role and size -> (in, out) of the linears that tokens pass in the blocks; one role for those of equal size."""
     transformer = next(iter(find_architecture(shape).transformers.values()))
     adapter = ModelAdapter.of(transformer)
     found: dict[tuple[int, int], str] = {}
