@@ -25,8 +25,14 @@ class Method:
 
     def resolve(self, bits: tuple[int, int]) -> Recipe:
         """The recipe at (weights, acts) bits."""
-        widths = {"quantize.weights": bits[0], "quantize.acts": bits[1]}
-        return load_recipe(self.recipe, {**self.overrides, **widths})
+        return _resolved(self.recipe, json.dumps(self.overrides, sort_keys=True), *bits)
+
+
+@functools.cache
+def _resolved(recipe: str, overrides: str, weights: int, acts: int) -> Recipe:
+    """The recipe; kept, since tables look the same ones up again and again. overrides: JSON."""
+    widths = {"quantize.weights": weights, "quantize.acts": acts}
+    return load_recipe(recipe, {**json.loads(overrides), **widths})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ results lie in benchmarks/results/gpu-<device>.json, with the versions of everyt
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -23,19 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from attar import __version__
-from attar.files import writing
 from attar.forecast.architecture import find_architecture
 from attar.models.adapter import ModelAdapter
 from attar.runtime import PackedLinear, backend_description
 from attar.runtime.reference import integer_range
 from benchmarks.peers.competitors import BF16, INT8_DYNAMIC, Competitor, Task, attar, plain, torchao
 from benchmarks.peers.quality import linear_bytes
-from benchmarks.peers.speed import Ready, failure, in_turns, measure_speed
+from benchmarks.peers.speed import Ready, in_turns, measure_speed
+from benchmarks.store import FOLDER, failure, load, save
 
 SHAPES = ("wan-1.3b", "wan-14b", "hunyuan")
 TOKENS = (8192, 32768)
 REPEATS = 10  # calls in one CUDA graph
-RESULTS = Path(__file__).parent / "results"
 FP8 = torchao(lambda q: q.Float8DynamicActivationFloat8WeightConfig())
 COMPETITORS = (
     Competitor("bf16", "torch", plain, BF16),
@@ -173,7 +171,7 @@ def _cells(row: dict[str, Any], whole: int | None) -> str:
 
 
 def results_path(device_name: str) -> Path:
-    return RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+    return FOLDER / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
 
 
 def versions() -> dict[str, str]:
@@ -198,14 +196,13 @@ def main() -> None:
         sys.exit("benchmarks.gpu measures a CUDA device, and this machine has none.")
     name = torch.cuda.get_device_name()
     path = results_path(name)
-    content = json.loads(path.read_text()) if path.is_file() else {"studies": {}}
+    content = load(path, "studies")
     content |= {"device": name, "backend": backend_description("cuda"), "versions": versions()}
     for shape in arguments.shapes:
         for tokens in arguments.tokens:
             study = measure(shape, tokens, arguments.rounds, "cuda")
             content["studies"][f"{shape}, {tokens} tokens"] = study
-            with writing(path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
+            save(path, content)
             torch.cuda.empty_cache()
     print(table(content))
 

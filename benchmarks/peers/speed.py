@@ -17,6 +17,7 @@ from attar.models.block import BlockCall, run_block
 from attar.recipe import load_recipe
 from benchmarks.peers.competitors import Competitor, Task
 from benchmarks.peers.quality import linear_bytes
+from benchmarks.store import failure
 
 BASELINE = "bf16"
 
@@ -62,16 +63,10 @@ def measure_speed(
             continue
         try:
             ready[competitor.name] = _prepare(competitor, shape, tokens, device)
-        except Exception as error:
+        except Exception as error:  # a failure is a result too
             found[competitor.name] = failure(error)
     found |= in_turns(ready, rounds, device)
     return {c.name: found[c.name] for c in competitors}
-
-
-def failure(error: Exception) -> dict[str, Any]:
-    """A row of a competitor that failed: that is a result too."""
-    text = " ".join(str(error).split())
-    return {"error": f"{type(error).__name__}: {text[:300]}"}
 
 
 def in_turns(
