@@ -52,7 +52,7 @@ def integer_matmul(
         for plane in tl.static_range(PLANES):
             w = load_codes(w_rows, column[None, :], row_bytes, plane, PLANES, BITS, WHOLE)
             x = tl.load(x_rows + (plane * plane_stride + column)[:, None])
-            total = tl.dot(w, x, total)
+            total = tl.dot(w, x, total, out_dtype=tl.int32)  # older versions want the type said
 
     # The order of the reference's operations; the launch forbids fused multiply-add, which would round once less.
     y = (total >> (8 - BITS)).to(tl.float32) * tl.load(step_ptr + row, mask=row < m, other=0.0)[None, :]
