@@ -115,19 +115,21 @@ def test_the_longest_sums():
     assert_same(*compare(low, x))
 
 
-@pytest.mark.parametrize("clip", [None, (0.9, 0.95)])
+@pytest.mark.parametrize("clip", [None, (0.9, 0.95), (0.0, 0.5), (1.2, 1.3)])
 def test_extreme_rows(clip):
     layer = make(40, 96, 4, 6, clip=clip)
-    x = torch.randn(8, 96, generator=generator(1))
+    x = torch.randn(10, 96, generator=generator(1))
     x[0] = 0
     x[1, 5] = 1e30
     x[2, 7] = float("nan")
     x[3, 9], x[4, 11] = float("inf"), -float("inf")
     x[5] = torch.finfo(torch.float32).max
-    x[6] = x[6].abs() + 1  # no zero between its extremes
+    x[6], x[7] = x[6].abs() + 1, -x[7].abs() - 1  # no zero between their extremes
+    x[8, 3] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)  # a NaN below all numbers
     y, expected = compare(layer, x)
     assert_same(y, expected)
     assert torch.equal(y[0], layer.bias.cpu()) and y[2].isnan().all() and y[1].isfinite().all()
+    assert y[8].isnan().all()
 
 
 @given(
