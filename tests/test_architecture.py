@@ -164,6 +164,7 @@ HEAVY = (
     "peft",
     "rich",
     "yaml",
+    "triton",
 )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from attar.errors import AttarError, reason
 from attar.files import writing
+from attar.runtime.cache import cache_folder
 
 SOURCES = Path(__file__).parent / "src"
 # No fused multiply-add, which would round once where the reference rounds twice; no other change of results.
@@ -34,15 +35,6 @@ _X86 = {
     ),
 }
 _COMPILERS = ("c++", "g++", "clang++")
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $ATTAR_CACHE, else `attar` in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("ATTAR_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "attar"
 
 
 def built_library() -> Path:
