@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from attar.errors import AttarError
+from attar.runtime.cpu.attention import has_attention
 from attar.runtime.cpu.library import library
 
 _VARIABLE = "ATTAR_BACKEND"
@@ -36,9 +37,10 @@ class Backend:
 
 
 def _describe_cpu() -> str:
+    attention = "of our own in bfloat16 (avx512-bf16)" if has_attention(library()) else "torch's"
     return (
         f"cpu: compiled kernels ({library().describe()}) with the integers of the reference; weights stay packed "
-        "in memory, and float64 inputs run on the reference"
+        f"in memory, and float64 inputs run on the reference; attention {attention}"
     )
 
 

@@ -20,6 +20,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.runtime import attention_backend
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
 from attar.runtime.integrity import checksum_metadata, sort_header, verify_files
 from attar.runtime.layers import packed_layers
@@ -127,6 +128,7 @@ class AttarQuantizer(DiffusersQuantizer):
                 raise AttarError("the weight scales are not finite and positive", where=name)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
+        attention_backend.use_fast_attention(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -153,6 +155,7 @@ def register() -> None:
     """Makes diffusers recognise `quant_method: attar`. Called by `import attar`; repeating it is harmless."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AttarQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AttarConfig
+    attention_backend.register()
 
 
 def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:

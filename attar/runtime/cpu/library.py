@@ -49,7 +49,8 @@ class Library:
         code.attar_kernels.restype = c_char_p
         code.attar_linear.argtypes = [POINTER(_Linear), c_int]
         code.attar_dequantize.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int32, c_int, c_int]
-        self._code = code
+        code.attar_attention.argtypes = [c_void_p]
+        self.code = code
         names = ((code.attar_kernels(level), level) for level in range(8))
         self.levels: dict[str, int] = {name.decode(): level for name, level in names if name}
         self.has_threads = bool(code.attar_has_threads())
@@ -109,7 +110,7 @@ class Library:
             threads=torch.get_num_threads(),
         )
         if x.numel() and y.numel():
-            _check_memory(self._code.attar_linear(ctypes.byref(call), self._level))
+            _check_memory(self.code.attar_linear(ctypes.byref(call), self._level))
         return y
 
     def dequantize(
@@ -121,7 +122,7 @@ class Library:
         threads = torch.get_num_threads()
         place = out.data_ptr()
         _check_memory(
-            self._code.attar_dequantize(
+            self.code.attar_dequantize(
                 ctypes.byref(weight), first, count, place, DTYPES[out.dtype], threads, self._level
             )
         )
