@@ -7,6 +7,8 @@ does not take goes to torch's `scaled_dot_product_attention`, the definition.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +37,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
             f"no attention of {tuple(query.shape)} over {tuple(key.shape)} and {tuple(value.shape)}",
             fix="Give (batch, tokens, heads, width), all but the tokens alike",
         )
-    scale = float(width) ** -0.5 if scale is None else scale
+    scale = math.sqrt(1 / width) if scale is None else scale
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return _torch(query, key, value, scale)
     return torch.ops.attar.attention(query, key, value, scale)

@@ -8,7 +8,7 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from attar.runtime.cpu.library import Library
+from attar.runtime.cpu.library import Library, check_memory
 
 _LEVEL = "avx512-vnni"  # the instruction set of packed layers beside which it runs
 
@@ -52,6 +52,5 @@ def attention(kernels: Library, query: Tensor, key: Tensor, value: Tensor, scale
         scale=scale,
         threads=torch.get_num_threads(),
     )
-    if kernels.code.attar_attention(ctypes.byref(call)):
-        raise MemoryError("the attention kernel got no memory")
+    check_memory(kernels.code.attar_attention(ctypes.byref(call)))
     return out

@@ -24,7 +24,7 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-_PORTABLE = {"attention.cpp": (), "entry.cpp": (), "scalar.cpp": ()}
+_PORTABLE = {"attention.cpp": (), "entry.cpp": (), "learning.cpp": (), "scalar.cpp": ()}
 _X86 = {
     "attention_avx512.cpp": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),

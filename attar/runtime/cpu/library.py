@@ -50,6 +50,9 @@ class Library:
         code.attar_linear.argtypes = [POINTER(_Linear), c_int]
         code.attar_dequantize.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int32, c_int, c_int]
         code.attar_attention.argtypes = [c_void_p]
+        for name in ("fake_quantize", "fake_quantize_backward", "kronecker", "cayley"):
+            getattr(code, f"attar_{name}").argtypes = [c_void_p, c_int]
+        code.attar_fake_quantize.restype = code.attar_fake_quantize_backward.restype = None
         self.code = code
         names = ((code.attar_kernels(level), level) for level in range(8))
         self.levels: dict[str, int] = {name.decode(): level for name, level in names if name}
@@ -110,7 +113,7 @@ class Library:
             threads=torch.get_num_threads(),
         )
         if x.numel() and y.numel():
-            _check_memory(self.code.attar_linear(ctypes.byref(call), self._level))
+            check_memory(self.code.attar_linear(ctypes.byref(call), self.level))
         return y
 
     def dequantize(
@@ -121,14 +124,15 @@ class Library:
         weight = _weight(codes, weight_scale, bits, out.shape[1], alive)
         threads = torch.get_num_threads()
         place = out.data_ptr()
-        _check_memory(
+        check_memory(
             self.code.attar_dequantize(
-                ctypes.byref(weight), first, count, place, DTYPES[out.dtype], threads, self._level
+                ctypes.byref(weight), first, count, place, DTYPES[out.dtype], threads, self.level
             )
         )
 
     @property
-    def _level(self) -> int:
+    def level(self) -> int:
+        """What the entry points are told of the instruction set in use."""
         return self.levels[self.kernels]
 
     def _check(self, name: str) -> None:
@@ -196,6 +200,7 @@ def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
     return _Step(STEPS[kind], rows, cols, _float32(first, alive), _pointer(second, alive))
 
 
-def _check_memory(failed: int) -> None:
+def check_memory(failed: int) -> None:
+    """MemoryError when an entry point says that it failed."""
     if failed:
-        raise MemoryError("the kernels of a packed layer got no memory")
+        raise MemoryError("the compiled kernels got no memory")

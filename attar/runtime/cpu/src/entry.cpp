@@ -11,16 +11,7 @@
 #include "memory.h"
 #include "pieces.h"
 
-using namespace attar;
-
-namespace {
-
-constexpr int64_t PANEL_BYTES = 640 << 10;  // unpacked weights of a thread: they stay in its L2 cache
-constexpr int64_t BLOCK_BYTES = 16 << 20;   // activation codes of a call: they stay in the last cache
-constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activations stay in the L1 cache
-constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
-
-thread_local Buffer shared_buffer, own_buffer;
+namespace attar {
 
 const Kernels* kernels_at(int level) {
 #if defined(__x86_64__)
@@ -39,6 +30,19 @@ const Kernels* kernels_at(int level) {
 #endif
     return level >= 0 && level < int(sizeof found / sizeof *found) ? found[level] : nullptr;
 }
+
+}  // namespace attar
+
+using namespace attar;
+
+namespace {
+
+constexpr int64_t PANEL_BYTES = 640 << 10;  // unpacked weights of a thread: they stay in its L2 cache
+constexpr int64_t BLOCK_BYTES = 16 << 20;   // activation codes of a call: they stay in the last cache
+constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activations stay in the L1 cache
+constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
+
+thread_local Buffer shared_buffer, own_buffer;
 
 // One block of rows: [first, first + rows) of x, whose codes, scales and offsets are in the shared buffer.
 struct Block {
