@@ -166,6 +166,7 @@ def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
         key: value for key, value in model.config.items() if key != "_name_or_path"
     }  # may be a private path
     model._internal_dict = type(model.config)({**kept, "quantization_config": config})
+    attention_backend.use_fast_attention(model)
     return model
 
 
