@@ -19,6 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.runtime import attention_backend
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
 from attar.runtime.integrity import checksum_metadata, sort_header, verify_files
 from attar.runtime.layers import packed_layers
@@ -123,6 +124,7 @@ class AttarQuantizer(DiffusersQuantizer):
             layer.settle(name)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
+        attention_backend.use_fast_attention(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -149,6 +151,7 @@ def register() -> None:
     """Makes diffusers recognise `quant_method: attar`. Called by `import attar`; repeating it is harmless."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AttarQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AttarConfig
+    attention_backend.register()
 
 
 def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
@@ -163,6 +166,7 @@ def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
         key: value for key, value in model.config.items() if key != "_name_or_path"
     }  # may be a private path
     model._internal_dict = type(model.config)({**kept, "quantization_config": config})
+    attention_backend.use_fast_attention(model)
     return model
 
 

@@ -25,8 +25,12 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-_PORTABLE = {"entry.cpp": (), "learning.cpp": (), "scalar.cpp": ()}
+_PORTABLE = {"attention.cpp": (), "entry.cpp": (), "learning.cpp": (), "scalar.cpp": ()}
 _X86 = {
+    "attention_avx512.cpp": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+        "-mprefer-vector-width=512",
+    ),
     "avx2.cpp": ("-mavx2", "-mfma", "-mbmi2"),
     "avxvnni.cpp": ("-mavx2", "-mfma", "-mbmi2", "-mavxvnni"),
     "avx512.cpp": (
