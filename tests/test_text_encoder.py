@@ -75,6 +75,12 @@ def test_saved_again_it_is_the_same(small, name, tmp_path):
     assert str(tmp_path) not in json.dumps(configs[1])
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_loaded_tensors_are_aligned(small, name):
+    encoder = CLASSES[name].from_pretrained(small[name] / "text_encoder")
+    assert not [key for key, tensor in encoder.state_dict().items() if tensor.data_ptr() % 64]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_pipeline_runs_with_it(small, dtype):
     pipe = DiffusionPipeline.from_pretrained(small["wan"], torch_dtype=dtype)

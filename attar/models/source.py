@@ -16,6 +16,7 @@ from torch import nn
 
 from attar.errors import AttarError, reason
 from attar.models.zoo import zoo_folder, zoo_names
+from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD
 from attar.runtime.integrity import verify_folder
 
@@ -102,15 +103,8 @@ def load_pipeline(
     pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
-            _align(part)
+            align(part)
     return pipe
-
-
-def _align(module: nn.Module) -> None:
-    """Own memory for tensors that lie in a mapped file at odd addresses, where matrix kernels may round otherwise."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
 
 
 def default_dtype(device: str) -> torch.dtype:

@@ -19,6 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
 from attar.runtime.integrity import checksum_metadata, sort_header, verify_files
 from attar.runtime.layers import packed_layers
@@ -121,6 +122,7 @@ class AttarQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         for name, layer in packed_layers(model).items():
             layer.settle(name)
+        align(model)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
         return model

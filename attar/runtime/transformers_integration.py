@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attar.errors import AttarError
+from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
 from attar.runtime.integrity import checksum_metadata, verify_files
 from attar.runtime.layers import PackedLinear, packed_layers
@@ -63,6 +64,7 @@ class AttarTextQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in packed_layers(model).items():
             layer.settle(name)
+        align(model)
         # The flag's effect in transformers is to forbid `.half()` and `.float()`, which packed layers survive.
         model.is_quantized = False
         return model

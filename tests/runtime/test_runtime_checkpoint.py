@@ -74,6 +74,12 @@ def test_bfloat16_load_keeps_scales_and_transforms(saved, packed_wan, call, tmp_
     assert_same_state(model.state_dict(), load(tmp_path, torch_dtype=torch.bfloat16).state_dict())
 
 
+def test_loaded_tensors_are_aligned(saved):
+    """Tensors mapped from a file lie at odd addresses, where a matrix kernel may round otherwise than in memory."""
+    model = load(saved)
+    assert not [name for name, tensor in model.state_dict().items() if tensor.data_ptr() % 64]
+
+
 def test_float_weights_are_never_materialised(saved, monkeypatch):
     from attar.runtime import diffusers_integration
 
