@@ -436,11 +436,14 @@ def test_a_disk_that_is_really_full(cli, wan_folder, disk, size):
         assert not [p for p in place.rglob("*") if p.name.endswith((".tmp", "-partial"))]
 
 
-def test_videos_on_a_full_disk(cli, wan_folder, disk):
-    place = disk("4k")
-    (place / "fill").write_bytes(b"x" * 4096)
-    assert cli("generate", wan_folder, "a dog", "-o", place / "x.mp4", "--steps", "1").message
-    assert not (place / "x.mp4").exists()
+@pytest.mark.parametrize("free", [0, 4, 20])
+def test_videos_on_a_full_disk(cli, wan_folder, disk, free):
+    """Full before the first byte, or while the encoder writes: a video is whole, or there is none."""
+    place = disk("64k")
+    (place / "fill").write_bytes(b"x" * (64 - free) * 1024)
+    result = cli("generate", wan_folder, "a dog", "-o", place / "x.mp4", "--steps", "1")
+    assert "the disk is full" in result.message and "x.mp4" in result.message
+    assert [p.name for p in place.iterdir()] == ["fill"]
 
 
 def test_places_that_cannot_be_written(cli, wan_folder, disk, tmp_path):
