@@ -179,6 +179,29 @@ def test_weights_of_another_shape(refuses, model, tmp_path):
     assert "cannot be loaded" in refuses(*compress(model, tmp_path, *SHORT))
 
 
+@pytest.mark.parametrize("how", ["--stream", "--no-stream"])
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "blocks.0.attn1.to_q.weight"),
+        ("text_encoder/model.safetensors", "shared.weight"),
+        ("text_encoder/model.safetensors", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+    ],
+)
+def test_a_tensor_is_missing(refuses, model, tmp_path, file, tensor, how):
+    """diffusers leaves it on the meta device, and transformers fills it with random numbers."""
+    tensors = load_file(model / file)
+    name = "encoder.embed_tokens.weight" if tensor == "shared.weight" else tensor  # two names of one
+    del tensors[tensor]
+    save_file(tensors, model / file, metadata={"format": "pt"})
+    message = refuses(*compress(model, tmp_path, *SHORT, how))
+    assert repr(name) in message and file.partition("/")[0] in message
+    if how == "--no-stream":
+        message = refuses("generate", model, "a dog", "-o", tmp_path / "x.mp4")
+        assert f"tensor {name!r} is missing from the weight files [{file.partition('/')[0]}]" in message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(refuses, model, tmp_path, value):
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from attar.errors import AttarError, reason
+from attar.models.components import check_complete
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD
@@ -86,7 +87,7 @@ def load_pipeline(
 ) -> Any:
     """The pipeline of a source on a device. dtype defaults to float32 on CPU and bfloat16 elsewhere.
 
-    Raises AttarError for folders that diffusers cannot read, and for damaged weight files.
+    Raises AttarError for folders that diffusers cannot read, and for weight files that are damaged or lack a tensor.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -99,6 +100,9 @@ def load_pipeline(
         verify_folder(source.folder)
     with loading(source, quiet):
         pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module):
+                check_complete(part, source.folder / name)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for part in pipe.components.values():
