@@ -261,6 +261,21 @@ def test_a_tampered_checkpoint(refuses, small, tmp_path):
     assert "checksum mismatch" in message and "download it again" in message
 
 
+@pytest.mark.parametrize(
+    "file", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+)
+def test_tampered_copies(refuses, small, tmp_path, file):
+    """Components that were not compressed have no checksums of their own; compression.json has them."""
+    content = bytearray((small / file).read_bytes())
+    content[-5] ^= 1
+    (small / file).write_bytes(content)
+    message = refuses("generate", small, "a dog", "-o", tmp_path / "x.mp4")
+    assert f"the file is not as attar copied it [{file}]" in message
+    (small / file).unlink()
+    with pytest.raises(AttarError, match="a file is missing"):
+        attar.verify_folder(small)
+
+
 def test_a_checkpoint_of_a_newer_format(refuses, small, tmp_path):
     file = small / "transformer" / "config.json"
     config = json.loads(file.read_text())

@@ -143,7 +143,7 @@ def test_impossible_wishes(cli, models, small, tmp_path):
         attar.compress(pipe, "rtn", overrides={"text_encoder.weights": 4})
 
 
-@pytest.mark.parametrize("how", ["altered", "tensor gone", "not finite"])
+@pytest.mark.parametrize("how", ["altered", "tensor gone", "not finite", "other scheme"])
 def test_damage_is_found_while_loading(small, tmp_path, how):
     import shutil
 
@@ -153,6 +153,10 @@ def test_damage_is_found_while_loading(small, tmp_path, how):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
+    elif how == "other scheme":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["schemes"][0]["act_bits"] = 8
+        (folder / "config.json").write_text(json.dumps(config))
     else:
         tensors = load_file(path)
         if how == "tensor gone":
