@@ -26,6 +26,7 @@ from attar.models.shards import Shards
 from attar.models.source import Source
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe, changed_settings
+from attar.runtime.integrity import EVIDENCE, file_checksums
 from attar.runtime.layers import packed_layers
 from attar.stored import OUTSIDE, block_file
 from attar.text_encoder import packed_config
@@ -53,7 +54,7 @@ def check_destination(folder: Path, overwrite: bool, workspace: Path | None = No
         if not overwrite:
             fix = "Name a new one, or add --overwrite"
             raise AttarError("the output folder is not empty", where=str(folder), fix=fix)
-        if not (folder / "compression.json").is_file():
+        if not (folder / EVIDENCE).is_file():
             what = "the output folder holds something else than a compressed model"
             raise AttarError(what, where=str(folder), fix="Name a new one")
     place = Path(os.path.realpath(folder))
@@ -84,13 +85,14 @@ def save_compressed(
     partial, former = _passing(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        _save_components(pipe, partial, source, workspace)
+        copied = _save_components(pipe, partial, source, workspace)
         content = compression.to_json()
         recipe = Recipe(**compression.recipe)
         content["changed_settings"] = changed_settings(recipe)
+        content["copied"] = file_checksums(partial, copied)
         for name, part in content["components"].items():
             part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
-        (partial / "compression.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (partial / EVIDENCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         card = _card(pipe, folder.name, source, recipe, plans, partial)
         (partial / "README.md").write_text(model_card(card), encoding="utf-8")
         shutil.rmtree(former, ignore_errors=True)
@@ -109,7 +111,8 @@ def _passing(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.attar-partial"), folder.with_name(f".{folder.name}.attar-former")
 
 
-def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspace) -> None:
+def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspace) -> list[str]:
+    """Returns the files of the components that were copied as they are."""
     assert source.folder is not None
     transformers, evidence = transformer_components(pipe), pipe.attar_compression.components
     target.mkdir(parents=True)
@@ -123,6 +126,7 @@ def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspa
             files.append(Packed(f"{name}/{OUTSIDE}", ""))
         shards = Shards(source.folder / name)
         write_weights(transformer, files, workspace, shards, target / name, "diffusion_pytorch_model")
+    copied: list[str] = []
     parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
     for name in parts:
         if name in pipe.attar_compression.text_encoders:
@@ -130,9 +134,12 @@ def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspa
             _save_text_encoder(name, pipe.components[name], layers, target, source, workspace)
         elif name not in transformers and (source.folder / name).is_dir():
             shutil.copytree(source.folder / name, target / name)
+            inside = (path for path in (target / name).rglob("*") if path.is_file())
+            copied += [path.relative_to(target).as_posix() for path in inside]
     for name in _COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, target / name)
+    return copied
 
 
 def _save_text_encoder(

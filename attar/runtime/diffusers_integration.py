@@ -20,8 +20,9 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.runtime import attention_backend
+from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
-from attar.runtime.integrity import checksum_metadata, sort_header, verify_files
+from attar.runtime.integrity import header_metadata, sort_header, tensor_checksums, verify_files
 from attar.runtime.layers import packed_layers
 
 
@@ -64,7 +65,7 @@ class AttarQuantizer(DiffusersQuantizer):
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        verify_files(checkpoint_files)
+        verify_files(checkpoint_files, self.quantization_config.to_dict())
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
@@ -122,6 +123,7 @@ class AttarQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         for name, layer in packed_layers(model).items():
             layer.settle(name)
+        align(model)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
         attention_backend.use_fast_attention(model)
@@ -132,7 +134,7 @@ class AttarQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         if any(".base_layer." in name for name in state_dict):
             raise AttarError("a LoRA is attached to the packed model", fix="Unload it before saving")
-        return state_dict, checksum_metadata(state_dict)
+        return state_dict, header_metadata(tensor_checksums(state_dict), self.quantization_config.to_dict())
 
     @property
     def is_serializable(self) -> bool:

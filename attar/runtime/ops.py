@@ -80,7 +80,7 @@ def _reference(
     backend_name(x.device)  # a backend that is forced, and cannot run here, is an error
     y = x
     for kind, own in _steps(transforms, operands):
-        y = TRANSFORMS[kind].apply(y, *own)
+        y = TRANSFORMS[kind].activation_side(y, *own)
     if act_bits is None:
         weight = dequantized(codes, weight_scale, weight_bits, x.shape[-1]).to(x.dtype)
         return F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
@@ -115,7 +115,7 @@ def _fast(
     fused = 0 if act_bits is None else kernels.fusable(steps)
     rows = x.reshape(-1, x.shape[-1])
     for kind, own in steps[: len(steps) - fused]:
-        rows = TRANSFORMS[kind].apply(rows, *own)
+        rows = TRANSFORMS[kind].activation_side(rows, *own)
     if act_bits is None:
         y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits)
     else:
