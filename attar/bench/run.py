@@ -80,7 +80,10 @@ def bench_model(
     """
     measured = [bench_block(block, packed, rounds, device) for block, packed in pairs]
     step, linears = (
-        {name: sum(row["count"] * row[part]["seconds"][name] for row in measured) for name in (BASELINE, PACKED)}
+        {
+            name: sum(row["count"] * row[part]["seconds"][name] for row in measured)
+            for name in (BASELINE, PACKED)
+        }
         for part in ("whole", "linears")
     )
     limit = measure_limit(dtype, rounds, device)
