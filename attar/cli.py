@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import yaml
 from safetensors import SafetensorError
 
 from attar.errors import AttarError
-from attar.files import check_writable, file_error
+from attar.files import check_writable, file_error, named_path
 
 app = typer.Typer(
     help="attar makes generative vision models small and fast.",
@@ -35,18 +36,40 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: float32 on CPU)")]
 Seed = Annotated[int, typer.Option(min=0, max=2**61, help="of noise, selection, rotations and order")]
 NoiseSeed = Annotated[int, typer.Option(min=0, max=2**61, help="of the noise; prompt i uses seed + i")]
-Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt a line")]
+Prompts = Annotated[
+    Path | None, typer.Option(parser=named_path, metavar="FILE", help="text file, one prompt a line")
+]
 Height = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
 Width = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
 Frames = Annotated[int | None, typer.Option(min=1, help="number of frames (default: the model's)")]
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default: the model's)")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from attar import __version__
+
+        print(f"attar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def compress(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="folder of the compressed model")
+        Path | None,
+        typer.Option(
+            "-o", "--output", parser=named_path, metavar="FOLDER", help="folder of the compressed model"
+        ),
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="published name or YAML file; see `attar recipes`")
@@ -60,7 +83,10 @@ def compress(
         list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")
     ] = None,
     prompts: Prompts = None,
-    workspace: Annotated[Path | None, typer.Option(help="folder for resuming (default: OUTPUT.work)")] = None,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(parser=named_path, metavar="FOLDER", help="folder for resuming (default: OUTPUT.work)"),
+    ] = None,
     seed: Seed = 0,
     height: Height = None,
     width: Width = None,
@@ -113,8 +139,8 @@ def compress(
     from attar.workspace import Workspace
 
     target = Path(os.path.realpath(output))
-    place = workspace or target.with_name(f"{target.name}.work")
-    check_destination(target, overwrite, place)
+    place = workspace or Path(f"{target}.work")
+    check_destination(target, overwrite, place, source)
     work = Workspace(place)
     pipe = open_pipeline(source, choice, precision, device)
     plans = {
@@ -146,9 +172,8 @@ def compress(
         print(f"{output}: {chosen.name} {chosen.bits}, block linears {sizes}")
         for name, (before, after) in text.items():
             print(f"{name}: {before / 1e6:.1f} → {after / 1e6:.1f} MB in its files")
-        print(
-            f"resume data in {place} can be deleted; next: attar compare {model} {output} -o {target.name}-report"
-        )
+        following = shlex.join(["attar", "compare", model, str(output), "-o", f"{target.name}-report"])
+        print(f"resume data in {place} can be deleted; next: {following}")
 
 
 @app.command()
@@ -156,7 +181,14 @@ def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Argument(help="one or more sentences")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="an .mp4 file (numbered for several prompts)")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=named_path,
+            metavar="FILE",
+            help="an .mp4 file (numbered for several prompts)",
+        ),
     ] = Path("out.mp4"),
     seed: NoiseSeed = 0,
     steps: Steps = None,
@@ -211,7 +243,16 @@ def compare(
         str, typer.Argument(help="the original: a built-in name, a diffusers folder, or a hub id")
     ],
     compressed: Annotated[str, typer.Argument(help="the folder that `attar compress` wrote")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the report")] = Path("report"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=named_path,
+            metavar="FOLDER",
+            help="folder of the report; one that is there is replaced",
+        ),
+    ] = Path("report"),
     prompts: Prompts = None,
     count: Annotated[int, typer.Option("-n", min=1, help="how many prompts at most")] = 8,
     seed: NoiseSeed = 1000,

@@ -28,11 +28,12 @@ from attar.models.adapter import ModelAdapter
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.progress import Progress, SilentProgress
-from attar.quantize.plan import LayerPlan, plan_layers
+from attar.quantize.plan import LayerPlan, check_rotations, plan_layers
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.layers import packed_layers
 from attar.runtime.transformers_integration import mark_text_encoder
+from attar.settings import transform_settings
 from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
@@ -112,8 +113,9 @@ def run(
     call = plain_arguments(source.call_arguments(**(generation or {})))
     check_pool(recipe, chosen_prompts, call)
     check_seed(seed)
-    for name, transformer in components.items():
-        check_finite(name, transformer)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            check_finite(name, part)
     workspace.claim(
         {
             "recipe": recipe.model_dump(mode="json"),
@@ -160,6 +162,7 @@ def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
     bits = recipe.quantize
     plan = plan_layers(inside, adapter.outside_linears(), bits.weights, bits.acts, bits.roles)
+    check_rotations(plan, transform_settings(recipe))
     if all(layer.skipped for layer in plan):
         raise AttarError(
             "the recipe keeps every layer in full precision", where="quantize.roles", fix="Skip fewer"
@@ -218,9 +221,9 @@ def plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
         raise AttarError(f"a generation argument cannot be stored as JSON: {error}") from error
 
 
-def check_finite(name: str, transformer: nn.Module) -> None:
-    """Raises AttarError for the first parameter that is not finite."""
-    for key, parameter in weights_of(transformer).tensors():
+def check_finite(name: str, part: nn.Module) -> None:
+    """Raises AttarError for the first weight of a component that is not finite; streamed ones are read once for it."""
+    for key, parameter in weights_of(part).tensors():
         if not bool(torch.isfinite(parameter).all()):
             raise AttarError(
                 "a weight is not finite", where=f"{name}.{key}", fix="Check the model before compressing"

@@ -52,6 +52,7 @@ ALLOWED = {
         "progress",
         "recipe",
         "runtime",
+        "settings",
         "text_encoder",
         "workspace",
     },
