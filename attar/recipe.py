@@ -42,6 +42,13 @@ class Select(_Stage):
     count: int = Field(default=40, ge=1, description="calibration samples M")
     features: str = Field(default="latent", description="what C_quant is computed on")
     norm: Literal["spectral", "frobenius"] = "spectral"
+    neighbour: Literal["next", "previous"] = Field(
+        default="next",
+        description="C_diff's x_(t-1): the latents that a step gives, or those that the one before got",
+    )
+    normalise: Literal["min_max", "rank"] = Field(
+        default="min_max", description="both scores before their product; rank is robust to one large value"
+    )
     cap_per_prompt: int | None = Field(default=None, ge=1)
     cap_per_step: int | None = Field(default=None, ge=1)
 
@@ -65,6 +72,11 @@ class Quantize(_Stage):
     acts: int = Field(
         default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
     )
+    group_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="input channels to a scale in weight-only layers; null for one per channel",
+    )
     roles: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
@@ -77,6 +89,11 @@ class Quantize(_Stage):
     order: Literal["scale_then_rotate", "rotate_then_scale"] = "scale_then_rotate"
     weight_clip: bool = True
     act_clip: bool = True
+    clip_start: float = Field(default=4.0, description="clipping factors start at the sigmoid of it: 0.982")
+    stats_ema: float | None = Field(
+        default=None, ge=0, lt=1,
+        description="momentum of the channels' maxima over the samples; null for their maximum",
+    )  # fmt: skip
 
     @field_validator("weights", "acts")
     @classmethod
@@ -110,6 +127,10 @@ class Reconstruct(_Stage):
     loss: Literal["token_weighted", "mse"] = "token_weighted"
     lambda_min: float = Field(default=0.5, gt=0)
     lambda_max: float = Field(default=1.0, gt=0)
+    lambda_over: Literal["joint", "stream"] = Field(
+        default="joint",
+        description="tokens among which λ is normalised: text and video together, or each alone",
+    )
     cap_quantile: float | None = Field(default=None, gt=0, le=1)
     propagate: Literal["fp", "quant"] = Field(
         default="fp", description="what the next block is calibrated on"

@@ -44,10 +44,22 @@ class Study:
     outliers: bool = False
 
 
+# Settings that are younger than the first cells: at these values a recipe does what it did before it had them.
+LATER = {
+    "select": {"neighbour": "next", "normalise": "min_max"},
+    "quantize": {"clip_start": 4.0},
+    "reconstruct": {"lambda_over": "joint"},
+}
+
+
 def digest(recipe: Recipe, *without: str) -> str:
     """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
     unsaid = {"name", "summary", "notes", "paper", *without}
-    text = json.dumps(recipe.model_dump(exclude=unsaid, exclude_none=True), sort_keys=True)
+    content = recipe.model_dump(exclude=unsaid, exclude_none=True)
+    for stage, former in LATER.items():
+        if stage in content:
+            content[stage] = {k: v for k, v in content[stage].items() if k not in former or v != former[k]}
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -63,6 +63,7 @@ ALLOWED = {
         "models",
         "recipe",
         "runtime",
+        "settings",
         "stored",
         "text_encoder",
         "workspace",

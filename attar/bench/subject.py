@@ -92,7 +92,7 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     module = copy.deepcopy(block.dense)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
     bits = recipe.quantize
-    plans = plan_layers(block.linears, [], bits.weights, bits.acts, bits.roles)
+    plans = plan_layers(block.linears, [], bits.weights, bits.acts, bits.roles, bits.group_size)
 
     def run(call: BlockCall) -> dict[str, Tensor]:
         return run_block(module, call, block.outputs)
