@@ -157,6 +157,21 @@ OUTLIERS = replace(
     outliers=True,
 )
 
+WEIGHT_ONLY = Study(
+    "weight-only",
+    "What do rotations, learning and GPTQ give where activations stay in floating point?",
+    ((4, 16), (3, 16)),
+    (
+        Method("round to nearest", "rtn"),
+        Method("SmoothQuant", "smoothquant"),
+        Method("Hadamard (QuaRot-style)", "hadamard"),
+        Method("attar-ptq (default)", "attar-ptq"),
+        Method("round to nearest, groups of 64", "rtn", {"quantize.group_size": 64}),
+        Method("attar-ptq, groups of 64", "attar-ptq", {"quantize.group_size": 64}),
+    ),
+    prompts=0,
+)
+
 POLICIES = (
     "salient", "salient_stratified", "last_steps", "random", "uniform_steps", "one_prompt_all_steps",
     "few_prompts_all_steps", "few_prompts_random_steps", "change", "amplification", "lowest",
@@ -221,5 +236,6 @@ ACCURACY = Study(
 )
 
 STUDIES = {
-    study.name: study for study in (MAIN, LADDER, OUTLIERS, ACCURACY, SELECTION, DISTILLATION, LEARNING)
+    study.name: study
+    for study in (MAIN, LADDER, OUTLIERS, ACCURACY, WEIGHT_ONLY, SELECTION, DISTILLATION, LEARNING)
 }

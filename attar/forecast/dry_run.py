@@ -58,7 +58,7 @@ def forecast_job(
         "recipe": recipe.name,
         "bits": recipe.bits,
         "layers": [_row(name, plan) for name, part in {**plans, **text}.items() for plan in part],
-        "rows": [vars(row) for row in plan_rows(plans)],
+        "rows": [vars(row) for row in plan_rows(plans, recipe)],
         "bytes": {
             **planned_sizes(components, plans, recipe, _stored(components, source)),
             "text_encoders": text_encoder_bytes(pipe, text, source),

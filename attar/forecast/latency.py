@@ -72,26 +72,23 @@ def quantized_counts(
             continue
         width = plan.in_features
         calls = operation.weights / max(1.0, _dense_bytes(plan, operation))
-        packed = (
-            calls
-            * plan.out_features
-            * (packed_width(width, plan.weight_bits) + 4 * group_count(width, plan.group_size))
-        )
+        row = packed_width(width, plan.weight_bits) + 4 * group_count(width, plan.group_size)
+        packed = calls * plan.out_features * row
         inputs = operation.read - operation.weights
         format = execution_format(plan, hardware, operation.format)
         transformed = not plan.plain and (transforms.scale or transforms.rotation != "none")
         if plan.act_bits is not None or transformed:
-            bytes_each = inputs / max(1.0, operation.rows * width)
-            codes = operation.rows * width * bytes_each
+            written = inputs
             if plan.act_bits is not None:
-                codes = operation.rows * (width * {"int4": 0.5, "int8": 1.0}.get(format, bytes_each) + 4)
+                bits = {"int4": 0.5, "int8": 1.0}.get(format, inputs / max(1.0, operation.rows * width))
+                written = operation.rows * (width * bits + 4)
             found.append(
                 replace(
-                    operation, part="transform", role="quantize", read=inputs, written=codes, weights=0.0,
+                    operation, part="transform", role="quantize", read=inputs, written=written, weights=0.0,
                     flops=operation.rows * _transform_flops(width, transforms),
                 )
             )  # fmt: skip
-            inputs = codes
+            inputs = written
         found.append(replace(operation, format=format, read=inputs + packed, weights=packed))
     return Counts(tuple(found), counts.blocks)
 

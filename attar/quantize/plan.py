@@ -150,10 +150,7 @@ def _plan(
     elif weights == KEEP:
         reason = "16 bits asked for"
     elif linear.role == "modulation":
-        acts, reason = (
-            None,
-            "modulation: one token steers all others, so activations stay in floating point, weights rounded",
-        )
+        acts, reason = None, "modulation: one token steers all others, so activations stay in floating point"
     if chosen:
         weights, acts = chosen.get("weights", weights), chosen.get("acts", acts)
         # An override of a skipped layer's activations alone must not quantize it, so `weights` decides.
