@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.learning_step
 
-A block of digits-video learns by the recipe s2q-vdit in turns on the backends `reference` and `cpu`. Printed are medians:
-of the steps, of the evaluations between epochs for one sample, and of the parts of a step, each run forwards and backwards
-by itself for the weight and the input of every linear.
+A block of digits-video learns by the recipe s2q-vdit in turns on the backends `reference` and `cpu`. Printed are
+medians: of the steps, of the evaluations between epochs for one sample, and of the parts of a step, each run forwards
+and backwards by itself for the weight and the input of every linear.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -90,7 +91,7 @@ class Subject:
             loss=lambda prediction, target, _: mse(prediction, target),
             progress=lambda epoch, *_: times.append((epoch, time.process_time() * 1e3)),
         )  # fmt: skip
-        pairs = list(zip(times, times[1:], strict=False))
+        pairs = list(itertools.pairwise(times))
         steps = [end - start for (before, start), (epoch, end) in pairs if epoch == before]
         turns = [end - start for (before, start), (epoch, end) in pairs if epoch != before]
         return steps, [(turn - median(steps)) / SAMPLES for turn in turns]  # an evaluation and a step
@@ -173,7 +174,9 @@ def main() -> None:
             for part in linears[0]:
                 rows.setdefault(part, {})[name] = sum(milliseconds(linear[part]) for linear in linears)
     stream = next(iter(subject.calls[0].streams.values()))
-    print(f"block {subject.block.name} of digits-video, {tuple(stream.shape)}, {torch.get_num_threads()} threads")
+    print(
+        f"block {subject.block.name} of digits-video, {tuple(stream.shape)}, {torch.get_num_threads()} threads"
+    )
     for name in BACKENDS:
         with use_backend(name):
             print(f"  {backend_description()}")

@@ -137,7 +137,7 @@ def test_impossible_wishes(cli, models, small, tmp_path):
         attar.compress(pipe, "rtn", overrides={"text_encoder.weights": 4})
 
 
-@pytest.mark.parametrize("how", ["altered", "tensor gone"])
+@pytest.mark.parametrize("how", ["altered", "tensor gone", "not finite"])
 def test_damage_is_found_while_loading(small, tmp_path, how):
     import shutil
 
@@ -149,7 +149,11 @@ def test_damage_is_found_while_loading(small, tmp_path, how):
         path.write_bytes(content)
     else:
         tensors = load_file(path)
-        tensors.pop("encoder.block.0.layer.0.SelfAttention.q.codes")
+        if how == "tensor gone":
+            tensors.pop("encoder.block.0.layer.0.SelfAttention.q.codes")
+        else:
+            tensors["encoder.block.0.layer.0.SelfAttention.q.weight_scale"][1] = float("nan")
         save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(AttarError, match=r"checksum mismatch|is missing"):
+    said = {"altered": "checksum mismatch", "tensor gone": "is missing", "not finite": "not finite and positive"}
+    with pytest.raises(AttarError, match=said[how]):
         UMT5EncoderModel.from_pretrained(folder)

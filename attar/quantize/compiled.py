@@ -1,6 +1,6 @@
 """Fake quantization and Kronecker rotations by the compiled kernels of the runtime, with their gradients.
 
-They do in one pass over the rows what takes PyTorch a dozen, and make a training step on CPU about twice as fast.
+They do in one pass over the rows what takes PyTorch a dozen (`python -m benchmarks.learning_step` measures it).
 The functions of `formats` and `transforms` choose them by `compiled_for`, and are the definition of what they
 compute: fake quantization bit for bit, rotations and gradients up to the order of sums.
 """
@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from attar.runtime.backend import backend_name
 from attar.runtime.cpu import learning
-
 
 LARGEST_CAYLEY = 128  # beyond that width LAPACK's blocked inverse is faster
 
@@ -63,7 +62,8 @@ class KroneckerRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         needs_x, *needs_factors = ctx.needs_input_grad
-        return learning.kronecker_backward(grad.contiguous(), *ctx.saved_tensors, needs_x, any(needs_factors))
+        x, left, right = ctx.saved_tensors
+        return learning.kronecker_backward(grad.contiguous(), x, left, right, needs_x, any(needs_factors))
 
 
 class CayleyMatrices(torch.autograd.Function):

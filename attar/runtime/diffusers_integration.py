@@ -11,7 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_module_tensor_to_device
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers import auto
@@ -122,9 +121,6 @@ class AttarQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         for name, layer in packed_layers(model).items():
             layer.settle(name)
-            scale = layer.weight_scale
-            if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise AttarError("the weight scales are not finite and positive", where=name)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
         return model

@@ -17,6 +17,7 @@ from attar.models.block import BlockCall, run_block
 from attar.recipe import load_recipe
 from benchmarks.peers.competitors import Competitor, Task
 from benchmarks.peers.quality import linear_bytes
+from benchmarks.store import failure
 
 BASELINE = "bf16"
 
@@ -59,8 +60,7 @@ def measure_speed(
         try:
             ready[competitor.name] = _prepare(competitor, shape, tokens)
         except Exception as error:  # a failure is a result too
-            text = " ".join(str(error).split())
-            found[competitor.name] = {"error": f"{type(error).__name__}: {text[:300]}"}
+            found[competitor.name] = failure(error)
     seconds = interleave({name: r.run for name, r in ready.items()}, rounds)
     for name, values in seconds.items():
         found[name] = {"seconds": median(values), "bytes": ready[name].bytes}

@@ -22,7 +22,9 @@ except AttarError as error:
     pytest.skip(f"no kernels: {error.what}", allow_module_level=True)
 
 seeds, levels = st.integers(0, 2**31 - 1), st.sampled_from(LEVELS)
-FACTORS = st.sampled_from([(0.98, 0.97), (0.3, 0.9), (1.0, 1.0), (0.0, 0.5), (1.4, 1.1), (-0.4, 0.6), (0.5, -0.3)])
+FACTORS = st.sampled_from(
+    [(0.98, 0.97), (0.3, 0.9), (1.0, 1.0), (0.0, 0.5), (1.4, 1.1), (-0.4, 0.6), (0.5, -0.3)]
+)
 KINDS = ("normal", "zero", "positive", "negative", "tied", "outlier", "tiny", "constant")
 
 
@@ -81,7 +83,7 @@ def test_fake_quantization_is_the_definition_bit_for_bit(
     size = upstream.abs().sum(-1, keepdim=True) * (1 + x.abs() / x.abs().amax(-1, keepdim=True).clamp(min=1))
     assert ((grads[0] - expected_grads[0]).abs() <= 1e-5 * size * max(1, max(map(abs, factors)))).all()
     scale = upstream.abs().sum(-1) * x.abs().amax(-1)
-    error = (grads[1].flatten(1) - expected_grads[1].flatten(1)).abs()
+    error = (grads[1] - expected_grads[1].view_as(grads[1])).abs().reshape(2, -1)
     assert (error <= 1e-5 * (scale if per_row else scale.sum())).all()
 
 
@@ -137,15 +139,13 @@ def test_kronecker_rotation_and_its_gradients_are_those_of_float64(
             for t, w in zip((x, *factors), wanted, strict=True)
         ]
         y = apply_kronecker(*leaves)
-        return y.detach(), *torch.autograd.grad(
-            y, [t for t in leaves if t.requires_grad], upstream.to(dtype)
-        )
+        return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], upstream.to(dtype))
 
     with use_backend("cpu"), library().use_kernels(level):
         found = run(torch.float32)
     for ours, exact in zip(found, run(torch.float64), strict=True):
         assert ours.dtype == torch.float32 and ours.shape == exact.shape
-        assert (ours - exact).norm() <= 1e-5 * exact.norm()
+        assert (ours - exact).norm() <= 1e-5 * max(exact.norm(), x.numel() ** 0.5)  # a sum may cancel
 
 
 @given(seed=seeds, level=levels, count=st.integers(1, 3), n=st.integers(1, 40), size=st.floats(0, 3))
@@ -205,7 +205,9 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(before)
     for other in results[1:]:
         # The clipping factors of all rows are summed by torch.
-        assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(results[0], other, strict=True)) if i != 2)
+        assert all(
+            torch.equal(a, b) for i, (a, b) in enumerate(zip(results[0], other, strict=True)) if i != 2
+        )
         assert torch.allclose(results[0][2], other[2], rtol=1e-5)
 
 
@@ -219,6 +221,8 @@ def test_the_kernels_are_left_out_where_they_cannot_run(monkeypatch):
     with use_backend("reference"):
         assert not compiled_for(x)
     assert fake_quantize_tokens(x[:0], 4).shape == (0, 8)
+    with use_backend("cpu"), pytest.raises(AttarError, match="does not fit rows of 8"):
+        apply_kronecker(x, torch.eye(3), torch.eye(3))
 
     def missing():
         raise AttarError("no C++ compiler was found")

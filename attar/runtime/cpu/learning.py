@@ -11,6 +11,7 @@ from ctypes import Structure, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from attar.errors import AttarError
 from attar.runtime.cpu.library import check_memory, library
 
 _PART, _PARTS = 64, 256  # rows whose gradients are summed in one go at least, and the most such sums
@@ -120,6 +121,8 @@ def kronecker_backward(
 
 
 def _kronecker_call(x: Tensor, left: Tensor, right: Tensor) -> _Kronecker:
+    if left.ndim != 2 or right.ndim != 2 or x.shape[-1] ** 2 != left.numel() * right.numel():
+        raise AttarError(f"{tuple(left.shape)} ⊗ {tuple(right.shape)} does not fit rows of {x.shape[-1]}")
     rows = x.numel() // x.shape[-1]
     return _Kronecker(
         x=x.data_ptr(),

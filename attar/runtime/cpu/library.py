@@ -49,8 +49,8 @@ class Library:
         code.attar_kernels.restype = c_char_p
         code.attar_linear.argtypes = [POINTER(_Linear), c_int]
         code.attar_dequantize.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int32, c_int, c_int]
-        for name in ("attar_fake_quantize", "attar_fake_quantize_backward", "attar_kronecker", "attar_cayley"):
-            getattr(code, name).argtypes = [c_void_p, c_int]
+        for name in ("fake_quantize", "fake_quantize_backward", "kronecker", "cayley"):
+            getattr(code, f"attar_{name}").argtypes = [c_void_p, c_int]
         code.attar_fake_quantize.restype = code.attar_fake_quantize_backward.restype = None
         self.code = code
         names = ((code.attar_kernels(level), level) for level in range(8))
