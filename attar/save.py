@@ -149,11 +149,9 @@ def plan_rows(plans: dict[str, list[LayerPlan]], recipe: Recipe) -> list[PlanRow
     rows: dict[tuple[str, str, str | None, str | None], list[int]] = {}
     for name, plan in plans.items():
         for layer in plan:
-            bits = "kept" if layer.skipped else f"W{layer.weight_bits}A{layer.act_bits or 16}"
-            bits += f"g{layer.group_size}" if layer.group_size else ""
             treatment = ", ".join(settings.treatment(layer)) or None
             role = layer.role if len(plans) == 1 else f"{name}: {layer.role}"
-            count = rows.setdefault((role, bits, layer.reason, treatment), [0, 0])
+            count = rows.setdefault((role, layer.bits, layer.reason, treatment), [0, 0])
             count[0] += 1
             count[1] += layer.in_features * layer.out_features
     return [PlanRow(role, bits, n, size, *why) for (role, bits, *why), (n, size) in rows.items()]

@@ -154,6 +154,10 @@ def test_damage_is_found_while_loading(small, tmp_path, how):
         else:
             tensors["encoder.block.0.layer.0.SelfAttention.q.weight_scale"][1] = float("nan")
         save_file(tensors, path, {"format": "pt"})
-    said = {"altered": "checksum mismatch", "tensor gone": "is missing", "not finite": "not finite and positive"}
+    said = {
+        "altered": "checksum mismatch",
+        "tensor gone": "is missing",
+        "not finite": "not finite and positive",
+    }
     with pytest.raises(AttarError, match=said[how]):
         UMT5EncoderModel.from_pretrained(folder)

@@ -70,7 +70,7 @@ def forecast_job(
 def _row(component: str, plan: LayerPlan) -> dict[str, Any]:
     return {
         "component": component, "name": plan.name, "role": plan.role, "weights": plan.weight_bits,
-        "acts": plan.act_bits, "reason": plan.reason,
+        "acts": plan.act_bits, "bits": plan.bits, "reason": plan.reason,
     }  # fmt: skip
 
 
@@ -229,8 +229,7 @@ def forecast_text(result: dict[str, Any]) -> str:
 
     rows = [("layer", "role", "bits", "why")]
     for row in result["layers"]:
-        bits = "kept" if row["weights"] is None else f"W{row['weights']}A{row['acts'] or 16}"
-        rows.append((f"{row['component']}.{row['name']}", row["role"], bits, row["reason"] or ""))
+        rows.append((f"{row['component']}.{row['name']}", row["role"], row["bits"], row["reason"] or ""))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     lines = ["  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in rows]
     sizes = result["bytes"]

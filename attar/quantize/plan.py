@@ -57,6 +57,15 @@ class LayerPlan:
     def skipped(self) -> bool:
         return self.weight_bits is None
 
+    @property
+    def bits(self) -> str:
+        """ "kept", "W4A6", "W4A16", or "W4A16g64" with a scale for 64 input channels."""
+        if self.skipped:
+            return "kept"
+        return f"W{self.weight_bits}A{self.act_bits or KEEP}" + (
+            f"g{self.group_size}" if self.group_size else ""
+        )
+
 
 @dataclass(frozen=True)
 class Forecast:
