@@ -98,8 +98,9 @@ def _time_and_memory(
     settings = block_settings(recipe)
     epochs = settings.learning.epochs if settings.learning else 0
     learn, peaks, measured = 0.0, [], [f"one denoising step ({step_seconds:.3g} s)"]
-    for (name, block), blocks in _kinds(components, plans, first).items():
-        adapter = ModelAdapter.of(components[name])
+    adapters = {name: ModelAdapter.of(part) for name, part in components.items()}
+    for (name, block), blocks in _kinds(adapters, plans, first).items():
+        adapter = adapters[name]
         adapter.observe(branches[0])
         samples = catch_samples(components[name], adapter, block, [branches])
         with weights_of(components[name]).opened(block.module):
@@ -123,13 +124,13 @@ def _time_and_memory(
 
 
 def _kinds(
-    components: Mapping[str, nn.Module], plans: Mapping[str, list[LayerPlan]], first: str
+    adapters: Mapping[str, ModelAdapter], plans: Mapping[str, list[LayerPlan]], first: str
 ) -> dict[tuple[str, Block], int]:
     """(component, one block) of each kind -> how many there are; of the component `first` where that has one."""
     kinds: dict[Any, tuple[str, Block]] = {}
     counts: Counter[Any] = Counter()
-    for name in sorted(components, key=lambda name: name != first):
-        for block in ModelAdapter.of(components[name]).blocks:
+    for name in sorted(adapters, key=lambda name: name != first):
+        for block in adapters[name].blocks:
             planned = _planned(block, plans[name]).items()
             alike = tuple((path, dataclasses.replace(plan, name="")) for path, plan in planned)
             kind = type(block.module), alike

@@ -17,7 +17,7 @@ from attar.runtime.layers import packed_layers
 
 PLAIN = BlockSettings(TransformSettings(scale=False, rotation="none"), weight_clip=False, act_clip=False)
 LEARNED = BlockSettings(TransformSettings(), learning=ReconstructionSettings(epochs=3), gptq_damping=0.01)
-KINDS = {"channel scale": "channel_scale"}
+KINDS = {"channel scale": "channel_scale", "orthogonal": "dense"}
 
 
 def quantized(name, settings, acts=16, weights=4, group=None, overrides=None):
