@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "pieces.h"
 
 namespace attar {
 
@@ -42,11 +43,6 @@ constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activatio
 constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
 
 thread_local Buffer shared_buffer, own_buffer;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One block of rows: [first, first + rows) of x, whose codes, scales and offsets are in the shared buffer.
 struct Block {
