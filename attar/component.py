@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attar.calibration.catch import catch_block_calls
 from attar.calibration.score import score_candidates
-from attar.calibration.select import ScoreTable, select
+from attar.calibration.select import ScoreTable, select, selection_histogram
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.losses import (
@@ -45,6 +45,8 @@ from attar.stored import (
 from attar.workspace import Workspace
 
 Calls = list[BlockCall]
+
+LAMBDA_PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
 
 class ComponentJob:
@@ -82,6 +84,7 @@ class ComponentJob:
                 "policy": self.recipe.select.policy,
                 "table": vars(table),
                 "chosen": chosen,
+                "histogram": selection_histogram(table, chosen),
             }
             calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in chosen]
             self.adapter.observe(calls[0][0])
@@ -161,7 +164,8 @@ class ComponentJob:
             with self.progress.task(f"{self.name}: score candidates", 1) as advance:
                 table = score_candidates(
                     self.store, list(range(prompts)), self.name, self.adapter,
-                    features=chosen_by.features, norm=chosen_by.norm,
+                    features=chosen_by.features, norm=chosen_by.norm, neighbour=chosen_by.neighbour,
+                    normalise=chosen_by.normalise,
                     progress=lambda done, total: advance(done / total, f"{done} of {total}"),
                 )  # fmt: skip
             try:
@@ -260,6 +264,7 @@ class ComponentJob:
                     "low": learned.lambda_min,
                     "high": learned.lambda_max,
                     "cap_quantile": learned.cap_quantile,
+                    "over": learned.lambda_over,
                 }
                 contexts.append(joint_token_weights(found, **options) if found else {})
                 if found:
@@ -271,7 +276,7 @@ class ComponentJob:
         return (
             targets,
             contexts,
-            {"curve": curve, "weights": weight_percentiles(weights, (5, 25, 50, 75, 95))},
+            {"curve": curve, "weights": weight_percentiles(weights, LAMBDA_PERCENTILES)},
         )
 
     def _file(self, index: int) -> str:

@@ -161,7 +161,9 @@ def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     adapter = ModelAdapter.of(transformer)
     inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
     bits = recipe.quantize
-    plan = plan_layers(inside, adapter.outside_linears(), bits.weights, bits.acts, bits.roles)
+    plan = plan_layers(
+        inside, adapter.outside_linears(), bits.weights, bits.acts, bits.roles, bits.group_size
+    )
     check_rotations(plan, transform_settings(recipe))
     if all(layer.skipped for layer in plan):
         raise AttarError(

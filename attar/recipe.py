@@ -10,7 +10,8 @@ such as {"quantize.acts": 4}.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -38,10 +39,17 @@ class Trace(_Stage):
 class Select(_Stage):
     """Which candidates become calibration samples."""
 
-    policy: str = "salient"
+    policy: str = Field(default="salient", description="see docs/recipes.md")
     count: int = Field(default=40, ge=1, description="calibration samples M")
     features: str = Field(default="latent", description="what C_quant is computed on")
-    norm: Literal["spectral", "frobenius"] = "spectral"
+    norm: Literal["spectral", "frobenius"] = Field(default="spectral", description="of C_quant")
+    neighbour: Literal["next", "previous"] = Field(
+        default="next",
+        description="C_diff's x_(t-1): the latents that a step gives, or those that the one before got",
+    )
+    normalise: Literal["min_max", "rank"] = Field(
+        default="min_max", description="both scores before their product; rank is robust to one large value"
+    )
     cap_per_prompt: int | None = Field(default=None, ge=1)
     cap_per_step: int | None = Field(default=None, ge=1)
 
@@ -65,18 +73,28 @@ class Quantize(_Stage):
     acts: int = Field(
         default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
     )
+    group_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="input channels to a scale in weight-only layers; null for one per channel",
+    )
     roles: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
     )
     scale: bool = Field(default=True, description="channel scale c, started by SmoothQuant's rule")
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of that rule")
     rotation: Literal["none", "hadamard", "kronecker", "orthogonal"] = "kronecker"
     affine: bool = Field(default=False, description="let a Kronecker rotation stretch as well")
     rotation_init: Literal["auto", "hadamard", "random_orthogonal", "identity"] = "auto"
     order: Literal["scale_then_rotate", "rotate_then_scale"] = "scale_then_rotate"
     weight_clip: bool = True
     act_clip: bool = True
+    clip_start: float = Field(default=4.0, description="clipping factors start at the sigmoid of it: 0.982")
+    stats_ema: float | None = Field(
+        default=None, ge=0, lt=1,
+        description="momentum of the channels' maxima over the samples; null for their maximum",
+    )  # fmt: skip
 
     @field_validator("weights", "acts")
     @classmethod
@@ -103,14 +121,22 @@ class Reconstruct(_Stage):
     clip_lr: float = Field(default=5e-2, gt=0)
     eta_min_ratio: float = Field(default=1e-3, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
-    normalise_loss: bool = False
+    normalise_loss: bool = Field(default=False, description="divide each loss by its own value")
     train_scale: bool = True
     train_rotation: bool = True
     train_clip: bool = True
     loss: Literal["token_weighted", "mse"] = "token_weighted"
-    lambda_min: float = Field(default=0.5, gt=0)
+    lambda_min: float = Field(
+        default=0.5, gt=0, description="weight of the token that receives least attention"
+    )
     lambda_max: float = Field(default=1.0, gt=0)
-    cap_quantile: float | None = Field(default=None, gt=0, le=1)
+    lambda_over: Literal["joint", "stream"] = Field(
+        default="joint",
+        description="tokens among which λ is normalised: text and video together, or each alone",
+    )
+    cap_quantile: float | None = Field(
+        default=None, gt=0, le=1, description="cut the attention mass there, against attention sinks"
+    )
     propagate: Literal["fp", "quant"] = Field(
         default="fp", description="what the next block is calibrated on"
     )
@@ -169,7 +195,20 @@ class Recipe(_Stage):
         return f"W{self.quantize.weights}A{self.quantize.acts}"
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        """Every key with its value, and as a comment what it means."""
+        return "".join(_commented(self))
+
+
+def _commented(stage: _Stage, indent: str = "") -> Iterator[str]:
+    for name, field in type(stage).model_fields.items():
+        value = getattr(stage, name)
+        if isinstance(value, _Stage):
+            yield f"{indent}{name}:\n"
+            yield from _commented(value, indent + "  ")
+            continue
+        text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
+        comment = f"  # {field.description}" if field.description and "\n" not in text else ""
+        yield textwrap.indent(text, indent) + comment + "\n"
 
 
 DEFAULT_RECIPE = "attar-ptq"

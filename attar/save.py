@@ -28,6 +28,7 @@ from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe, changed_settings
 from attar.runtime.integrity import EVIDENCE, file_checksums
 from attar.runtime.layers import packed_layers
+from attar.settings import block_settings
 from attar.stored import OUTSIDE, block_file
 from attar.text_encoder import packed_config
 from attar.workspace import Workspace
@@ -110,7 +111,7 @@ def save_compressed(
         content["changed_settings"] = changed_settings(recipe)
         content["copied"] = file_checksums(partial, copied)
         for name, part in content["components"].items():
-            part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
+            part["plan"] = [vars(row) for row in plan_rows({name: plans[name]}, recipe)]
         (partial / EVIDENCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         card = _card(pipe, folder.name, source, recipe, plans, partial)
         (partial / "README.md").write_text(model_card(card), encoding="utf-8")
@@ -175,17 +176,18 @@ def _save_text_encoder(
     write_weights(encoder, files, workspace, Shards(source.folder / name), target / name, "model")
 
 
-def plan_rows(plans: dict[str, list[LayerPlan]]) -> list[PlanRow]:
+def plan_rows(plans: dict[str, list[LayerPlan]], recipe: Recipe) -> list[PlanRow]:
     """Layers that are treated alike, counted."""
-    rows: dict[tuple[str, str, str | None], list[int]] = {}
+    settings = block_settings(recipe)
+    rows: dict[tuple[str, str, str | None, str | None], list[int]] = {}
     for name, plan in plans.items():
         for layer in plan:
-            bits = "kept" if layer.skipped else f"W{layer.weight_bits}A{layer.act_bits or 16}"
+            treatment = ", ".join(settings.treatment(layer)) or None
             role = layer.role if len(plans) == 1 else f"{name}: {layer.role}"
-            count = rows.setdefault((role, bits, layer.reason), [0, 0])
+            count = rows.setdefault((role, layer.bits, layer.reason, treatment), [0, 0])
             count[0] += 1
             count[1] += layer.in_features * layer.out_features
-    return [PlanRow(role, bits, n, size, reason) for (role, bits, reason), (n, size) in rows.items()]
+    return [PlanRow(role, bits, n, size, *why) for (role, bits, *why), (n, size) in rows.items()]
 
 
 def linear_bytes(pipe: Any, plans: dict[str, list[LayerPlan]]) -> tuple[int, int]:
@@ -220,7 +222,6 @@ def _card(
     }
     if recipe.needs_data and recipe.select is not None:
         settings |= {"calibration samples": recipe.select.count, "selection": recipe.select.policy}
-    settings |= {"rotation": recipe.quantize.rotation, "rounding": recipe.rounding.method}
     if recipe.text_encoder is not None:
         settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
     settings |= {
@@ -233,7 +234,7 @@ def _card(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
         pipeline_tag="text-to-video" if video else "text-to-image",
         fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
-        call=call, settings=settings, sizes=sizes, plan=plan_rows(plans), license=_license(source),
+        call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), license=_license(source),
         example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
     )  # fmt: skip
 

@@ -24,7 +24,8 @@ def block_settings(recipe: Recipe) -> BlockSettings:
             eta_min_ratio=r.eta_min_ratio, weight_decay=r.weight_decay, normalise_loss=r.normalise_loss,
         )  # fmt: skip
     return BlockSettings(
-        transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip, learning=learning,
+        transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip,
+        clip_start=q.clip_start, stats_ema=q.stats_ema, learning=learning,
         train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
         train_clip=r is not None and r.train_clip,
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,

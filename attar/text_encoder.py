@@ -19,7 +19,7 @@ from attar.models.weights import weights_of
 from attar.progress import Progress
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import LayerPlan, forecast
+from attar.quantize.plan import LayerPlan, fitting_group, forecast
 from attar.recipe import Recipe, TextEncoder
 from attar.runtime.layers import packed_layers
 from attar.stored import block_file, read_layers, restore_block, save_block
@@ -59,15 +59,13 @@ def _plan(component: str, encoder: nn.Module, settings: TextEncoder) -> list[Lay
     for unit in layer_names(encoder):
         for path, linear in encoder.get_submodule(unit).named_modules():
             if isinstance(linear, nn.Linear):
-                whole = settings.group_size is None or linear.in_features % settings.group_size != 0
-                reason = "text encoder: weights only"
-                if whole and settings.group_size is not None:
-                    reason += f", one scale a channel, as {settings.group_size} does not divide the width"
+                groups, note = fitting_group(linear.in_features, settings.group_size)
+                reason = ", ".join(filter(None, ("text encoder: weights only", note)))
                 plans.append(
                     LayerPlan(
                         f"{unit}.{path}", f"text.{path.rpartition('.')[2]}", settings.weights, None, reason,
                         linear.in_features, linear.out_features, linear.bias is not None,
-                        None if whole else settings.group_size,
+                        groups, plain=True,
                     )
                 )  # fmt: skip
     if not plans:

@@ -52,10 +52,22 @@ class Study:
     needs: str = "block_errors"
 
 
+# Settings that are younger than the first cells: at these values a recipe does what it did before it had them.
+LATER = {
+    "select": {"neighbour": "next", "normalise": "min_max"},
+    "quantize": {"clip_start": 4.0},
+    "reconstruct": {"lambda_over": "joint"},
+}
+
+
 def digest(recipe: Recipe, *without: str) -> str:
     """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
     unsaid = {"name", "summary", "notes", "paper", *without}
-    text = json.dumps(recipe.model_dump(exclude=unsaid, exclude_none=True), sort_keys=True)
+    content = recipe.model_dump(exclude=unsaid, exclude_none=True)
+    for stage, former in LATER.items():
+        if stage in content:
+            content[stage] = {k: v for k, v in content[stage].items() if k not in former or v != former[k]}
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -155,6 +167,21 @@ OUTLIERS = replace(
     outliers=True,
 )
 
+WEIGHT_ONLY = Study(
+    "weight-only",
+    "What do rotations, learning and GPTQ give where activations stay in floating point?",
+    ((4, 16), (3, 16)),
+    (
+        Method("round to nearest", "rtn"),
+        Method("SmoothQuant", "smoothquant"),
+        Method("Hadamard (QuaRot-style)", "hadamard"),
+        Method("attar-ptq (default)", "attar-ptq"),
+        Method("round to nearest, groups of 64", "rtn", {"quantize.group_size": 64}),
+        Method("attar-ptq, groups of 64", "attar-ptq", {"quantize.group_size": 64}),
+    ),
+    prompts=0,
+)
+
 CLIPPING = Study(
     "clipping",
     "Does learned clipping help on top of a fixed rotation, and where? (5 epochs)",
@@ -233,5 +260,8 @@ ACCURACY = Study(
 
 STUDIES = {
     study.name: study
-    for study in (MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, SELECTION, DISTILLATION, LEARNING)
+    for study in (
+        *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
+        *(SELECTION, DISTILLATION, LEARNING),
+    )
 }

@@ -64,6 +64,7 @@ ALLOWED = {
         "models",
         "recipe",
         "runtime",
+        "settings",
         "stored",
         "text_encoder",
         "workspace",

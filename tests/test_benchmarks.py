@@ -10,7 +10,7 @@ import torch
 from attar.models.source import find_source, load_pipeline
 from attar.recipe import load_recipe
 from benchmarks import streaming
-from benchmarks.cells import STUDIES, digest
+from benchmarks.cells import LATER, STUDIES, digest
 from benchmarks.outliers import CHANNELS, FACTOR, plant_outliers
 from benchmarks.tables import write_tables
 
@@ -23,6 +23,17 @@ def test_every_method_is_a_recipe_of_its_own(study):
         settings = recipe.model_dump(exclude={"name", "summary", "notes", "paper"})
         assert str(settings) not in seen.values(), f"{method.name} repeats another method"
         seen[method.name] = str(settings)
+
+
+def test_settings_that_came_later_count_only_where_they_change_something(monkeypatch):
+    recipe = load_recipe("s2q-vdit")
+    for stage, former in LATER.items():
+        assert former.items() <= recipe.model_dump()[stage].items()
+    before = digest(recipe)
+    for setting, value in {"quantize.clip_start": 3.0, "select.neighbour": "previous"}.items():
+        assert digest(load_recipe("s2q-vdit", {setting: value})) != before
+    monkeypatch.setattr("benchmarks.cells.LATER", {})
+    assert digest(recipe) != before  # else the cells of the results file would all be stale
 
 
 def test_the_faithful_recipe_differs_from_its_base_in_two_ideas_and_the_rounding():

@@ -24,7 +24,7 @@ def compressed(name="wan", recipe="s2q-vdit", **options):
     settings = dict(
         prompts=pipelines.PROMPTS[:2], generation={**case.generation, "num_inference_steps": case.steps}
     )
-    return attar.compress(pipelines.make(name), recipe, overrides=FEW, **{**settings, **options})
+    return attar.compress(pipelines.make(name), recipe, **{"overrides": FEW, **settings, **options})
 
 
 def reload(folder, **options):
@@ -188,6 +188,47 @@ def test_a_recipe_object_and_short_arguments():
     layer = pipe.transformer.blocks[0].attn1.to_q
     assert (layer.weight_bits, layer.act_bits) == (3, None)
     assert pipe.attar_compression.recipe["name"] == "mine"
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize.group_size": 16}, {"quantize.rotation": "hadamard"}])
+def test_weight_only_is_the_whole_recipe(options, tmp_path):
+    small = compressed("wan", "attar-ptq", acts=16, overrides={**FEW, **options})
+    plain = compressed("wan", "rtn", acts=16, overrides={k: v for k, v in options.items() if "group" in k})
+    layers, floor = packed_layers(small.transformer), packed_layers(plain.transformer)
+    assert layers.keys() == floor.keys()
+    for name, layer in layers.items():
+        assert layer.act_bits is None and layer.group_size == options.get("quantize.group_size")
+        assert [t.kind for t in layer.transforms] == [
+            "channel_scale",
+            options.get("quantize.rotation", "kronecker"),
+        ]
+        assert not torch.equal(layer.codes, floor[name].codes)
+    small.save_pretrained(tmp_path / "small")
+    pipelines.assert_same_model(small, reload(tmp_path / "small"), "wan")
+
+
+def test_the_card_and_the_evidence_say_what_ran(cli, wan_folder, tmp_path):
+    out = tmp_path / "small"
+    options = [
+        "--acts",
+        "16",
+        "--set",
+        "quantize.group_size=16",
+        "--set",
+        "quantize.roles={head: {weights: 8}}",
+    ]
+    assert cli("compress", wan_folder, "-o", out, *SMALL, *options).code == 0
+    part = json.loads((out / "compression.json").read_text())["components"]["transformer"]
+    rows = {row["role"]: row for row in part["plan"]}
+    treatment = "channel scale, kronecker, weight clipping, gptq"
+    assert rows["self_attn.q"]["bits"] == "W4A16g16" and rows["self_attn.q"]["treatment"] == treatment
+    assert rows["head"]["bits"] == "W8A16g16" and rows["head"]["treatment"] == "nearest"
+    card = (out / "README.md").read_text()
+    assert treatment in card and "| `head` | W8A16g16 | 1 | nearest |" in card
+    selection = part["selection"]
+    assert sum(selection["histogram"]["prompt"].values()) == sum(selection["histogram"]["step"].values()) == 3
+    assert -1 <= selection["table"]["norm_correlation"] <= 1
+    assert {50, 90, 99} <= {int(float(level)) for level in part["blocks"][0]["attention"]["weights"]}
 
 
 def test_loading_leaves_the_libraries_as_they_were(wan_folder, capfd):

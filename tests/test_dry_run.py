@@ -55,6 +55,7 @@ def test_every_linear_is_listed_with_its_bits_or_the_reason(cli, wan_folder):
         ("wan22", ["--recipe", "smoothquant", *FEW[:4]]),
         ("wan22", [*SMALL, "--set", "quantize.rotation=orthogonal"]),
         ("flux", [*SMALL, "--set", "quantize.affine=true", "--set", "trace.steps=3"]),
+        ("flux", [*SMALL, "--acts", "16", "--set", "quantize.group_size=16"]),
     ],
 )  # fmt: skip
 def test_forecast_sizes_are_the_real_ones(cli, folders, tmp_path, name, options):
@@ -92,6 +93,26 @@ def test_the_forecast_as_json(cli, folders):
     assert "one denoising step" in result["measured_on"]
     result = json.loads(cli("compress", folders["wan22"], "--dry-run", "--json", "--recipe", "rtn").out)
     assert result["measured_on"] is None and result["seconds"] == 0
+
+
+def test_every_kind_of_block_is_measured(cli, folders):
+    def measured(name, *roles):
+        options = ["--set", f"quantize.roles={{{', '.join(roles)}}}"] if roles else []
+        done = cli("compress", folders[name], "--dry-run", "--json", *SMALL, *options)
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        return result["measured_on"], result["seconds"] - result["trace_seconds"]
+
+    steps, _ = measured("flux")
+    assert (
+        "transformer.transformer_blocks.0 (" in steps and "transformer.single_transformer_blocks.0 (" in steps
+    )
+    steps, skipped = measured("wan", "blocks.0.*: {skip: true}")
+    assert "transformer.blocks.1 (" in steps and "blocks.0" not in steps and "blocks.2" not in steps
+    assert skipped > 0.2 * measured("wan")[1]  # two of three blocks are left
+    steps, _ = measured("wan", "blocks.2.*: {acts: 16}")
+    assert "transformer.blocks.0 (" in steps and "transformer.blocks.2 (" in steps
+    assert "blocks.0 (" in measured("wan22")[0] and "transformer_2" not in measured("wan22")[0]
 
 
 def test_the_dry_run_asks_what_the_run_would(cli, wan_folder):

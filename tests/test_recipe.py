@@ -21,6 +21,12 @@ def test_published_recipes(name, tmp_path):
     assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_a_shown_recipe_explains_its_keys():
+    lines = load_recipe("s2q-vdit").to_yaml().splitlines()
+    (line,) = [line for line in lines if line.startswith("  features:")]
+    assert line == "  features: latent  # what C_quant is computed on"
+
+
 def test_the_papers_settings():
     recipe = load_recipe("s2q-vdit")
     assert (recipe.trace.prompts, recipe.select.count, recipe.select.policy) == (10, 40, "salient")
@@ -28,6 +34,9 @@ def test_the_papers_settings():
     assert (recipe.reconstruct.transform_lr, recipe.reconstruct.clip_lr) == (5e-3, 5e-2)
     assert (recipe.reconstruct.lambda_min, recipe.reconstruct.lambda_max) == (0.5, 1.0)
     assert recipe.rounding.method == "gptq" and recipe.bits == "W4A6"
+    assert (recipe.select.neighbour, recipe.select.normalise) == ("next", "min_max")
+    assert (recipe.quantize.clip_start, recipe.quantize.stats_ema) == (4.0, None)
+    assert recipe.reconstruct.lambda_over == "joint"
     assert DEFAULT_RECIPE in recipe_names()
 
 

@@ -94,7 +94,7 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     use_fast_attention(module)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
     bits = recipe.quantize
-    plans = plan_layers(block.linears, [], bits.weights, bits.acts, bits.roles)
+    plans = plan_layers(block.linears, [], bits.weights, bits.acts, bits.roles, bits.group_size)
 
     def run(call: BlockCall) -> dict[str, Tensor]:
         return run_block(module, call, block.outputs)

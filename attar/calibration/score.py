@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.catch import catch_block_calls
-from attar.calibration.select import ScoreTable, amplification_metric, change_metric, patchify
+from attar.calibration.select import (
+    ScoreTable,
+    amplification_metric,
+    change_metric,
+    patchify,
+    rank_correlation,
+)
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter, evaluating
@@ -18,6 +24,9 @@ from attar.models.families import FAMILIES
 from attar.models.tree import map_tensors
 from attar.models.weights import weights_of
 
+_BOTH_NORMS = (
+    1024  # channels: the Frobenius norm needs the d×d Gram matrix, which costs more than the rest above
+)
 FEATURES = ("latent", "block0_input", "last_hidden", "model_output")
 
 
@@ -29,13 +38,18 @@ def score_candidates(
     *,
     features: str = "latent",
     norm: str = "spectral",
+    neighbour: str = "next",
+    normalise: str = "min_max",
     progress: Callable[[int, int], None] | None = None,
 ) -> ScoreTable:
     """The score table of every (prompt, step) at which `component` ran (S²Q-VDiT, SDS).
 
-    C_diff compares the latents that enter and leave the step. C_quant is taken on `features`: the latent as tokens
-    (n, C·p²); the input of the first block; the output of the last one; or the model's output as tokens. One sample
-    is held at a time. Of a guidance pair the first branch is scored.
+    C_diff compares the latents that enter the step with those that leave it (neighbour "next"), or with those that
+    entered the one before ("previous"; the first step has none and changes nothing: 0). C_quant is taken on
+    `features`: the latent as tokens (n, C·p²); the input of the first block; the output of the last one; or the
+    model's output as tokens. One sample is held at a time. Of a guidance pair the first branch is scored. normalise:
+    of both, see `ScoreTable.build`.
+    For tokens of at most 1024 channels C_quant is computed in both norms, and the table has their rank correlation.
     Raises AttarError if the component never ran in these traces, or a candidate is not finite.
     """
     where: list[tuple[int, int]] = [
@@ -43,22 +57,29 @@ def score_candidates(
     ]
     if not where:
         raise AttarError("the component did not run in any traced step", where=component)
-    change, amplification = [], []
+    change, amplification, other = [], [], []
     trajectory: tuple[int, Tensor] | None = None
     for done, (prompt, step) in enumerate(where):
         if trajectory is None or trajectory[0] != prompt:
             trajectory = (prompt, store.latents(prompt)[0])
         x = trajectory[1]
-        change.append(change_metric(x[step][:1], x[step + 1][:1])[0])
+        compared = step + 1 if neighbour == "next" else max(0, step - 1)
+        change.append(change_metric(x[step][:1], x[compared][:1])[0])
         call = store.calls(component, prompt, step)[0]
         tokens = _tokens(adapter, call, features)
         # the decomposition does not end on NaN; the table says where it came up
         finite = bool(torch.isfinite(tokens).all())
         amplification.append(amplification_metric(tokens, norm)[0] if finite else torch.tensor(torch.nan))
+        if finite and tokens.shape[1] <= _BOTH_NORMS:
+            other.append(amplification_metric(tokens, "frobenius" if norm == "spectral" else "spectral")[0])
         if progress is not None:
             progress(done + 1, len(where))
     rows = [p for p, _ in where], [k for _, k in where]
-    return ScoreTable.build(*rows, torch.stack(change), torch.stack([a.cpu() for a in amplification]))
+    found = torch.stack([a.cpu() for a in amplification])
+    table = ScoreTable.build(*rows, torch.stack(change), found, normalise)
+    if len(other) == len(table):
+        table.norm_correlation = rank_correlation(found, torch.stack([a.cpu() for a in other]))
+    return table
 
 
 def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Tensor:

@@ -105,15 +105,28 @@ def min_max(scores: Tensor) -> Tensor:
     return (scores - smallest) / (largest - smallest)
 
 
+def rank(scores: Tensor) -> Tensor:
+    """Ranks in the pool, moved to [0, 1]; ties share their mean rank, a pool of equal scores gives ones.
+
+    Where min–max leaves the choice to a few candidates, because one large value compresses all others, ranks do not
+    (not in the paper).
+    """
+    return min_max(_ranks(torch.as_tensor(scores)))
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"min_max": min_max, "rank": rank}
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """1 for the smallest; ties share their mean rank."""
+    _, group, sizes = values.double().flatten().unique(return_inverse=True, return_counts=True)
+    last = sizes.cumsum(0).double()
+    return (last - (sizes - 1) / 2)[group]
+
+
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two metrics; ties share their mean rank, a constant metric gives 0."""
-
-    def ranks(values: Tensor) -> Tensor:
-        _, group, sizes = values.double().flatten().unique(return_inverse=True, return_counts=True)
-        last = sizes.cumsum(0).double()
-        return (last - (sizes - 1) / 2)[group]
-
-    x, y = ranks(torch.as_tensor(a)), ranks(torch.as_tensor(b))
+    x, y = _ranks(torch.as_tensor(a)), _ranks(torch.as_tensor(b))
     x, y = x - x.mean(), y - y.mean()
     length = x.norm() * y.norm()
     return float(x @ y / length) if length > 0 else 0.0
@@ -127,7 +140,8 @@ class ScoreTable:
     """The candidate pool, one entry per (prompt, denoising step), in a fixed order.
 
     prompt, step: indices, step counting from the start of sampling; change: C_diff; amplification: C_quant;
-    score: product of both after min–max over the pool.
+    score: product of both after their normalisation over the pool. norm_correlation: Spearman's, of C_quant in the
+    spectral and in the Frobenius norm, where both were computed.
     """
 
     prompt: list[int]
@@ -135,9 +149,10 @@ class ScoreTable:
     change: list[float]
     amplification: list[float]
     score: list[float]
+    norm_correlation: float | None = None
 
     def __post_init__(self) -> None:
-        if len({len(column) for column in asdict(self).values()}) != 1:
+        if len({len(column) for column in asdict(self).values() if isinstance(column, list)}) != 1:
             raise AttarError("the columns of a score table differ in length")
 
     @classmethod
@@ -147,8 +162,12 @@ class ScoreTable:
         step: Sequence[int],
         change: Sequence[float] | Tensor,
         amplification: Sequence[float] | Tensor,
+        normalise: str = "min_max",
     ) -> ScoreTable:
-        """The table with its scores. Raises AttarError when a metric is not finite."""
+        """The table with its scores. normalise: "min_max" (S²Q-VDiT) or "rank".
+
+        Raises AttarError when a metric is not finite.
+        """
         if not len(prompt):
             raise AttarError("the candidate pool is empty", fix="Trace at least one prompt")
         changes = torch.as_tensor(change, dtype=torch.float64).cpu()
@@ -161,14 +180,15 @@ class ScoreTable:
                     where=f"prompt {prompt[worst]}, step {step[worst]}",
                     fix="Check the traced latents for NaN or overflow",
                 )
-        score = min_max(changes) * min_max(amplifications)
+        normalised = NORMALISATIONS[normalise]
+        score = normalised(changes) * normalised(amplifications)
         return cls(list(prompt), list(step), changes.tolist(), amplifications.tolist(), score.tolist())
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def to_json(self) -> str:
-        """One JSON object of columns; floats keep all their digits."""
+        """One JSON object of its columns; floats keep all their digits."""
         return json.dumps(asdict(self))
 
     @classmethod

@@ -157,13 +157,13 @@ def weight_ranges(rows: Sequence[AttentionMass]) -> Markup:
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y[levels[0]]:.1f}" y2="{y[levels[-1]]:.1f}" class="join"/>'
         )
-        if len(levels) >= 4:
-            upper, lower = y[levels[-2]], y[levels[1]]
+        if 25 in y and 75 in y:
+            upper, lower = y[75], y[25]
             parts.append(
                 f'<rect x="{x - box / 2:.1f}" y="{upper:.1f}" width="{box:.1f}" rx="2" class="box" '
                 f'height="{max(lower - upper, 1):.1f}"><title>{title}</title></rect>'
             )
-        middle = levels[len(levels) // 2]
+        middle = 50 if 50 in y else levels[len(levels) // 2]
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y[middle]:.1f}" r="4" class="after"><title>{title}</title></circle>'
         )

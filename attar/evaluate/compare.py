@@ -259,7 +259,7 @@ def _selection(part: dict[str, Any], prompts: list[str]) -> Selection:
     for p, k, value in zip(table["prompt"], table["step"], table["score"], strict=True):
         scores[p][k] = value
     chosen = [ChosenSample(table["prompt"][i], table["step"][i], table["score"][i]) for i in part["chosen"]]
-    return Selection(part["policy"], prompts, scores, chosen)
+    return Selection(part["policy"], prompts, scores, chosen, table.get("norm_correlation"))
 
 
 def _notes(count: int, record: dict[str, Any] | None) -> list[str]:

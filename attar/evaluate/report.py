@@ -152,6 +152,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "percentiles": _outer_percentiles(weights),
         "plan_parameters": any(row.parameters is not None for row in data.plan),
         "plan_reasons": any(row.reason for row in data.plan),
+        "plan_treatments": any(row.treatment for row in data.plan),
         "notes": _notes(data),
         "charts": {
             "selection": charts.selection_map(selection) if selection else None,

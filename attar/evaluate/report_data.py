@@ -99,12 +99,16 @@ class ChosenSample:
 
 @dataclass
 class Selection:
-    """The calibration samples and the pool they come from. scores: (prompts, steps)."""
+    """The calibration samples and the pool they come from. scores: (prompts, steps).
+
+    norm_correlation: Spearman's, of C_quant in the spectral and in the Frobenius norm over the pool.
+    """
 
     policy: str
     prompts: list[str]
     scores: list[list[float]]
     chosen: list[ChosenSample]
+    norm_correlation: float | None = None
 
 
 @dataclass
@@ -141,13 +145,18 @@ class TimestepError:
 
 @dataclass
 class PlanRow:
-    """Layers of one role that are treated alike. `bits`: "W4A6", or "bf16" and the `reason` to skip them."""
+    """Layers of one role that are treated alike.
+
+    bits: "W4A6", "W4A16g64" with a scale for 64 input channels, or "kept". reason: of an exception. treatment: what
+    these layers went through, in order: "channel scale, kronecker, weight clipping, gptq".
+    """
 
     role: str
     bits: str
     layers: int
     parameters: int | None = None
     reason: str | None = None
+    treatment: str | None = None
 
 
 @dataclass

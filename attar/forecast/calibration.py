@@ -90,12 +90,12 @@ def block_costs(
         block = in_float32(counts.where(lambda o, name=name: o.block == name))
         forward = predict_latency(block, hardware)["total"]
         planned = [(o, plans[o.name]) for o in block.operations if o.name in plans]
-        acting = [p for _, p in planned if p.act_bits is not None]
+        calibrated = [p for _, p in planned if not p.plain]
         once = 0.0
         if recipe.rounding.method == "gptq":
-            work = sum(2.0 * p.in_features**2 * (p.in_features + p.out_features) for p in acting)
+            work = sum(2.0 * p.in_features**2 * (p.in_features + p.out_features) for p in calibrated)
             once = work / (hardware.rate("fp32") * hardware.efficiency["gemm"])
-            once += GPTQ_COLUMN * sum(p.in_features for p in acting)
+            once += GPTQ_COLUMN * sum(p.in_features for p in calibrated)
         saved = 0.0
         if learns:
             weights = sum(4.0 * p.in_features * p.out_features for _, p in planned)

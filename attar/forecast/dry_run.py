@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,9 @@ def forecast_job(
 
     Sizes are exact. "block_linears_*" count the quantized linears with their biases, these and everything else in
     bfloat16; "checkpoint" is what the transformers' files will hold, the floating-point rest in the types of the
-    source. For time and memory one denoising step of the pipeline and one training step of a copy of the first block
-    are run and measured; the rest is arithmetic. Nothing of the pipeline is changed.
+    source. For time and memory one denoising step of the pipeline, and one training step of a copy of one block of each
+    kind, are run and measured; the rest is arithmetic. Blocks are of one kind when they have the same class and their
+    linears the same plan. Nothing of the pipeline is changed.
     Raises AttarError for everything that `compress` would refuse before its first step.
     """
     components = transformer_components(pipe)
@@ -56,7 +58,7 @@ def forecast_job(
         "recipe": recipe.name,
         "bits": recipe.bits,
         "layers": [_row(name, plan) for name, part in {**plans, **text}.items() for plan in part],
-        "rows": [vars(row) for row in plan_rows(plans)],
+        "rows": [vars(row) for row in plan_rows(plans, recipe)],
         "bytes": {
             **planned_sizes(components, plans, recipe, _stored(components, source)),
             "text_encoders": text_encoder_bytes(pipe, text, source),
@@ -68,7 +70,7 @@ def forecast_job(
 def _row(component: str, plan: LayerPlan) -> dict[str, Any]:
     return {
         "component": component, "name": plan.name, "role": plan.role, "weights": plan.weight_bits,
-        "acts": plan.act_bits, "reason": plan.reason,
+        "acts": plan.act_bits, "bits": plan.bits, "reason": plan.reason,
     }  # fmt: skip
 
 
@@ -92,29 +94,55 @@ def _time_and_memory(
         memory = calibration_memory(resident, components.values(), recipe)
         return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": int(memory.device), "measured_on": None}
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
-    name, branches, step_seconds = _one_step(pipe, components, call)
-    adapter = ModelAdapter.of(components[name])
-    adapter.observe(branches[0])
-    block = adapter.blocks[0]
-    samples = catch_samples(components[name], adapter, block, [branches])
-    with weights_of(components[name]).opened(block.module):
-        cost = _measure_block(block, plans[name], samples[0], block_settings(recipe))
+    first, branches, step_seconds = _one_step(pipe, components, call)
     settings = block_settings(recipe)
-    count = recipe.select.count * len(samples)
     epochs = settings.learning.epochs if settings.learning else 0
-    blocks = sum(len(ModelAdapter.of(part).blocks) for part in components.values())
-    learn = learning_seconds([cost] * blocks, count, epochs)
-    memory = calibration_memory(
-        resident, components.values(), recipe, count,
-        _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved,
-    )  # fmt: skip
+    learn, peaks, measured = 0.0, [], [f"one denoising step ({step_seconds:.3g} s)"]
+    adapters = {name: ModelAdapter.of(part) for name, part in components.items()}
+    for (name, block), blocks in _kinds(adapters, plans, first).items():
+        adapter = adapters[name]
+        adapter.observe(branches[0])
+        samples = catch_samples(components[name], adapter, block, [branches])
+        with weights_of(components[name]).opened(block.module):
+            planned = _planned(block, plans[name])
+            cost = _measure_block(block, planned, samples[0], settings)
+        count = recipe.select.count * len(samples)
+        learn += learning_seconds([cost] * blocks, count, epochs)
+        memory = calibration_memory(
+            resident, components.values(), recipe, count,
+            _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved,
+        )  # fmt: skip
+        peaks.append(memory.device + memory.host)
+        if planned:
+            measured.append(f"one training step of {name}.{block.name} ({cost.epoch:.3g} s)")
     return {
         "seconds": round(prompts * steps * step_seconds + learn, 1),
         "trace_seconds": round(prompts * steps * step_seconds, 1),
-        "peak_bytes": int(memory.device + memory.host),
-        "measured_on": f"one denoising step ({step_seconds:.3g} s) and one training step of {name}.{block.name} "
-        f"({cost.epoch:.3g} s) on this machine",
+        "peak_bytes": int(max(peaks)),
+        "measured_on": f"{' and '.join(measured)} on this machine",
     }
+
+
+def _kinds(
+    adapters: Mapping[str, ModelAdapter], plans: Mapping[str, list[LayerPlan]], first: str
+) -> dict[tuple[str, Block], int]:
+    """(component, one block) of each kind -> how many there are; of the component `first` where that has one."""
+    kinds: dict[Any, tuple[str, Block]] = {}
+    counts: Counter[Any] = Counter()
+    for name in sorted(adapters, key=lambda name: name != first):
+        for block in adapters[name].blocks:
+            planned = _planned(block, plans[name]).items()
+            alike = tuple((path, dataclasses.replace(plan, name="")) for path, plan in planned)
+            kind = type(block.module), alike
+            kinds.setdefault(kind, (name, block))
+            counts[kind] += 1
+    return {example: counts[kind] for kind, example in kinds.items()}
+
+
+def _planned(block: Block, plan: list[LayerPlan]) -> dict[str, LayerPlan]:
+    """The plans of the block's linears by their names in it, without those that are kept."""
+    prefix = f"{block.name}."
+    return {p.name.removeprefix(prefix): p for p in plan if p.name.startswith(prefix) and not p.skipped}
 
 
 @torch.no_grad()
@@ -151,13 +179,11 @@ def _one_step(
 
 
 def _measure_block(
-    block: Block, plan: list[LayerPlan], call: BlockCall, settings: BlockSettings
+    block: Block, plans: dict[str, LayerPlan], call: BlockCall, settings: BlockSettings
 ) -> BlockCost:
     """The block's cost, measured on one sample."""
     device = next(block.module.parameters()).device
     call = call.to(device)
-    prefix = f"{block.name}."
-    plans = {p.name.removeprefix(prefix): p for p in plan if p.name.startswith(prefix) and not p.skipped}
     saved = 0
 
     def note(tensor: Tensor) -> Tensor:
@@ -204,8 +230,7 @@ def forecast_text(result: dict[str, Any]) -> str:
 
     rows = [("layer", "role", "bits", "why")]
     for row in result["layers"]:
-        bits = "kept" if row["weights"] is None else f"W{row['weights']}A{row['acts'] or 16}"
-        rows.append((f"{row['component']}.{row['name']}", row["role"], bits, row["reason"] or ""))
+        rows.append((f"{row['component']}.{row['name']}", row["role"], row["bits"], row["reason"] or ""))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     lines = ["  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in rows]
     sizes = result["bytes"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from attar.forecast.counts import Counts, Operation
 from attar.forecast.hardware import Hardware
+from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan
 from attar.quantize.transforms import kronecker_factors
@@ -59,7 +60,8 @@ def quantized_counts(
 
     Planned linears read packed weights, and integer activations where these are quantized. Before each such linear
     comes a "transform": its channel scale and rotation, and the quantization of rows, one pass that reads the input
-    and writes its codes. Each linear has its own, since each learns its own transforms.
+    and writes its codes, or its values where they stay in floating point. Each linear has its own, since each learns
+    its own transforms; plain ones have none.
     """
     known = {plan.name: plan for plan in plans if not plan.skipped}
     found: list[Operation] = []
@@ -70,19 +72,23 @@ def quantized_counts(
             continue
         width = plan.in_features
         calls = operation.weights / max(1.0, _dense_bytes(plan, operation))
-        packed = calls * plan.out_features * (packed_width(width, plan.weight_bits) + 4)
+        row = packed_width(width, plan.weight_bits) + 4 * group_count(width, plan.group_size)
+        packed = calls * plan.out_features * row
         inputs = operation.read - operation.weights
         format = execution_format(plan, hardware, operation.format)
-        if plan.act_bits is not None:
-            bits = {"int4": 0.5, "int8": 1.0}.get(format, inputs / max(1.0, operation.rows * width))
-            codes = operation.rows * (width * bits + 4)
+        transformed = not plan.plain and (transforms.scale or transforms.rotation != "none")
+        if plan.act_bits is not None or transformed:
+            written = inputs
+            if plan.act_bits is not None:
+                bits = {"int4": 0.5, "int8": 1.0}.get(format, inputs / max(1.0, operation.rows * width))
+                written = operation.rows * (width * bits + 4)
             found.append(
                 replace(
-                    operation, part="transform", role="quantize", read=inputs, written=codes, weights=0.0,
+                    operation, part="transform", role="quantize", read=inputs, written=written, weights=0.0,
                     flops=operation.rows * _transform_flops(width, transforms),
                 )
             )  # fmt: skip
-            inputs = codes
+            inputs = written
         found.append(replace(operation, format=format, read=inputs + packed, weights=packed))
     return Counts(tuple(found), counts.blocks)
 

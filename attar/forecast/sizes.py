@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, forecast
 from attar.recipe import Recipe
 from attar.settings import transform_settings
@@ -28,12 +27,11 @@ def planned_sizes(
     (`stored`: component -> tensor -> type; default: those the modules have).
     """
     dense = packed = rest = checkpoint = 0
-    none = TransformSettings(scale=False, rotation="none")  # weight-only layers get no transforms
     for name, part in components.items():
         types = (stored or {}).get(name, {})
         quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
         for plan in quantized.values():
-            size = forecast(plan, none if plan.act_bits is None else transform_settings(recipe))
+            size = forecast(plan, transform_settings(recipe))
             if plan.act_bits is not None and not recipe.quantize.act_clip:
                 size = dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors
             dense, packed = dense + size.dense, packed + size.packed

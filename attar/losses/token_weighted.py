@@ -46,14 +46,20 @@ def token_weights(
 
 
 def joint_token_weights(
-    mass: Mapping[str, Tensor], order: Sequence[str] | None = None, **options
+    mass: Mapping[str, Tensor], order: Sequence[str] | None = None, over: str = "joint", **options
 ) -> dict[str, Tensor]:
     """λ of every stream of a joint-attention block: one min–max over the joint sequence, then split.
 
     mass: stream → (B, N_stream). order: streams in the order of the joint sequence (default: the mapping's);
-    it fixes only the order of the result. options go to `token_weights`. Returns stream → (B, N_stream).
+    it fixes only the order of the result. over: "joint", or "stream" for a min–max inside each stream, so that text
+    tokens that draw much attention do not press the video's weights together. options go to `token_weights`.
+    Returns stream → (B, N_stream). Raises AttarError for any other `over`.
     """
     names = list(mass if order is None else order)
+    if over not in ("joint", "stream"):
+        raise AttarError(f"unknown range {over!r} of the token weights", fix="Use joint or stream")
+    if over == "stream":
+        return {name: token_weights(mass[name], **options) for name in names}
     joined = token_weights(torch.cat([mass[name] for name in names], dim=-1), **options)  # (B, ΣN)
     parts = joined.split([mass[name].shape[-1] for name in names], dim=-1)
     return dict(zip(names, parts, strict=True))

@@ -34,17 +34,39 @@ from attar.runtime.layers import PackedLinear
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """How a block is quantized. `learning` None trains nothing; `gptq` None rounds to nearest."""
+    """How a block is quantized. `learning` None trains nothing; `gptq_damping` None rounds to nearest.
+
+    clip_start: logit from which clipping factors start. stats_ema: momentum of the channels' statistics, see
+    `collect_input_stats`.
+    """
 
     transforms: TransformSettings
     weight_clip: bool = True
     act_clip: bool = True
+    clip_start: float = 4.0
+    stats_ema: float | None = None
     learning: ReconstructionSettings | None = None
     train_scale: bool = True
     train_rotation: bool = True
     train_clip: bool = True
     gptq_damping: float | None = None
     gptq_block: int = 128
+
+    def treatment(self, plan: LayerPlan) -> list[str]:
+        """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
+        if plan.skipped or plan.plain:
+            return [] if plan.skipped else ["nearest"]
+        chosen = self.transforms
+        steps = [("channel scale", chosen.scale), (chosen.rotation, chosen.rotation != "none")]
+        if chosen.order == "rotate_then_scale":
+            steps.reverse()
+        steps += [
+            ("weight clipping", self.weight_clip),
+            ("activation clipping", self.act_clip and plan.act_bits is not None),
+            ("nearest", self.gptq_damping is None),
+            ("gptq", self.gptq_damping is not None),
+        ]
+        return [name for name, taken in steps if taken]
 
 
 @dataclass
@@ -98,9 +120,9 @@ def quantize_block(
         )  # fmt: skip
     codes: dict[str, Tensor] = {}
     if settings.gptq_damping is not None:
-        acting = {name: layer for name, layer in layers.items() if layer.act_bits is not None}
-        hessians = collect_hessians(run, calls, acting)
-        for name, layer in acting.items():
+        calibrated = {name: layer for name, layer in layers.items() if not plans[name].plain}
+        hessians = collect_hessians(run, calls, calibrated)
+        for name, layer in calibrated.items():
             weight, scale = layer.baked_weight(clipped=True)
             hessian, damping = hessians.pop(name), settings.gptq_damping
             try:
@@ -125,35 +147,34 @@ def _wrap(
     settings: BlockSettings,
     seed: str,
 ) -> dict[str, QuantizedLinear]:
-    """Puts a QuantizedLinear around every planned linear. Weight-only layers get neither transforms nor clipping."""
-    acting = [name for name, plan in plans.items() if plan.act_bits is not None]
-    generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in acting}
+    """Puts a QuantizedLinear around every planned linear. Plain layers get neither transforms nor clipping."""
+    calibrated = [name for name, plan in plans.items() if not plan.plain]
+    generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in calibrated}
     rotations = {
         name: build_rotation(plans[name].in_features, settings.transforms, generators[name])
-        for name in acting
+        for name in calibrated
     }
     rotations = {name: rotation for name, rotation in rotations.items() if rotation is not None}
     stats: dict[str, Tensor] = {}
-    if settings.transforms.scale and acting:
+    if settings.transforms.scale and calibrated:
         if not calls:
             raise AttarError("channel scales need calibration samples")
         first = rotations if settings.transforms.order == "rotate_then_scale" else None
-        stats = collect_input_stats(run, calls, {name: linears[name] for name in acting}, rotations=first)
+        inputs = {name: linears[name] for name in calibrated}
+        stats = collect_input_stats(run, calls, inputs, ema=settings.stats_ema, rotations=first)
     layers = {}
     for name, plan in plans.items():
         linear: Any = linears[name]
-        if plan.act_bits is None:
-            layer = QuantizedLinear(
-                linear, plan.weight_bits or 0, None, group_size=plan.group_size, weight_clip=False
-            )
-        else:
+        transforms = []
+        if not plan.plain:
             transforms = build_transforms(
                 linear, stats.get(name), settings.transforms, generators[name], rotations.get(name)
             )
-            layer = QuantizedLinear(
-                linear, plan.weight_bits or 0, plan.act_bits, transforms,
-                weight_clip=settings.weight_clip, act_clip=settings.act_clip,
-            )  # fmt: skip
+        layer = QuantizedLinear(
+            linear, plan.weight_bits or 0, plan.act_bits, transforms, group_size=plan.group_size,
+            weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
+            clip_start=settings.clip_start,
+        )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
     return layers

@@ -39,6 +39,7 @@ class LayerPlan:
     weight_bits: 2..8, or None when the layer is left as it is. act_bits: 2..8, or None for floating-point
     activations. reason: why the layer is treated differently from the default, or None. group_size: input
     channels to a scale, only for floating-point activations; None for one scale per output channel.
+    plain: rounded to nearest, with no transforms, no clipping and no GPTQ, since there is no use in calibrating it.
     """
 
     name: str
@@ -50,10 +51,20 @@ class LayerPlan:
     out_features: int
     bias: bool
     group_size: int | None = None
+    plain: bool = False
 
     @property
     def skipped(self) -> bool:
         return self.weight_bits is None
+
+    @property
+    def bits(self) -> str:
+        """ "kept", "W4A6", "W4A16", or "W4A16g64" with a scale for 64 input channels."""
+        if self.skipped:
+            return "kept"
+        return f"W{self.weight_bits}A{self.act_bits or KEEP}" + (
+            f"g{self.group_size}" if self.group_size else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -73,16 +84,21 @@ def plan_layers(
     weights: int,
     acts: int | None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    group_size: int | None = None,
 ) -> list[LayerPlan]:
     """The plan of every linear layer of a transformer, in the order given.
 
     Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
     others): linears in blocks get `weights` and `acts` bits, modulation gets `weights` bits with
     floating-point activations, linears outside blocks stay as they are, or become weight-only by an override.
+    Modulation with floating-point activations and linears outside blocks are plain: nothing is to be learned from
+    one token, and no calibration data passes outside.
     weights: 2..8, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
+    group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
+    scale per output channel, and its reason says so.
     overrides: {pattern: {"weights": bits, "acts": bits, "skip": bool}}; a pattern is a role or a dotted
     name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
-    Raises AttarError for bits out of range, unknown keys, and patterns that match no layer.
+    Raises AttarError for bits out of range, unknown keys, patterns that match no layer, and groups that no layer has.
     """
     _check_bits(weights, "weights", None)
     _check_bits(acts, "acts", None)
@@ -106,11 +122,17 @@ def plan_layers(
                 unmatched.discard(pattern)
                 chosen.update(options)
                 last = pattern
-        plans.append(_plan(linear, inside, weights, acts, chosen, last))
+        plans.append(_plan(linear, inside, weights, acts, chosen, last, group_size))
     if unmatched:
         roles = sorted({plan.role for plan in plans})
         raise AttarError(
             "an override matches no layer", where=sorted(unmatched)[0], fix=f"Roles here: {', '.join(roles)}"
+        )
+    if group_size is not None and all(plan.act_bits is not None for plan in plans if not plan.skipped):
+        raise AttarError(
+            "groups are for layers with floating-point activations, and there is none",
+            where="group_size",
+            fix="Leave it out, or keep activations at 16 bits",
         )
     return plans
 
@@ -118,7 +140,7 @@ def plan_layers(
 def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -> None:
     """Raises AttarError for the first layer whose width has no rotation of the kind that these settings ask for."""
     for plan in plans:
-        if plan.weight_bits is None or plan.act_bits is None:
+        if plan.skipped or plan.plain:
             continue  # no transforms
         try:
             check_rotation(plan.in_features, transforms.rotation)
@@ -128,6 +150,13 @@ def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -
             raise AttarError(error.what, where=plan.name, fix=fix) from error
 
 
+def fitting_group(in_features: int, group_size: int | None) -> tuple[int | None, str]:
+    """(group size, what to add to a plan's reason): one scale per channel where the groups do not divide the width."""
+    if group_size is None or in_features % group_size == 0:
+        return group_size, ""
+    return None, f"one scale a channel, as {group_size} does not divide the width"
+
+
 def _plan(
     linear: NamedLinear,
     inside: bool,
@@ -135,6 +164,7 @@ def _plan(
     acts: int | None,
     chosen: Mapping[str, Any],
     pattern: str | None,
+    group_size: int | None,
 ) -> LayerPlan:
     reason = None
     if not inside:
@@ -153,16 +183,22 @@ def _plan(
             acts = None
             reason += ", outside the transformer blocks" + ("" if weights == KEEP else ": weights only")
     kept = weights == KEEP
+    act_bits = None if kept or acts in (None, KEEP) else acts
     module: Any = linear.module
+    groups, note = None, ""
+    if not kept and act_bits is None:
+        groups, note = fitting_group(module.in_features, group_size)
     return LayerPlan(
         name=linear.name,
         role=linear.role,
         weight_bits=None if kept else weights,
-        act_bits=None if kept or acts in (None, KEEP) else acts,
-        reason=reason,
+        act_bits=act_bits,
+        reason=", ".join(filter(None, (reason, note))) or None,
         in_features=module.in_features,
         out_features=module.out_features,
         bias=module.bias is not None,
+        group_size=groups,
+        plain=not kept and act_bits is None and (not inside or linear.role == "modulation"),
     )
 
 
@@ -185,6 +221,8 @@ def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
     if plan.weight_bits is None:
         return Forecast(dense, dense)
     packed = out * packed_width(d, plan.weight_bits) + 4 * out * group_count(d, plan.group_size) + bias
+    if plan.plain:
+        return Forecast(dense, packed)
     packed += 4 * d if transforms.scale else 0
     if transforms.rotation == "kronecker":
         packed += 4 * sum(size**2 for size in kronecker_factors(d))

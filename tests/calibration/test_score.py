@@ -5,7 +5,14 @@ import torch
 from support import pipelines, tiny
 
 from attar.calibration.score import FEATURES, as_tokens, score_candidates
-from attar.calibration.select import amplification_metric, change_metric, min_max, patchify
+from attar.calibration.select import (
+    amplification_metric,
+    change_metric,
+    min_max,
+    patchify,
+    rank,
+    rank_correlation,
+)
 from attar.calibration.store import PromptRecord, TraceStore
 from attar.calibration.trace import trace_pipeline
 from attar.errors import AttarError
@@ -72,6 +79,29 @@ def test_the_frobenius_norm(wan):
     tokens = patchify(store.calls("transformer", 1, 0)[0]["hidden_states"], (1, 2, 2))[0]
     assert table.amplification[0] == pytest.approx(amplification_metric(tokens, "frobenius").item())
     assert table.prompt == [1, 1, 1]
+
+
+def test_the_neighbour_before_the_step(wan):
+    pipe, store = wan
+    adapter = ModelAdapter.of(pipe.transformer)
+    table = score_candidates(store, [0, 1], "transformer", adapter, neighbour="previous")
+    for change, p, k in zip(table.change, table.prompt, table.step, strict=True):
+        x = store.latents(p)[0]
+        expected = change_metric(x[k], x[k - 1]).item() if k else 0
+        assert change == pytest.approx(expected, rel=1e-6)
+
+
+def test_both_norms_are_compared(wan):
+    pipe, store = wan
+    adapter = ModelAdapter.of(pipe.transformer)
+    tables = [
+        score_candidates(store, [0, 1], "transformer", adapter, norm=n) for n in ("spectral", "frobenius")
+    ]
+    expected = rank_correlation(*(torch.tensor(table.amplification) for table in tables))
+    assert [table.norm_correlation for table in tables] == [expected, expected]
+    ranked = score_candidates(store, [0, 1], "transformer", adapter, normalise="rank")
+    expected = rank(torch.tensor(ranked.change)) * rank(torch.tensor(ranked.amplification))
+    assert ranked.score == expected.tolist()
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "hunyuan", "ltx", "flux", "pixart"])

@@ -10,6 +10,7 @@ from attar.calibration.select import (
     change_metric,
     min_max,
     patchify,
+    rank,
     rank_correlation,
     select,
     selection_histogram,
@@ -77,6 +78,20 @@ def test_change_metric_by_hand_and_on_zero():
 def test_min_max_of_equal_scores_is_one():
     assert torch.equal(min_max(torch.full((5,), 2.0)), torch.ones(5, dtype=torch.float64))
     assert torch.equal(min_max(torch.tensor([1.0, 3.0, 2.0])), torch.tensor([0, 1, 0.5], dtype=torch.float64))
+
+
+def test_ranks_are_not_pressed_together_by_one_large_value():
+    scores = torch.tensor([3.0, 1.0, 1000.0, 2.0])
+    assert torch.equal(rank(scores), torch.tensor([2, 0, 3, 1], dtype=torch.float64) / 3)
+    assert torch.equal(rank(torch.tensor([1.0, 1, 2])), torch.tensor([0, 0, 1], dtype=torch.float64))
+    assert torch.equal(rank(torch.full((5,), 2.0)), torch.ones(5, dtype=torch.float64))
+    # candidate 0 is large in one metric only; min–max lets it hide that 1 is better than 2 in the other
+    change, amplification = [1e6, 2.0, 1.0, 0.0], [1.0, 3.0, 4.0, 0.0]
+    chosen = {
+        how: select("salient", ScoreTable.build(range(4), [0] * 4, change, amplification, how), 1)
+        for how in ("min_max", "rank")
+    }
+    assert chosen == {"min_max": [0], "rank": [1]}
 
 
 def test_a_salient_sample_needs_both_metrics():

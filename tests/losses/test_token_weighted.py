@@ -64,6 +64,16 @@ def test_joint_streams_share_one_min_max():
     assert weights["hidden_states"].max() < weights["encoder_hidden_states"].min()
 
 
+def test_streams_can_be_normalised_each_alone():
+    torch.manual_seed(0)
+    mass = {"encoder_hidden_states": torch.rand(2, 5) + 3, "hidden_states": torch.rand(2, 9)}
+    weights = joint_token_weights(mass, over="stream")
+    assert all(torch.equal(weights[name], token_weights(mass[name])) for name in mass)
+    assert all(w.min() == 0.5 and w.max() == 1 for w in weights.values())
+    with pytest.raises(AttarError, match="joint or stream"):
+        joint_token_weights(mass, over="block")
+
+
 def test_unit_weights_give_plain_mse_and_streams_count_by_token():
     torch.manual_seed(0)
     pred = {"a": torch.randn(2, 5, 8), "b": torch.randn(2, 9, 8)}

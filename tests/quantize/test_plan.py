@@ -75,6 +75,27 @@ def test_overrides_by_role_and_name_the_last_one_wins_key_by_key():
     assert "blocks.1.ffn.0" in plans["blocks.1.ffn.0"].reason
 
 
+def test_layers_that_calibration_cannot_help_are_plain():
+    assert {n for n, p in plan().items() if p.plain} == {n for n in plan() if "norm" in n}
+    plans = plan(acts=16, overrides={"head": {"weights": 8}})
+    assert {n for n, p in plans.items() if p.plain} == {n for n in plans if "norm" in n} | {"proj_out"}
+    assert not any(p.plain for p in plan(overrides={"modulation": {"acts": 8}}).values())
+
+
+def test_groups_are_for_floating_point_activations():
+    def groups(**options):
+        return {p.name: p for p in plan_layers(*make_model(), 4, **options)}
+
+    plans = groups(acts=16, group_size=16)
+    assert all(p.group_size == 16 for p in plans.values() if not p.skipped)
+    plans = groups(acts=6, group_size=16)
+    assert {n for n, p in plans.items() if p.group_size} == {n for n in plans if "norm" in n}
+    uneven = groups(acts=16, group_size=24)["blocks.0.ffn.0"]
+    assert uneven.group_size is None and "24 does not divide" in uneven.reason
+    with pytest.raises(AttarError, match="there is none"):
+        groups(acts=6, group_size=16, overrides={"modulation": {"skip": True}})
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
