@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -42,7 +43,21 @@ Frames = Annotated[int | None, typer.Option(min=1, help="number of frames (defau
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default: the model's)")]
 
 
+def _one_job(command: Callable[..., None]) -> Callable[..., None]:
+    """All processes that a launcher has started are one job of this command."""
+
+    @functools.wraps(command)
+    def together(**options: Any) -> None:
+        from attar import ranks
+
+        with ranks.joined(options["device"]):
+            command(**options)
+
+    return together
+
+
 @app.command()
+@_one_job
 def compress(
     model: Model,
     output: Annotated[
@@ -81,10 +96,11 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
+    from attar import conductor, ranks
     from attar.forecast.dry_run import forecast_job, forecast_text
     from attar.models.memory import choose, open_pipeline
     from attar.models.source import find_source, read_prompts
-    from attar.progress import RichProgress
+    from attar.progress import RichProgress, SilentProgress
     from attar.recipe import load_recipe
 
     bits = {
@@ -99,15 +115,18 @@ def compress(
     given = None if prompts is None else read_prompts(prompts)
     generation = _given({"height": height, "width": width, "num_frames": frames})
     source = find_source(model)
-    choice = choose(source, chosen.needs_data, precision, device, stream)
-    print(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}", file=sys.stderr)
+    choice = ranks.first(
+        lambda: choose(source, chosen.needs_data, precision, device, stream, processes=ranks.here())
+    )
+    if dry_run and not ranks.is_first():
+        return
+    _note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
     if dry_run:
         pipe = open_pipeline(source, choice, precision, device)
         result = forecast_job(pipe, source, chosen, given, generation)
         _emit(result) if as_json else print(forecast_text(result))
         return
     assert output is not None
-    from attar import conductor
     from attar.save import check_destination, linear_bytes, save_compressed
     from attar.text_encoder import plan_text_encoders, text_encoder_bytes
     from attar.workspace import Workspace
@@ -116,12 +135,17 @@ def compress(
     place = workspace or target.with_name(f"{target.name}.work")
     check_destination(target, overwrite, place)
     work = Workspace(place)
+    if ranks.size() > 1:
+        _note(f"{ranks.size()} processes: {conductor.division(chosen)}")
     pipe = open_pipeline(source, choice, precision, device)
     plans = {
         n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
     }
     text = text_encoder_bytes(pipe, plan_text_encoders(pipe, chosen), source)
-    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, RichProgress())
+    progress = RichProgress() if ranks.is_first() else SilentProgress()
+    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, progress)
+    if not ranks.is_first():
+        return
     dense, packed = linear_bytes(pipe, plans)
     save_compressed(pipe, target, source, plans, work)
     summary = {
@@ -369,6 +393,14 @@ def show(
 
     recipe = load_recipe(name, _assignments(set_))
     _emit(recipe.model_dump()) if as_json else print(recipe.to_yaml(), end="")
+
+
+def _note(message: str) -> None:
+    """A line on stderr, once for all processes."""
+    from attar import ranks
+
+    if ranks.is_first():
+        print(message, file=sys.stderr)
 
 
 def _assignments(pairs: list[str] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.calibration.catch import catch_block_calls
 from attar.calibration.select import ScoreTable, amplification_metric, change_metric, patchify
 from attar.calibration.store import TraceStore
@@ -35,7 +36,7 @@ def score_candidates(
 
     C_diff compares the latents that enter and leave the step. C_quant is taken on `features`: the latent as tokens
     (n, C·p²); the input of the first block; the output of the last one; or the model's output as tokens. One sample
-    is held at a time. Of a guidance pair the first branch is scored.
+    is held at a time. Of a guidance pair the first branch is scored. Several processes share the candidates.
     Raises AttarError if the component never ran in these traces, or a candidate is not finite.
     """
     where: list[tuple[int, int]] = [
@@ -43,22 +44,24 @@ def score_candidates(
     ]
     if not where:
         raise AttarError("the component did not run in any traced step", where=component)
-    change, amplification = [], []
+    scores: list[tuple[Tensor, Tensor]] = []
+    own = ranks.mine(where)
     trajectory: tuple[int, Tensor] | None = None
-    for done, (prompt, step) in enumerate(where):
+    for done, (prompt, step) in enumerate(own):
         if trajectory is None or trajectory[0] != prompt:
             trajectory = (prompt, store.latents(prompt)[0])
         x = trajectory[1]
-        change.append(change_metric(x[step][:1], x[step + 1][:1])[0])
+        change = change_metric(x[step][:1], x[step + 1][:1])[0]
         call = store.calls(component, prompt, step)[0]
         tokens = _tokens(adapter, call, features)
         # the decomposition does not end on NaN; the table says where it came up
         finite = bool(torch.isfinite(tokens).all())
-        amplification.append(amplification_metric(tokens, norm)[0] if finite else torch.tensor(torch.nan))
+        amplification = amplification_metric(tokens, norm)[0] if finite else torch.tensor(torch.nan)
+        scores.append((change, amplification.cpu()))
         if progress is not None:
-            progress(done + 1, len(where))
+            progress(done + 1, len(own))
     rows = [p for p, _ in where], [k for _, k in where]
-    return ScoreTable.build(*rows, torch.stack(change), torch.stack([a.cpu() for a in amplification]))
+    return ScoreTable.build(*rows, *map(torch.stack, zip(*ranks.collected(scores), strict=True)))
 
 
 def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Tensor:

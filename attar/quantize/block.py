@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.errors import AttarError
 from attar.losses import relative_error
 from attar.quantize.initialize import (
@@ -77,7 +78,7 @@ def quantize_block(
 
     plans: dotted name below `module` -> plan (skipped layers are left out by the caller). run: runs the block on one
     call. calls, targets: calibration samples with the full-precision outputs; both may be empty for settings that need
-    no data. contexts: what `loss` gets beside them. seed: of the random rotations and the order of samples, a text.
+    no data; of several processes each has its share. contexts: what `loss` gets beside them. seed: of the random rotations and the order of samples, a text.
     Raises AttarError when the settings need data and there is none, or a weight is not finite.
     """
     outcome = BlockOutcome()
@@ -96,17 +97,7 @@ def quantize_block(
             run, calls, targets, _trained(layers.values(), settings), settings.learning, loss,
             contexts=contexts, generator=generator, progress=progress,
         )  # fmt: skip
-    codes: dict[str, Tensor] = {}
-    if settings.gptq_damping is not None:
-        acting = {name: layer for name, layer in layers.items() if layer.act_bits is not None}
-        hessians = collect_hessians(run, calls, acting)
-        for name, layer in acting.items():
-            weight, scale = layer.baked_weight(clipped=True)
-            hessian, damping = hessians.pop(name), settings.gptq_damping
-            try:
-                codes[name] = gptq(weight, hessian, scale, layer.weight_bits, damping, settings.gptq_block)
-            except AttarError as error:
-                raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
+    codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
         replace_module(module, name, outcome.layers[name])
@@ -139,6 +130,7 @@ def _wrap(
             raise AttarError("channel scales need calibration samples")
         first = rotations if settings.transforms.order == "rotate_then_scale" else None
         stats = collect_input_stats(run, calls, {name: linears[name] for name in acting}, rotations=first)
+        stats = {name: ranks.max_(stats[name]) for name in acting}
     layers = {}
     for name, plan in plans.items():
         linear: Any = linears[name]
@@ -157,6 +149,32 @@ def _wrap(
         replace_module(module, name, layer)
         layers[name] = layer
     return layers
+
+
+def _gptq_codes(
+    layers: Mapping[str, QuantizedLinear],
+    plans: Mapping[str, LayerPlan],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    settings: BlockSettings,
+) -> dict[str, Tensor]:
+    """GPTQ's codes of the layers with quantized activations. Several processes share the layers."""
+    acting = {name: layer for name, layer in layers.items() if layer.act_bits is not None}
+    hessians = collect_hessians(run, calls, acting)
+    assert settings.gptq_damping is not None
+    own, codes = ranks.mine(list(acting)), []
+    for name in acting:
+        hessian, layer = hessians.pop(name), acting[name]
+        if name not in own:
+            continue
+        weight, scale = layer.baked_weight(clipped=True)
+        bits, damping = layer.weight_bits, settings.gptq_damping
+        try:
+            codes.append(gptq(weight, hessian, scale, bits, damping, settings.gptq_block).cpu())
+        except AttarError as error:
+            raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
+    found = zip(acting, ranks.collected(codes), strict=True)
+    return {name: code.to(acting[name].weight.device) for name, code in found}
 
 
 def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Parameter]]:
@@ -183,7 +201,8 @@ def _mean_relative_error(
         relative_error(run(call), target, call.streams).item()
         for call, target in zip(calls, targets, strict=True)
     ]
-    return sum(errors) / len(errors)
+    total, count = ranks.sums(sum(errors), len(errors))
+    return total / count
 
 
 def _number(*parts: str) -> int:
