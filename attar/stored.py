@@ -119,7 +119,9 @@ def read_boundary(
         return full, [call.with_streams(found["quantized"][i]) for i, call in behind]
     except KeyError as error:
         where = str(workspace.folder / file)
-        raise AttarError("samples are missing in the file", where=where, fix="Delete it and run again") from error
+        raise AttarError(
+            "samples are missing in the file", where=where, fix="Delete it and run again"
+        ) from error
 
 
 def remove_boundary(workspace: Workspace, file: str) -> None:

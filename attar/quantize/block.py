@@ -77,8 +77,9 @@ def quantize_block(
     """Replaces the planned linears of `module` by packed layers, in place.
 
     plans: dotted name below `module` -> plan (skipped layers are left out by the caller). run: runs the block on one
-    call. calls, targets: calibration samples with the full-precision outputs; both may be empty for settings that need
-    no data; of several processes each has its share. contexts: what `loss` gets beside them. seed: of the random rotations and the order of samples, a text.
+    call. calls, targets: calibration samples with the full-precision outputs, of several processes the share of each;
+    both may be empty for settings that need no data. contexts: what `loss` gets beside them. seed: of the random
+    rotations and the order of samples, a text.
     Raises AttarError when the settings need data and there is none, or a weight is not finite.
     """
     outcome = BlockOutcome()
