@@ -44,13 +44,16 @@ Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default
 
 
 def _one_job(command: Callable[..., None]) -> Callable[..., None]:
-    """All processes that a launcher has started are one job of this command."""
+    """All processes that a launcher has started are one job of this command; one alone makes a dry run."""
 
     @functools.wraps(command)
     def together(**options: Any) -> None:
         from attar import ranks
 
-        with ranks.joined(options["device"]):
+        if not options["dry_run"]:
+            with ranks.joined(options["device"]):
+                command(**options)
+        elif os.environ.get("RANK", "0") == "0":
             command(**options)
 
     return together
@@ -118,8 +121,6 @@ def compress(
     choice = ranks.first(
         lambda: choose(source, chosen.needs_data, precision, device, stream, processes=ranks.here())
     )
-    if dry_run and not ranks.is_first():
-        return
     _note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
     if dry_run:
         pipe = open_pipeline(source, choice, precision, device)

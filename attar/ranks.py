@@ -192,14 +192,15 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        detail = reason(error).rpartition("cc:")[2].partition("] ")[2] or reason(error)
+        # gloo puts a place in its source before the words, and advice behind them
+        detail = reason(error).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or reason(error)
         raise AttarError(f"another process of this job ended ({detail})", fix=AGAIN) from error
 
 
 def _first_to_fail() -> bool:
     try:
         return _store.add("failed", 1) == 1
-    except RuntimeError:  # it went with the process that kept it
+    except RuntimeError:  # launchers keep it; without one it goes with the first process
         return True
 
 

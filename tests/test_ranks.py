@@ -205,20 +205,23 @@ def killed(command, rank: int) -> None:
     """The process of that rank was; the others said so, in one line, and ended."""
     codes = command.wait_all()
     assert codes.pop(rank) == -9 and set(codes) == {1}, [log.read_text() for log in command.logs]
-    said = [line for line in "".join(log.read_text() for log in command.logs).splitlines() if "error" in line]
+    said = [
+        line for line in "".join(log.read_text() for log in command.logs).splitlines() if "error:" in line
+    ]
     assert len(said) == 1 and said[0].startswith("error: another process of this job ended"), said
     assert said[0].endswith("Run the same command again; it goes on")
 
 
 def test_killed_before_every_file(commands, models, made, tmp_path):
-    """The processes take turns in being killed, before their first, second, ... file is in its place."""
+    """The processes take turns in being killed, the first one before its third file, the second before any."""
     model, options = RUNS["two segments"]
     out, kills = tmp_path / "small", 0
     for turn in range(40):
         arguments = ("compress", models[model], "-o", out, *options)
-        command = commands.start(*arguments, processes=2, writes=1 + turn % 3, deadly=turn % 2)
-        if out.exists() or command.wait_all() == [0, 0]:
+        command = commands.start(*arguments, processes=2, writes=(2, 0)[turn % 2], deadly=turn % 2)
+        if (codes := command.wait_all()) == [0, 0]:
             break
+        assert codes[turn % 2] == -9 and not out.exists()
         kills += 1
     assert kills >= 5 and contents(out) == contents(made("two segments", 2))
     left = contents(tmp_path / "small.work")

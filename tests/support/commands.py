@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from attar.cli import main
 
@@ -75,6 +75,7 @@ class Command:
     server: Commands
     outs: list[Path]
     logs: list[Path]
+    store: TCPStore | None = None  # kept as long as the command
 
     @property
     def out(self) -> Path:
@@ -116,7 +117,7 @@ class Commands:
         processes of one job the one of rank `deadly` does. A .py file as the first argument is run as it is."""
         self.count += 1
         jobs = []
-        environments = [{}] if processes == 1 else launched(processes)
+        environments, store = ([{}], None) if processes == 1 else launched(processes)
         for rank, environment in enumerate(environments):
             out, log = (str(self.folder / f"{name}-{self.count}-{rank}.txt") for name in ("out", "log"))
             dies = writes if rank == deadly else None
@@ -126,7 +127,7 @@ class Commands:
         self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
         outs, logs = ([Path(job[name]) for job in jobs] for name in ("out", "log"))
-        return Command(json.loads(self.answer()), self, outs, logs)
+        return Command(json.loads(self.answer()), self, outs, logs, store)
 
     def run(self, *args: object, writes: int | None = None) -> int:
         command = self.start(*args, writes=writes)
@@ -144,14 +145,14 @@ class Commands:
         self.process.wait(30)
 
 
-def launched(processes: int) -> list[dict[str, str]]:
-    """What a launcher tells each of the processes of one job on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-    shared["LOCAL_WORLD_SIZE"] = str(processes)
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+def launched(processes: int) -> tuple[list[dict[str, str]], TCPStore]:
+    """What a launcher tells each of the processes of one job on this machine, and the store that it keeps for them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+    }  # fmt: skip
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)], store
 
 
 @dataclass
