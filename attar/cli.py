@@ -50,6 +50,11 @@ def _one_job(command: Callable[..., None]) -> Callable[..., None]:
     def together(**options: Any) -> None:
         from attar import ranks
 
+        if (
+            "WORLD_SIZE" not in os.environ
+            and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+        ):
+            _note("accelerate started one process only; on CPUs use torchrun, or its option --multi_gpu")
         if not options["dry_run"]:
             with ranks.joined(options["device"]):
                 command(**options)
