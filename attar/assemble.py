@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.models.shards import Shards
-from attar.runtime.integrity import CHECKSUM_KEY, tensor_checksums
+from attar.runtime.integrity import header_metadata, tensor_checksums
 from attar.runtime.layers import packed_layers
 from attar.stored import read_layers
 from attar.tensorfile import TensorWriter
@@ -46,7 +47,8 @@ def write_weights(
 ) -> None:
     """Writes the weight files of a model with packed layers into `folder`, with checksums in their headers.
 
-    model: says which tensors there are; they may be on the meta device if `packed` and `shards` have them.
+    model: a marked one (`mark_compressed`), which says what tensors there are; they may be on the meta device if
+    `packed` and `shards` have them.
     stem: "diffusion_pytorch_model", or "model" for transformers. Raises AttarError for a tensor that is nowhere.
     """
     state = model.state_dict()
@@ -64,10 +66,12 @@ def write_weights(
     parts = split(kinds, shard_bytes)
     names = shard_names(stem, len(parts))
     sums = dict.fromkeys(sorted(kinds), "0" * 64)
+    quantizer: Any = model.hf_quantizer
+    config = quantizer.quantization_config.to_dict()
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
-                TensorWriter(folder / name, {key: kinds[key] for key in part}, _metadata(sums))
+                TensorWriter(folder / name, {key: kinds[key] for key in part}, _metadata(sums, config))
             )
             for name, part in zip(names, parts, strict=True)
         ]
@@ -89,13 +93,13 @@ def write_weights(
                 )
             write(key, shards.read(key) if key in shards else state[key])
         for writer in writers:
-            writer.finish(_metadata(sums))
+            writer.finish(_metadata(sums, config))
     if len(parts) > 1:
         write_index(folder / f"{stem}.safetensors.index.json", kinds, dict(zip(names, parts, strict=True)))
 
 
-def _metadata(sums: Mapping[str, str]) -> dict[str, str]:
-    return {"format": "pt", CHECKSUM_KEY: json.dumps(sums, separators=(",", ":"), sort_keys=True)}
+def _metadata(sums: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", **header_metadata(sums, config)}
 
 
 def _bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:

@@ -5,14 +5,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from attar.evaluate.statistics import Estimate, paired_difference
-from benchmarks.cells import ACCURACY, LADDER, MAIN, OUTLIERS, Study, block_error, find_cell, seeds_of
+from benchmarks.cells import (
+    ACCURACY,
+    CLIPPING,
+    LADDER,
+    MAIN,
+    OUTLIERS,
+    SELECTION,
+    Study,
+    block_error,
+    find_cell,
+    seeds_of,
+)
 
 Cells = dict[str, Any]
 Value = Callable[[dict[str, Any]], float]
 DEFAULT, FAITHFUL = "attar-ptq (default)", "S²Q-VDiT (with GPTQ)"
+NEUTRAL = 5  # percent
 UNLEARNED = ("round to nearest", "SmoothQuant", "Hadamard (QuaRot-style)")
 
 
@@ -27,7 +40,8 @@ class Verdict:
 
 def check_bars(cells: Cells) -> list[Verdict]:
     """Every bar, from the cells that are there."""
-    return [*_accuracy(cells), *_closeness(cells), *_order(cells), *_gain(cells)]
+    checks = (_accuracy, _closeness, _order, _every_block, _clipping, _control, _gain)
+    return [verdict for check in checks for verdict in check(cells)]
 
 
 def table(verdicts: list[Verdict]) -> str:
@@ -60,8 +74,40 @@ def _order(cells: Cells) -> Iterator[Verdict]:
     for study in (LADDER, OUTLIERS):
         rungs = [method.name for method in study.methods]
         for worse, better in itertools.pairwise(rungs):
-            change = _paired(cells, study, (4, 4), worse, better, _percent(cells, study, worse))
+            change = _paired(cells, study, (4, 4), worse, better, _percent(cells, study, (4, 4), worse))
             yield _below(f"W4A4, {study.name}: block error of *{worse}* > *{better}*", change)
+
+
+def _every_block(cells: Cells) -> Iterator[Verdict]:
+    before, after = (
+        _cells(cells, LADDER, name, (4, 4)) for name in ("scaling + rotation", "+ learned scale")
+    )
+    pairs = [
+        (a, b)
+        for seed in sorted(set(before) & set(after))
+        for a, b in zip(before[seed]["block_errors"], after[seed]["block_errors"], strict=True)
+    ]
+    better = sum(b < a for a, b in pairs)
+    bar = "W4A4, ladder: learning lowers the held-out error of every block"
+    yield Verdict(bar, better == len(pairs) if pairs else None, f"{better} of {len(pairs)} blocks and seeds")
+
+
+def _clipping(cells: Cells) -> Iterator[Verdict]:
+    plain, learned = (method.name for method in CLIPPING.methods)
+    for bits in CLIPPING.bits:
+        change = _paired(cells, CLIPPING, bits, plain, learned, _percent(cells, CLIPPING, bits, plain))
+        name = f"W{bits[0]}A{bits[1]}, clipping"
+        if bits == (4, 4):
+            yield _below(f"{name}: block error of *{plain}* > *{learned}*", change)
+        else:
+            holds = None if change is None else abs(change.mean) < NEUTRAL
+            yield Verdict(f"{name}: learned clipping is neutral (±{NEUTRAL} %)", holds, _said(change, "%"))
+
+
+def _control(cells: Cells) -> Iterator[Verdict]:
+    change = _paired(cells, SELECTION, (4, 4), "salient", "lowest", lambda cell: median(cell["latent_error"]))
+    bar = "W4A4, selection: the lowest scores give a larger final-latent error than the highest"
+    yield Verdict(bar, None if change is None else change.mean > 0, _said(change, "", digits=4))
 
 
 def _gain(cells: Cells) -> Iterator[Verdict]:
@@ -91,9 +137,9 @@ def _psnr(cell: dict[str, Any]) -> float:
     return sum(cell["psnr"]) / len(cell["psnr"])
 
 
-def _percent(cells: Cells, study: Study, reference: str) -> Value:
+def _percent(cells: Cells, study: Study, bits: tuple[int, int], reference: str) -> Value:
     """The block error in percent of the mean one of `reference`."""
-    found = _cells(cells, study, reference, (4, 4))
+    found = _cells(cells, study, reference, bits)
     mean = sum(map(block_error, found.values())) / max(len(found), 1)
     return lambda cell: 100 * block_error(cell) / mean
 
@@ -106,11 +152,11 @@ def _below(bar: str, change: Estimate | None) -> Verdict:
     return Verdict(bar, None if change is None else change.mean < 0, _said(change, "%"))
 
 
-def _said(e: Estimate | None, unit: str, least: float = 0) -> str:
+def _said(e: Estimate | None, unit: str, least: float = 0, digits: int = 2) -> str:
     if e is None:
         return ""
-    interval = "" if e.high is None else f" ± {e.high - e.mean:.2f}"
+    interval = "" if e.high is None else f" ± {e.high - e.mean:.{digits}f}"
     noise = (
         ", in the mean only" if e.low is not None and e.high is not None and e.low < least < e.high else ""
     )
-    return f"{e.mean:+.2f}{interval} {unit}, {e.count} seed{'s' if e.count > 1 else ''}{noise}"
+    return f"{e.mean:+.{digits}f}{interval}{unit and ' '}{unit}, {e.count} seed{'s' if e.count > 1 else ''}{noise}"

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from attar.assemble import shard_names, split, write_index
-from attar.models.streamed import empty_model
+from attar.models.components import empty_model
 
 # the published config.json of CogVideoX-5B's transformer
 COGVIDEOX_5B: dict[str, Any] = {

@@ -25,8 +25,14 @@ class Method:
 
     def resolve(self, bits: tuple[int, int]) -> Recipe:
         """The recipe at (weights, acts) bits."""
-        widths = {"quantize.weights": bits[0], "quantize.acts": bits[1]}
-        return load_recipe(self.recipe, {**self.overrides, **widths})
+        return _resolved(self.recipe, json.dumps(self.overrides, sort_keys=True), *bits)
+
+
+@functools.cache
+def _resolved(recipe: str, overrides: str, weights: int, acts: int) -> Recipe:
+    """The recipe; kept, since tables look the same ones up again and again. overrides: JSON."""
+    widths = {"quantize.weights": weights, "quantize.acts": acts}
+    return load_recipe(recipe, {**json.loads(overrides), **widths})
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Study:
     """A table: its methods at some bit widths.
 
     prompts: held-out videos of a cell, 0 for block errors alone. outliers: on the model with planted outlier channels.
+    needs: a figure that its cells must have, and cells of older benchmarks may lack.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Study:
     methods: tuple[Method, ...]
     prompts: int = 24
     outliers: bool = False
+    needs: str = "block_errors"
 
 
 def digest(recipe: Recipe, *without: str) -> str:
@@ -84,7 +92,9 @@ def find_cell(
     does = digest(method.resolve(bits))
     for place in _names()[f"{does}-{study.outliers}"]:
         cell = cells.get(key(*place, seed))
-        if cell is None or cell["recipe"] != does:  # the recipe was another one then
+        if (
+            cell is None or cell["recipe"] != does or study.needs not in cell
+        ):  # the recipe was another one then
             continue
         if not study.prompts or cell.get("prompts") == study.prompts:
             return cell
@@ -145,6 +155,19 @@ OUTLIERS = replace(
     outliers=True,
 )
 
+CLIPPING = Study(
+    "clipping",
+    "Does learned clipping help on top of a fixed rotation, and where? (5 epochs)",
+    ((4, 4), (8, 8)),
+    (
+        Method("rotation", "hadamard"),
+        Method(
+            "rotation + learned clipping", "learned-base", {**FEW_EPOCHS, **FIXED, "quantize.scale": False}
+        ),
+    ),
+    prompts=0,
+)
+
 POLICIES = (
     "salient", "salient_stratified", "last_steps", "random", "uniform_steps", "one_prompt_all_steps",
     "few_prompts_all_steps", "few_prompts_random_steps", "change", "amplification", "lowest",
@@ -154,7 +177,6 @@ SELECTION = Study(
     "Does it matter which samples are chosen? (plain error, nearest rounding, 5 epochs)",
     ((4, 4),),
     tuple(Method(policy, "s2q-vdit", {**_base(select__policy=policy), **FEW_EPOCHS}) for policy in POLICIES),
-    prompts=0,
 )
 
 
@@ -172,6 +194,7 @@ DISTILLATION = Study(
     ((4, 4),),
     (Method("plain error", "s2q-vdit", {**BASE, **FEW_EPOCHS}), *map(_weighted, (0.1, 0.25, 0.5, 0.75))),
     prompts=0,
+    needs="most_attended",
 )
 
 LEARNING = Study(
@@ -209,5 +232,6 @@ ACCURACY = Study(
 )
 
 STUDIES = {
-    study.name: study for study in (MAIN, LADDER, OUTLIERS, ACCURACY, SELECTION, DISTILLATION, LEARNING)
+    study.name: study
+    for study in (MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, SELECTION, DISTILLATION, LEARNING)
 }

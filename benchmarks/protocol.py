@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from attar.calibration.catch import catch_block_calls
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline
 from attar.evaluate.fidelity import latent_error, psnr, ssim
-from attar.losses import relative_error
 from attar.models.adapter import ModelAdapter, evaluating
+from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
 from attar.models.source import Source, load_pipeline
 from attar.models.zoo.clips import Scene, split_scenes
@@ -68,6 +68,7 @@ class HeldOut:
 
     calls: list[list[BlockCall]]  # by block
     targets: list[list[dict[str, Tensor]]]
+    masses: list[list[dict[str, Tensor]]]  # the attention that each token receives, stream -> (B, N)
 
 
 @dataclass
@@ -131,15 +132,20 @@ class Bench:
             for p in range(HELD_OUT_PROMPTS)
             for k in range(HELD_OUT_STEPS)
         ]
-        found = HeldOut([], [])
+        found = HeldOut([], [], [])
         calls: list[BlockCall] = []
         for branches in chosen:
             calls.append(concatenate_calls(catch_block_calls(transformer, adapter, 0, branches)))
         with evaluating(transformer):
             for block in adapter.blocks:
-                targets = [run_block(block.module, call, block.outputs) for call in calls]
+                targets, masses = [], []
+                for call in calls:
+                    with attention_mass(adapter, block) as mass:
+                        targets.append(run_block(block.module, call, block.outputs))
+                    masses.append(mass.per_stream())
                 found.calls.append(calls)
                 found.targets.append(targets)
+                found.masses.append(masses)
                 calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]
         self.outputs = [block.outputs for block in adapter.blocks]
         return found
@@ -160,21 +166,38 @@ class Bench:
         return {**found, "all": [all(row) for row in zip(*found.values(), strict=True)]}
 
     @torch.no_grad()
-    def block_errors(self, transformer: Any) -> list[float]:
-        """Held-out error of every block, relative to the block's own update, on full-precision inputs."""
-        errors = []
+    def block_errors(self, transformer: Any) -> dict[str, list[float]]:
+        """Held-out error of every block, relative to the block's own update, on full-precision inputs.
+
+        Over all tokens, over the tenth of them that receives most attention, and over the half that receives least.
+        """
+        found: dict[str, list[float]] = {"block_errors": [], "most_attended": [], "least_attended": []}
+        held = self.held_out
         for k, block in enumerate(ModelAdapter.of(transformer).blocks):
-            pairs = zip(self.held_out.calls[k], self.held_out.targets[k], strict=True)
-            values = [
-                relative_error(run_block(block.module, call, self.outputs[k]), target, call.streams).item()
-                for call, target in pairs
-            ]
-            errors.append(sum(values) / len(values))
-        return errors
+            rows = []
+            for call, target, mass in zip(held.calls[k], held.targets[k], held.masses[k], strict=True):
+                made = run_block(block.module, call, self.outputs[k])
+                error, update = (_by_token(made, target), _by_token(call.streams, target))  # (B, N)
+                order = torch.cat([mass[name] for name in target], dim=1).argsort(dim=1, descending=True)
+                count = order.shape[1]
+                places = {
+                    "block_errors": order,
+                    "most_attended": order[:, : max(1, count // 10)],
+                    "least_attended": order[:, count - count // 2 :],
+                }
+                rows.append(
+                    {
+                        n: (error.gather(1, p).sum() / update.gather(1, p).sum()).item()
+                        for n, p in places.items()
+                    }
+                )
+            for name, errors in found.items():
+                errors.append(sum(row[name] for row in rows) / len(rows))
+        return found
 
     def measure(self, pipe: Any, prompts: int) -> dict[str, Any]:
         """All figures of a compressed pipeline. prompts: held-out videos, 0 for block errors alone."""
-        figures: dict[str, Any] = {"block_errors": self.block_errors(pipe.transformer)}
+        figures: dict[str, Any] = self.block_errors(pipe.transformer)
         return {**figures, **self.measure_videos(pipe, prompts)} if prompts else figures
 
     def measure_videos(self, pipe: Any, prompts: int) -> dict[str, Any]:
@@ -191,6 +214,11 @@ class Bench:
             "prompts": prompts,
             "sampling_seconds": round(time.time() - started, 1),
         }
+
+
+def _by_token(streams: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    """Squared difference of every token, (B, N), the streams one after the other."""
+    return torch.cat([(streams[n].float() - t.float()).square().sum(-1) for n, t in target.items()], dim=1)
 
 
 def _shares(accuracy: dict[str, list[bool]]) -> dict[str, float]:

@@ -12,7 +12,6 @@ stopped and started again. Tables go to docs/quality.md.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 import time
@@ -25,7 +24,6 @@ import torch
 
 from attar.component import ComponentJob
 from attar.conductor import plan_component
-from attar.files import writing
 from attar.models.source import find_source
 from attar.progress import SilentProgress
 from attar.recipe import Recipe
@@ -35,10 +33,11 @@ from benchmarks.bars import table as bars_table
 from benchmarks.cells import STUDIES, Method, Study, block_error, digest, find_cell, key
 from benchmarks.memory import remembering
 from benchmarks.protocol import Bench
+from benchmarks.store import FOLDER, load, save
 from benchmarks.tables import write_tables
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+RESULTS = FOLDER / "quality.json"
 
 
 def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
@@ -74,15 +73,6 @@ def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     return pipe, report
 
 
-def load_results(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {"cells": {}}
-
-
-def save_results(path: Path, results: dict[str, Any]) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=0) + "\n")
-
-
 def environment(steps: int) -> dict[str, Any]:
     return {
         "model": "digits-video",
@@ -98,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         benches: dict[bool, Bench] = {}
         for study, bits, method in _cells(args.studies, wanted, args.only):
-            if find_cell(load_results(args.results)["cells"], study, method, bits, seed) is not None:
+            if find_cell(load(args.results, "cells")["cells"], study, method, bits, seed) is not None:
                 continue
             if study.outliers not in benches:
                 benches[study.outliers] = Bench(source, args.work, seed, args.steps, study.outliers)
@@ -106,11 +96,11 @@ def run(args: argparse.Namespace) -> None:
             recipe = method.resolve(bits)
             pipe, report = compress(bench, recipe)
             cell = {"recipe": digest(recipe), **report, **bench.measure(pipe, study.prompts)}
-            results = load_results(args.results)  # cells may be filled by several processes side by side
+            results = load(args.results, "cells")  # cells may be filled by several processes side by side
             results.setdefault("environment", environment(bench.steps))
             name = key(study.name, method.name, bits, seed)
             results["cells"][name] = cell
-            save_results(args.results, results)
+            save(args.results, results)
             print(_line(name, cell), flush=True)
 
 
@@ -148,13 +138,13 @@ def main() -> None:
     parser.add_argument("--bars", action="store_true", help="only check the bars")
     args = parser.parse_args()
     if args.bars:
-        verdicts = check_bars(load_results(args.results)["cells"])
+        verdicts = check_bars(load(args.results, "cells")["cells"])
         print(bars_table(verdicts))
         raise SystemExit(0 if all(v.holds for v in verdicts) else 1)
     torch.set_num_threads(args.threads)
     if not args.table:
         run(args)
-    print(write_tables(load_results(args.results), ROOT / "docs" / "quality.md"))
+    print(write_tables(load(args.results, "cells"), ROOT / "docs" / "quality.md"))
 
 
 if __name__ == "__main__":

@@ -114,15 +114,31 @@ def _differences(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> l
     reference = next((found for _, name, found in rows if name == base), None)
     if reference is None:
         return []
-    lines = [f"\nChange of the held-out block error against *{base}*, paired over seeds:\n"]
+    lines = [
+        f"\nChange of the held-out block error against *{base}*, paired over seeds, in percent: over all tokens, "
+        "over the tenth that receives most attention, over the half that receives least.\n",
+        "| | all tokens | most attended | least attended |",
+        "|---|---|---|---|",
+    ]
     for _, name, found in rows:
         seeds = sorted(set(found) & set(reference))
         if name == base or not seeds:
             continue
-        before = [100.0 for _ in seeds]
-        after = [100 * block_error(found[s]) / block_error(reference[s]) for s in seeds]
-        lines.append(f"- {name}: {_estimate(paired_difference(before, after), 1)} %")
+        changes = [_change([(reference[s], found[s]) for s in seeds], tokens) for tokens in TOKENS]
+        lines.append(f"| {name} | {' | '.join(changes)} |")
     return lines
+
+
+TOKENS = ("block_errors", "most_attended", "least_attended")
+
+
+def _change(pairs: list[tuple[dict[str, Any], dict[str, Any]]], tokens: str) -> str:
+    """Percent by which the second cells' errors over some tokens are above the first ones'."""
+    means = [[sum(c[tokens]) for c in pair] for pair in pairs if all(tokens in c for c in pair)]
+    if not means:
+        return "–"
+    after = [100 * b / a for a, b in means]
+    return _estimate(paired_difference([100.0] * len(after), after), 1)
 
 
 def _chosen(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list[str]:

@@ -176,6 +176,7 @@ HEAVY = (
     "peft",
     "rich",
     "yaml",
+    "triton",
 )
 
 

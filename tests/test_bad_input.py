@@ -179,6 +179,29 @@ def test_weights_of_another_shape(refuses, model, tmp_path):
     assert "cannot be loaded" in refuses(*compress(model, tmp_path, *SHORT))
 
 
+@pytest.mark.parametrize("how", ["--stream", "--no-stream"])
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "blocks.0.attn1.to_q.weight"),
+        ("text_encoder/model.safetensors", "shared.weight"),
+        ("text_encoder/model.safetensors", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+    ],
+)
+def test_a_tensor_is_missing(refuses, model, tmp_path, file, tensor, how):
+    """diffusers leaves it on the meta device, and transformers fills it with random numbers."""
+    tensors = load_file(model / file)
+    name = "encoder.embed_tokens.weight" if tensor == "shared.weight" else tensor  # two names of one
+    del tensors[tensor]
+    save_file(tensors, model / file, metadata={"format": "pt"})
+    message = refuses(*compress(model, tmp_path, *SHORT, how))
+    assert repr(name) in message and file.partition("/")[0] in message
+    if how == "--no-stream":
+        message = refuses("generate", model, "a dog", "-o", tmp_path / "x.mp4")
+        assert f"tensor {name!r} is missing from the weight files [{file.partition('/')[0]}]" in message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(refuses, model, tmp_path, value):
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -236,6 +259,21 @@ def test_a_tampered_checkpoint(refuses, small, tmp_path):
     file.write_bytes(content)
     message = refuses("generate", small, "a dog", "-o", tmp_path / "x.mp4")
     assert "checksum mismatch" in message and "download it again" in message
+
+
+@pytest.mark.parametrize(
+    "file", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+)
+def test_tampered_copies(refuses, small, tmp_path, file):
+    """Components that were not compressed have no checksums of their own; compression.json has them."""
+    content = bytearray((small / file).read_bytes())
+    content[-5] ^= 1
+    (small / file).write_bytes(content)
+    message = refuses("generate", small, "a dog", "-o", tmp_path / "x.mp4")
+    assert f"the file is not as attar copied it [{file}]" in message
+    (small / file).unlink()
+    with pytest.raises(AttarError, match="a file is missing"):
+        attar.verify_folder(small)
 
 
 def test_a_checkpoint_of_a_newer_format(refuses, small, tmp_path):
@@ -436,11 +474,14 @@ def test_a_disk_that_is_really_full(cli, wan_folder, disk, size):
         assert not [p for p in place.rglob("*") if p.name.endswith((".tmp", "-partial"))]
 
 
-def test_videos_on_a_full_disk(cli, wan_folder, disk):
-    place = disk("4k")
-    (place / "fill").write_bytes(b"x" * 4096)
-    assert cli("generate", wan_folder, "a dog", "-o", place / "x.mp4", "--steps", "1").message
-    assert not (place / "x.mp4").exists()
+@pytest.mark.parametrize("free", [0, 4, 20])
+def test_videos_on_a_full_disk(cli, wan_folder, disk, free):
+    """Full before the first byte, or while the encoder writes: a video is whole, or there is none."""
+    place = disk("64k")
+    (place / "fill").write_bytes(b"x" * (64 - free) * 1024)
+    result = cli("generate", wan_folder, "a dog", "-o", place / "x.mp4", "--steps", "1")
+    assert "the disk is full" in result.message and "x.mp4" in result.message
+    assert [p.name for p in place.iterdir()] == ["fill"]
 
 
 def test_places_that_cannot_be_written(cli, wan_folder, disk, tmp_path):

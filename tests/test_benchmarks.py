@@ -41,6 +41,7 @@ def test_tables_pair_cells_over_seeds(tmp_path):
             "calibration_errors": [[None, None]],
             "calibration_cpu_seconds": 1.0,
             "chosen": [[0, 0], [1, 49]],
+            "prompts": STUDIES["selection"].prompts,
         }
 
     does = {m.name: digest(m.resolve((4, 4))) for m in STUDIES["selection"].methods}
@@ -48,9 +49,9 @@ def test_tables_pair_cells_over_seeds(tmp_path):
     cells |= {f"selection|salient|W4A4|{s}": {**cell(0.12), "recipe": does["salient"]} for s in range(3)}
     cells["selection|lowest|W4A4|0"] = {**cell(0.5), "recipe": "of another day"}
     text = write_tables({"cells": cells}, tmp_path / "quality.md")
-    assert "salient: 20.0 ± 0.0 %" in text
+    assert "| salient | 20.0 ± 0.0 | – | – |" in text
     assert "| salient | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 1 | 2 |" in text
-    assert "lowest" not in text
+    assert "| lowest |" not in text
     assert (tmp_path / "quality.md").read_text() == text
 
 

@@ -1,5 +1,8 @@
 """The comparison with other libraries: what runs is measured side by side, what fails is shown with its error."""
 
+from xml.etree import ElementTree
+
+import pytest
 import torch
 from torch import nn
 
@@ -7,6 +10,7 @@ from benchmarks.peers.competitors import COMPETITORS, Competitor, Task
 from benchmarks.peers.quality import linear_bytes
 from benchmarks.peers.speed import OneBlock, measure_speed
 from benchmarks.peers.table import write_table
+from benchmarks.scatter import Point, scatter
 
 
 def broken(task: Task) -> nn.Module:
@@ -53,3 +57,20 @@ def test_the_page_shows_failures_beside_figures(tmp_path):
     assert "| bf16 | torch 2 | 40.00 | 0.9900 | 50.0 (100.0) | 1.0 MB (1.000×) | 3 |" in text
     assert "| bf16 | 500 | 1.50 (1.40 – 1.60) | 0.2 MB (1.000×) |" in text
     assert text.count("RuntimeError: no kernel / for this processor") == 2
+    for name, place in (("peers-size.svg", "bf16: 1, 40"), ("peers-latency.svg", "bf16: 500, 40")):
+        picture = ElementTree.parse(tmp_path / "images" / name)
+        assert [title.text for title in picture.iter("{http://www.w3.org/2000/svg}title")] == [place]
+        assert f"images/{name}" in text
+
+
+def test_points_lie_where_their_values_say():
+    points = [Point(1, 10, "small & good", "a"), Point(100, 20, "large", "b"), Point(10, 15, "middle", "a")]
+    tree = ElementTree.fromstring(scatter(points, "a title", "MB", "dB"))
+    marks = [c for c in tree.iter("{http://www.w3.org/2000/svg}circle") if len(c)]
+    (x1, x2, x3), (y1, y2, y3) = ([float(c.get(name)) for c in marks] for name in ("cx", "cy"))
+    assert x3 == pytest.approx((x1 + x2) / 2, abs=0.1) and x1 < x2  # a logarithmic axis
+    assert y3 == pytest.approx((y1 + y2) / 2, abs=0.1) and y2 < y1  # more is higher
+    assert marks[0].get("fill") == marks[2].get("fill") != marks[1].get("fill")
+    assert marks[0][0].text == "small & good: 1, 10"
+    with pytest.raises(ValueError, match="finite"):
+        scatter([Point(1, float("inf"), "x", "a")], "", "", "")

@@ -75,6 +75,12 @@ def test_saved_again_it_is_the_same(small, name, tmp_path):
     assert str(tmp_path) not in json.dumps(configs[1])
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_loaded_tensors_are_aligned(small, name):
+    encoder = CLASSES[name].from_pretrained(small[name] / "text_encoder")
+    assert not [key for key, tensor in encoder.state_dict().items() if tensor.data_ptr() % 64]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_pipeline_runs_with_it(small, dtype):
     pipe = DiffusionPipeline.from_pretrained(small["wan"], torch_dtype=dtype)
@@ -137,7 +143,7 @@ def test_impossible_wishes(cli, models, small, tmp_path):
         attar.compress(pipe, "rtn", overrides={"text_encoder.weights": 4})
 
 
-@pytest.mark.parametrize("how", ["altered", "tensor gone"])
+@pytest.mark.parametrize("how", ["altered", "tensor gone", "not finite", "other scheme"])
 def test_damage_is_found_while_loading(small, tmp_path, how):
     import shutil
 
@@ -147,9 +153,21 @@ def test_damage_is_found_while_loading(small, tmp_path, how):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
+    elif how == "other scheme":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["schemes"][0]["act_bits"] = 8
+        (folder / "config.json").write_text(json.dumps(config))
     else:
         tensors = load_file(path)
-        tensors.pop("encoder.block.0.layer.0.SelfAttention.q.codes")
+        if how == "tensor gone":
+            tensors.pop("encoder.block.0.layer.0.SelfAttention.q.codes")
+        else:
+            tensors["encoder.block.0.layer.0.SelfAttention.q.weight_scale"][1] = float("nan")
         save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(AttarError, match=r"checksum mismatch|is missing"):
+    said = {
+        "altered": "checksum mismatch",
+        "tensor gone": "is missing",
+        "not finite": "not finite and positive",
+    }
+    with pytest.raises(AttarError, match=said[how]):
         UMT5EncoderModel.from_pretrained(folder)

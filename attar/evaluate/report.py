@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import math
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from attar.evaluate.report_data import (
 )
 from attar.evaluate.size import format_bytes
 from attar.evaluate.video import to_data_uri
+from attar.files import writing
 
 __all__ = [
     "Accuracy",
@@ -81,24 +81,8 @@ def build_report(data: ReportData, out_dir: str | Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises AttarError if it cannot be written."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that others cannot read
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise AttarError(
-            f"cannot write the file: {error.strerror}",
-            where=str(path),
-            fix="Check the folder and the free space",
-        ) from error
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @cache

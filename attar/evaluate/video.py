@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import math
 import os
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.files import is_full, writing
 
 # Tagged BT.709, so that every player turns the colours back in the same way.
 _COLOUR = ["-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709"]
@@ -48,7 +50,7 @@ def save_video(
     """
     path = Path(path)
     frames = _checked(frames)
-    if fps <= 0 or upscale < 1 or path.suffix != ".mp4":
+    if not 0 < fps < math.inf or upscale < 1 or path.suffix != ".mp4":
         raise AttarError(
             f"cannot write a video with fps={fps}, upscale={upscale}, suffix {path.suffix!r}",
             where=str(path),
@@ -57,40 +59,14 @@ def save_video(
     frames = frames.repeat(upscale, axis=1).repeat(upscale, axis=2)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    parameters = ["-crf", str(crf), "-bf", "0", "-vf", "scale=out_color_matrix=bt709:out_range=tv", *_COLOUR]
-    parameters += ["-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
-    if metadata:
-        parameters += ["-metadata", f"comment={json.dumps(dict(metadata), ensure_ascii=False)}"]
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".mp4", prefix=f".{path.stem[:40]}-", dir=path.parent)
-        os.close(handle)
-        writer = imageio_ffmpeg.write_frames(
-            temporary,
-            (frames.shape[2], frames.shape[1]),
-            fps=fps,  # pyright: ignore[reportArgumentType]  fractions are fine
-            codec="libx264",
-            quality=None,  # pyright: ignore[reportArgumentType]  crf is given instead
-            macro_block_size=1,  # its default would resize to multiples of 16
-            ffmpeg_log_level="error",
-            output_params=parameters,
-        )
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
-        if os.path.getsize(temporary) == 0:
-            raise OSError("the encoder wrote nothing")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        reason = str(error).strip().splitlines()[-1]
-        raise AttarError(
-            f"cannot write the video: {reason}", where=str(path), fix="Check folder and disk"
-        ) from error
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}"]
+    codec = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(crf), "-bf", "0"]
+    colours = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", *_COLOUR]
+    flags = ["-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
+    comment = ["-metadata", f"comment={json.dumps(dict(metadata), ensure_ascii=False)}"] if metadata else []
+    with writing(path) as temporary:
+        output = [*codec, *colours, *flags, *comment, "-f", "mp4", "-y", str(temporary)]
+        _ffmpeg([*raw, "-r", repr(float(fps)), "-i", "-", *output], frames)
     return path
 
 
@@ -170,6 +146,17 @@ def to_data_uri(source: str | Path | bytes, mime: str = "video/mp4") -> str:
         except OSError as error:
             raise AttarError(f"cannot read the file: {error.strerror}", where=str(source)) from error
     return f"data:{mime};base64,{base64.b64encode(source).decode('ascii')}"
+
+
+def _ffmpeg(arguments: Sequence[str], frames: np.ndarray) -> None:
+    """Runs ffmpeg with the frames as its input. Raises OSError with its own words when it fails."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *arguments]
+    pixels = np.ascontiguousarray(frames).reshape(-1).data
+    answer = subprocess.run(command, input=pixels, capture_output=True, check=False)
+    if answer.returncode != 0:
+        said = answer.stderr.decode(errors="replace").strip() or f"ffmpeg ended with {answer.returncode}"
+        full = is_full(OSError(said))  # its last words are seldom about the cause
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(said.splitlines()[-1])
 
 
 def _checked(frames: np.ndarray) -> np.ndarray:

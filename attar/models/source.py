@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from attar.errors import AttarError, reason
+from attar.models.components import check_complete
 from attar.models.zoo import zoo_folder, zoo_names
+from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD
 from attar.runtime.integrity import verify_folder
 
@@ -85,7 +87,7 @@ def load_pipeline(
 ) -> Any:
     """The pipeline of a source on a device. dtype defaults to float32 on CPU and bfloat16 elsewhere.
 
-    Raises AttarError for folders that diffusers cannot read, and for damaged weight files.
+    Raises AttarError for folders that diffusers cannot read, and for weight files that are damaged or lack a tensor.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -98,19 +100,15 @@ def load_pipeline(
         verify_folder(source.folder)
     with loading(source, quiet):
         pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module):
+                check_complete(part, source.folder / name)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
-            _align(part)
+            align(part)
     return pipe
-
-
-def _align(module: nn.Module) -> None:
-    """Own memory for tensors that lie in a mapped file at odd addresses, where matrix kernels may round otherwise."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
 
 
 def default_dtype(device: str) -> torch.dtype:

@@ -6,20 +6,22 @@ weights, since latents are all that is traced.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook
 from torch import nn
 
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter
+from attar.models.components import (
+    check_complete,
+    component_classes,
+    empty_model,
+    is_transformers,
+    load_complete,
+    missing,
+)
 from attar.models.shards import Shards
 from attar.models.source import (
     Source,
@@ -29,7 +31,7 @@ from attar.models.source import (
     is_compressed,
     loading,
 )
-from attar.models.weights import StreamedWeights, Turn, tied_names
+from attar.models.weights import StreamedWeights, Turn
 
 _WHOLE = "Load it whole with --no-stream"
 
@@ -51,7 +53,7 @@ def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, devic
     check_weight_files(source.folder)
     turn, where, parts = Turn(), torch.device(device), {}
     with loading(source):
-        pipeline, classes, rest = _index(source.folder)
+        pipeline, classes, rest = component_classes(source.folder)
         for name, cls in classes.items():
             folder = source.folder / name
             if not _has_weights(cls):
@@ -60,11 +62,13 @@ def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, devic
             model, shards = empty_model(cls, folder, dtype), Shards(folder)
             if name.startswith("transformer"):
                 StreamedWeights(model, [b.name for b in ModelAdapter.of(model).blocks], shards, where, turn)
-            elif _is_transformers(cls):
+            elif is_transformers(cls):
                 if missing(model, shards):
-                    model = cls.from_pretrained(folder, dtype=dtype).to(device)
+                    model = load_complete(cls, folder, dtype=dtype).to(device)
                 else:
                     StreamedWeights(model, layer_names(model), shards, where, turn)
+            else:
+                check_complete(model, folder)
             # diffusers reads off such a hook where an offloaded model computes; nothing is attached by it
             model._hf_hook = AlignDevicesHook(execution_device=where)
             parts[name] = model
@@ -81,7 +85,7 @@ def not_streamable(source: Source) -> str | None:
         return "the model is already compressed"
     with loading(source):
         try:
-            _, classes, _ = _index(source.folder)
+            _, classes, _ = component_classes(source.folder)
         except (AttributeError, ImportError) as error:
             return f"{error}"
         for name, cls in classes.items():
@@ -93,38 +97,6 @@ def not_streamable(source: Source) -> str | None:
                 if lacking:
                     return f"the files of {name} have no tensor {lacking[0]!r}"
     return None
-
-
-def empty_model(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A model of a component's configuration on the meta device, in evaluation mode, its stored tensors in the types
-    that from_pretrained gives them."""
-    with _default_dtype(dtype), init_empty_weights():
-        if _is_transformers(cls):
-            model = cls._from_config(cls.config_class.from_pretrained(folder))
-        else:
-            config = cls.load_config(folder)
-            found = config.get("_class_name", cls.__name__)
-            if found != cls.__name__:
-                raise ValueError(f"{folder.name} is a {found}, model_index.json says {cls.__name__}")
-            model = cls.from_config(config)
-    if _is_transformers(cls):
-        model.tie_weights()  # each parameter became one of its own on the way to the meta device
-    kept = _kept_in_float32(model, dtype)
-    # buffers that are not stored keep their types
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
-    return model.eval().requires_grad_(False)
-
-
-def missing(model: nn.Module, shards: Shards) -> list[str]:
-    """Tensors of the model that its files do not hold under their names, in the same shapes."""
-    aliases = tied_names(model, shards)
-    return [
-        name
-        for name, tensor in model.state_dict().items()
-        if name not in aliases and (name not in shards or shards.entry(name).shape != tuple(tensor.shape))
-    ]
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -140,49 +112,5 @@ def layer_names(model: nn.Module) -> list[str]:
     return found
 
 
-def _index(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """(class of the pipeline, classes of its components, its other arguments), read from model_index.json.
-
-    Put together by hand, since diffusers' own loader reads components anew that a pipeline declares as optional, such
-    as Wan's transformers, when they are given to it. AttributeError or ImportError for classes that it does not know.
-    """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    classes, rest = {}, {}
-    for name, value in index.items():
-        if name.startswith("_"):
-            continue
-        if not isinstance(value, list):
-            rest[name] = value
-        elif value[0] is None:
-            rest[name] = None
-        else:
-            classes[name] = getattr(import_module(value[0]), value[1])
-    return getattr(import_module("diffusers"), index["_class_name"]), classes, rest
-
-
 def _has_weights(cls: Any) -> bool:
     return issubclass(cls, nn.Module)
-
-
-def _is_transformers(cls: Any) -> bool:
-    return hasattr(cls, "_from_config")
-
-
-def _kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
-    """Parts of names whose parameters the libraries keep in float32 in a model of lower precision."""
-    if dtype == torch.float32:
-        return set()
-    if not _is_transformers(type(model)):
-        return set(model._keep_in_fp32_modules or ())
-    half = model._keep_in_fp32_modules if dtype == torch.float16 else ()
-    return {*(half or ()), *(model._keep_in_fp32_modules_strict or ())}
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

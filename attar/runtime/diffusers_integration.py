@@ -11,7 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_module_tensor_to_device
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers import auto
@@ -20,8 +19,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.runtime import attention_backend
+from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
-from attar.runtime.integrity import checksum_metadata, sort_header, verify_files
+from attar.runtime.integrity import header_metadata, sort_header, tensor_checksums, verify_files
 from attar.runtime.layers import packed_layers
 
 
@@ -64,7 +65,7 @@ class AttarQuantizer(DiffusersQuantizer):
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        verify_files(checkpoint_files)
+        verify_files(checkpoint_files, self.quantization_config.to_dict())
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
@@ -122,11 +123,10 @@ class AttarQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         for name, layer in packed_layers(model).items():
             layer.settle(name)
-            scale = layer.weight_scale
-            if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise AttarError("the weight scales are not finite and positive", where=name)
+        align(model)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
+        attention_backend.use_fast_attention(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -134,7 +134,7 @@ class AttarQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         if any(".base_layer." in name for name in state_dict):
             raise AttarError("a LoRA is attached to the packed model", fix="Unload it before saving")
-        return state_dict, checksum_metadata(state_dict)
+        return state_dict, header_metadata(tensor_checksums(state_dict), self.quantization_config.to_dict())
 
     @property
     def is_serializable(self) -> bool:
@@ -153,6 +153,7 @@ def register() -> None:
     """Makes diffusers recognise `quant_method: attar`. Called by `import attar`; repeating it is harmless."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AttarQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AttarConfig
+    attention_backend.register()
 
 
 def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
@@ -167,6 +168,7 @@ def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
         key: value for key, value in model.config.items() if key != "_name_or_path"
     }  # may be a private path
     model._internal_dict = type(model.config)({**kept, "quantization_config": config})
+    attention_backend.use_fast_attention(model)
     return model
 
 

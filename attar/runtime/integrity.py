@@ -1,8 +1,9 @@
 """Checksums of a checkpoint, and its verification before a model is built from it.
 
 Every weight file carries, in the metadata of its safetensors header, the SHA-256 of each tensor of the
-checkpoint. They are computed from the state dict whenever it is saved (by attar or by a plain
-`save_pretrained`), so they are right whatever the sharding or dtype, and none can go stale.
+checkpoint, and one of the quantization config that gives them their meaning. They are computed whenever a
+model is saved (by attar or by a plain `save_pretrained`), so they are right whatever the sharding or dtype, and
+none can go stale. What attar copies beside them has its sums in compression.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from attar.errors import AttarError
 from attar.runtime.checkpoint import QUANT_METHOD, check_config
 
 CHECKSUM_KEY = "attar_sha256"
+CONFIG_KEY = "attar_config_sha256"
+EVIDENCE = "compression.json"
+_NO_MEANING = ("attar_version", "recipe")  # where a checkpoint comes from; nothing depends on them
 _DAMAGED = "The file is damaged or incomplete: copy or download it again"
 
 
@@ -33,9 +37,24 @@ def tensor_checksums(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
         return dict(zip(state_dict, pool.map(_checksum, state_dict.values()), strict=True))
 
 
-def checksum_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """What goes into the header of each weight file."""
-    return {CHECKSUM_KEY: json.dumps(tensor_checksums(state_dict), separators=(",", ":"), sort_keys=True)}
+def header_metadata(sums: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """What goes into the header of each weight file. config: the `quantization_config` that is saved beside it."""
+    table = json.dumps(sums, separators=(",", ":"), sort_keys=True)
+    return {CHECKSUM_KEY: table, CONFIG_KEY: config_checksum(config)}
+
+
+def config_checksum(config: Mapping[str, Any]) -> str:
+    """SHA-256 of all in a `quantization_config` that says what the tensors mean, however it is laid out."""
+    content = {key: value for key, value in config.items() if key not in _NO_MEANING}
+    text = json.dumps({**content, "quant_method": QUANT_METHOD}, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files below a folder, by their names there."""
+    names = sorted(names)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: _file_checksum(folder / name), names), strict=True))
 
 
 def sort_header(path: str | os.PathLike[str]) -> None:
@@ -56,24 +75,29 @@ def sort_header(path: str | os.PathLike[str]) -> None:
         file.write(text.ljust(length))
 
 
-def verify_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Reads every tensor of the weight files and compares checksums where there are any.
+def verify_files(
+    files: Iterable[str | os.PathLike[str]], config: Mapping[str, Any]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Reads every tensor of a component's weight files and compares checksums where there are any.
 
-    Returns the dtype and shape of each tensor. Raises AttarError for a file that is missing, truncated or
-    altered, and for files of different saves mixed together.
+    config: the checked `quantization_config` beside them; it must be the one that they were saved with, and say what
+    each tensor of a packed layer is for. Returns the dtype and shape of each tensor. Raises AttarError for a file
+    that is missing, truncated or altered, and for files of different saves mixed together.
     """
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    promised: dict[str, str] | None = None
+    promised: tuple[dict[str, str], str | None] | None = None
+    where: str | None = None
     for path in map(Path, files):
+        where = path.parent.name
         try:
             with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(CHECKSUM_KEY)
-                table = json.loads(text) if text is not None else {}
-                if promised is not None and table != promised:
+                metadata = file.metadata() or {}
+                table = json.loads(metadata.get(CHECKSUM_KEY, "{}"))
+                if promised is not None and (table, metadata.get(CONFIG_KEY)) != promised:
                     raise AttarError(
                         "weight files of different saves are mixed", where=path.name, fix=_DAMAGED
                     )
-                promised = table
+                promised = table, metadata.get(CONFIG_KEY)
                 names = list(file.keys())
                 with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                     for name, result in zip(names, pool.map(lambda n: _read(file, n), names), strict=True):
@@ -86,17 +110,26 @@ def verify_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[tor
             raise AttarError(
                 f"cannot be read as safetensors ({error})", where=path.name, fix=_DAMAGED
             ) from error
-    missing = sorted(set(promised or {}) - set(found))
+    table, saved_with = promised or ({}, None)
+    missing = sorted(set(table) - set(found))
     if missing:
         raise AttarError(f"tensor {missing[0]!r} is missing from the weight files", fix=_DAMAGED)
+    _check_layers(config, found, where)
+    if saved_with not in (None, config_checksum(config)):  # None: by an attar that did not write it yet
+        raise AttarError(
+            "the quantization_config is not the one that the weights were saved with",
+            where=f"{where}/config.json",
+            fix="Copy or download the checkpoint again",
+        )
     return found
 
 
 def verify_folder(folder: str | os.PathLike[str]) -> list[Path]:
     """Checks every attar checkpoint in a transformer folder, or in a pipeline folder with such components.
 
-    Config, format version, schemes, presence of all files and tensors, checksums. Returns the checked
-    folders; raises AttarError, one line, for the first fault, or when there is no attar checkpoint at all.
+    Config, format version, schemes, presence of all files and tensors, checksums; of the components that attar
+    copied, the files. Returns the checked folders; raises AttarError, one line, for the first fault, or when there
+    is no attar checkpoint at all.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -110,30 +143,75 @@ def verify_folder(folder: str | os.PathLike[str]) -> list[Path]:
             checked.append(candidate)
     if not checked:
         raise AttarError("no attar checkpoint here", where=str(root), fix="Name the folder that attar wrote")
+    _verify_copies(root)
     return checked
 
 
 def _verify_component(folder: Path, raw: Mapping[str, Any]) -> None:
-    config = check_config(raw, where=f"{folder.name}/config.json")
-    tensors = verify_files(_weight_files(folder))
-    for name, position in config["layers"].items():
-        scheme = config["schemes"][position]
+    verify_files(_weight_files(folder), check_config(raw, where=f"{folder.name}/config.json"))
+
+
+def _check_layers(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], where: str | None
+) -> None:
+    """Every packed layer has the tensors of its scheme, and no others."""
+    layers, schemes = config["layers"], config["schemes"]
+    for name, position in layers.items():
+        scheme = schemes[position]
         wanted = ["codes", "weight_scale"] + (["act_clip"] if scheme["act_clip"] else [])
         for part in wanted:
             if f"{name}.{part}" not in tensors:
-                raise AttarError(f"tensor '{name}.{part}' is missing", where=folder.name, fix=_DAMAGED)
+                raise AttarError(f"tensor '{name}.{part}' is missing", where=where, fix=_DAMAGED)
         for i, _ in enumerate(scheme["transforms"]):
             if not any(key.startswith(f"{name}.transforms.{i}.") for key in tensors):
-                raise AttarError(f"transform {i} of {name!r} is missing", where=folder.name, fix=_DAMAGED)
+                raise AttarError(f"transform {i} of {name!r} is missing", where=where, fix=_DAMAGED)
         (codes_dtype, codes), (scale_dtype, scale) = (tensors[f"{name}.{part}"] for part in wanted[:2])
         if (codes_dtype, scale_dtype) != (torch.uint8, torch.float32) or codes[0] != scale[0]:
-            raise AttarError(f"codes and scales of {name!r} do not match", where=folder.name, fix=_DAMAGED)
+            raise AttarError(f"codes and scales of {name!r} do not match", where=where, fix=_DAMAGED)
     for key, (dtype, _) in tensors.items():
-        layer = key.removesuffix(".codes")
-        if layer != key and dtype == torch.uint8 and layer not in config["layers"]:
+        layer, part = _owner(key, layers)
+        if layer is None and key.endswith(".codes") and dtype == torch.uint8:
+            packed = key.removesuffix(".codes")
+            raise AttarError(f"layer {packed!r} is packed, but config.json does not list it", where=where)
+        if layer is not None and not _has_part(schemes[layers[layer]], part):
             raise AttarError(
-                f"layer {layer!r} is packed, but config.json does not list it", where=folder.name
+                f"the scheme of {layer!r} has no tensor {part!r}",
+                where=where,
+                fix="Copy or download it again",
             )
+
+
+def _owner(key: str, layers: Mapping[str, int]) -> tuple[str | None, str]:
+    """(the packed layer that a tensor belongs to, its name in there)."""
+    pieces = key.split(".")
+    for i in range(1, len(pieces)):
+        if ".".join(pieces[:i]) in layers:
+            return ".".join(pieces[:i]), ".".join(pieces[i:])
+    return None, key
+
+
+def _has_part(scheme: Mapping[str, Any], part: str) -> bool:
+    if part.startswith("transforms."):
+        index = part.split(".")[1]
+        return index.isdecimal() and int(index) < len(scheme["transforms"])
+    return part in ("codes", "weight_scale", "bias") or (part == "act_clip" and scheme["act_clip"])
+
+
+def _verify_copies(root: Path) -> None:
+    """The files that attar copied are as it copied them; their sums are in compression.json, if there is one."""
+    path = root / EVIDENCE
+    if not path.is_file():
+        return
+    try:
+        promised = dict(json.loads(path.read_text(encoding="utf-8")).get("copied") or {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AttarError(f"{EVIDENCE} is damaged", where=str(path), fix="Compress again") from error
+    for name in promised:
+        if not (root / name).is_file():
+            raise AttarError("a file is missing", where=name, fix=_DAMAGED)
+    for name, digest in file_checksums(root, promised).items():
+        if digest != promised[name]:
+            raise AttarError("the file is not as attar copied it", where=name, fix=_DAMAGED)
 
 
 def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
@@ -179,4 +257,12 @@ def _checksum(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _file_checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()

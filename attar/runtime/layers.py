@@ -188,11 +188,14 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     def settle(self, name: str) -> None:
         """Takes the model's dtype from the bias, after a library has filled the layer from a checkpoint.
 
-        Raises AttarError, with the layer's name, when a float32 buffer was cast.
+        Raises AttarError, with the layer's name, when a float32 buffer was cast, and for scales that are not finite.
         """
         for buffer, tensor in self.named_buffers():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
+        scale = self.weight_scale
+        if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise AttarError("the weight scales are not finite and positive", where=name)
         if self.bias is not None:
             self.bias.requires_grad_(False)
             self.compute_dtype = self.bias.dtype

@@ -14,8 +14,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attar.errors import AttarError
+from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
-from attar.runtime.integrity import checksum_metadata, verify_files
+from attar.runtime.integrity import header_metadata, tensor_checksums, verify_files
 from attar.runtime.layers import PackedLinear, packed_layers
 
 
@@ -47,7 +48,7 @@ class AttarTextQuantizer(HfQuantizer):
     ) -> Any:
         replace_linears(model, self.quantization_config.to_dict())
         _keep_uninitialised(model)
-        stored = verify_files(checkpoint_files or ())
+        stored = verify_files(checkpoint_files or (), self.quantization_config.to_dict())
         missing = sorted(
             {f"{name}.{key}" for name, layer in packed_layers(model).items() for key in layer.state_dict()}
             - set(stored)
@@ -63,6 +64,7 @@ class AttarTextQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in packed_layers(model).items():
             layer.settle(name)
+        align(model)
         # The flag's effect in transformers is to forbid `.half()` and `.float()`, which packed layers survive.
         model.is_quantized = False
         return model
@@ -70,7 +72,7 @@ class AttarTextQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         tied = model.all_tied_weights_keys
         state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-        return state, checksum_metadata(state)
+        return state, header_metadata(tensor_checksums(state), self.quantization_config.to_dict())
 
     def is_serializable(self) -> bool:
         return True

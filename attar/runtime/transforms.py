@@ -21,23 +21,23 @@ from attar.runtime.reference import wide
 
 
 class Transform(KeepsBufferDtype):
-    """x (..., d) -> x T (..., d). Subclasses give `kind`, `apply`, weight_side and inverse_weight_side."""
+    """x (..., d) -> x T (..., d). Subclasses give `kind`, `activation_side`, weight_side and inverse_weight_side."""
 
     kind: str
-    arity: int  # how many tensors `apply` takes beside x
+    arity: int  # how many tensors `activation_side` takes beside x
 
     def operands(self) -> list[Tensor]:
-        """The tensors of the transform, in the order in which `apply` takes them."""
+        """The tensors of the transform, in the order in which `activation_side` takes them."""
         raise NotImplementedError
 
     @staticmethod
-    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+    def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
         """x (..., d) -> x T (..., d) in float32 (float64 if x is): the definition that kernels must match."""
         raise NotImplementedError
 
     def forward(self, x: Tensor | None) -> Any:
         """x T, or without an x the operands: hooks that bring a module's offloaded tensors run in a call only."""
-        return self.operands() if x is None else self.apply(x, *self.operands())
+        return self.operands() if x is None else self.activation_side(x, *self.operands())
 
     def config(self) -> dict[str, Any]:
         """What `from_config` needs, beside the width, to make a transform with the same buffers' shapes."""
@@ -79,7 +79,7 @@ class ChannelScale(Transform):
         return [self.scale]
 
     @staticmethod
-    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+    def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
         (scale,) = operands
         x = wide(x)
         return x / scale.to(x.dtype)
@@ -147,13 +147,13 @@ class Hadamard(Transform):
         return [self.signs.view(-1, self.block), base]
 
     @staticmethod
-    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+    def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
         signs, base = operands
         x = wide(x)
         return _rotate(x * signs.to(x.dtype).flatten(), base, signs.shape[1])
 
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self.apply(weight.to(dtype), *self.operands())
+        return self.activation_side(weight.to(dtype), *self.operands())
 
     def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         base = self.operands()[1]
@@ -190,7 +190,7 @@ class Kronecker(Transform):
         return [self.left, self.right]
 
     @staticmethod
-    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+    def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
         left, right = operands
         x = wide(x)
         return _apply_kronecker(x, left.to(x.dtype), right.to(x.dtype))
@@ -224,7 +224,7 @@ class Dense(Transform):
         return [self.matrix]
 
     @staticmethod
-    def apply(x: Tensor, *operands: Tensor) -> Tensor:
+    def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
         (matrix,) = operands
         x = wide(x)
         return x @ matrix.to(x.dtype)

@@ -8,9 +8,6 @@ python -m benchmarks.peers --part table        writes docs/peers.md from what is
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import platform
 import traceback
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -20,17 +17,17 @@ from typing import Any
 import torch
 
 from attar import __version__
-from attar.files import writing
 from attar.models.source import find_source
 from benchmarks.peers.competitors import COMPETITORS, Competitor
 from benchmarks.peers.quality import measure_quality
 from benchmarks.peers.speed import measure_speed
 from benchmarks.peers.table import write_table
 from benchmarks.protocol import Bench
+from benchmarks.store import FOLDER, failure, load, processor, save
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("quality", "speed", "table")
-RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
+RESULTS = FOLDER / "peers.json"
 
 
 def main() -> None:
@@ -57,24 +54,24 @@ def main() -> None:
     if "speed" in args.part:
         run_speed(args, chosen)
     if "table" in args.part:
-        print(write_table(load(args.results), ROOT / "docs" / "peers.md"))
+        print(write_table(load(args.results, "quality", "speed"), ROOT / "docs" / "peers.md"))
 
 
 def run_quality(args: argparse.Namespace, chosen: list[Competitor]) -> None:
     bench: Bench | None = None
     for competitor in chosen:
-        if competitor.name in load(args.results)["quality"] and not args.again:
+        if competitor.name in load(args.results, "quality", "speed")["quality"] and not args.again:
             continue
         bench = bench or Bench(find_source("digits-video"), args.work, 0, args.steps)
         figures = attempt(bench, competitor, args.prompts)
-        results = load(args.results)
+        results = load(args.results, "quality", "speed")
         results["quality"][competitor.name] = {"version": _version(competitor), **figures}
         save(args.results, results)
         print(competitor.name, figures, flush=True)
 
 
 def run_speed(args: argparse.Namespace, chosen: list[Competitor]) -> None:
-    results = load(args.results)
+    results = load(args.results, "quality", "speed")
     rows = measure_speed(chosen, args.shape, args.tokens, args.rounds)
     results["speed"][f"{args.shape}, {args.tokens} tokens"] = {
         "device": processor(),
@@ -85,24 +82,6 @@ def run_speed(args: argparse.Namespace, chosen: list[Competitor]) -> None:
     save(args.results, results)
 
 
-def load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {"quality": {}, "speed": {}}
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The CPU's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def attempt(bench: Bench, competitor: Competitor, prompts: int) -> dict[str, Any]:
     """The figures, or the error that the competitor ended with: a failure is a result too."""
     torch.compiler.reset()
@@ -110,8 +89,7 @@ def attempt(bench: Bench, competitor: Competitor, prompts: int) -> dict[str, Any
         return measure_quality(bench, competitor, prompts)
     except Exception as error:
         traceback.print_exc()
-        text = " ".join(str(error).split())
-        return {"error": f"{type(error).__name__}: {text[:300]}"}
+        return failure(error)
 
 
 def _version(competitor: Competitor) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar.quantize.linear import replace_module
+from attar.runtime.layers import PackedLinear
 from benchmarks.cells import Method
 from benchmarks.peers.competitors import BLOCKS, Competitor, Task
 from benchmarks.protocol import Bench
@@ -23,11 +25,12 @@ def measure_quality(bench: Bench, competitor: Competitor, prompts: int) -> dict[
 
     def attar(recipe: str, weights: int, acts: int) -> nn.Module:
         packed = compress(bench, Method(recipe, recipe).resolve((weights, acts)))[0].transformer
-        return packed.to(competitor.dtype)
+        for name, module in packed.named_modules():
+            if isinstance(module, PackedLinear):
+                replace_module(pipe.transformer, name, module.to(competitor.dtype))
+        return pipe.transformer
 
-    if (
-        competitor.dtype != torch.float32
-    ):  # read again: norms and tables stay in float32, as diffusers wants them
+    if competitor.dtype != torch.float32:  # read again: diffusers keeps norms and tables in float32
         folder = bench.source.folder / "transformer"
         pipe.transformer = type(pipe.transformer).from_pretrained(folder, torch_dtype=competitor.dtype)
     calls = [_cast(call, competitor.dtype) for call in calls]

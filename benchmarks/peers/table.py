@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+
+from benchmarks.scatter import Point, scatter
 
 INTRO = """# attar beside other libraries
 
@@ -15,14 +18,56 @@ floating point what other machines' kernels would compute in integers, so its sp
 
 
 def write_table(results: dict[str, Any], path: Path) -> str:
-    """Writes the page and returns it."""
+    """Writes the page, with its pictures in `images` beside it, and returns it."""
     parts = [INTRO]
     if results["quality"]:
         parts.append(_quality(results["quality"]))
+    for name, (picture, said) in pictures(results).items():
+        image = path.parent / "images" / name
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_text(picture, encoding="utf-8")
+        parts.append(f"![{said}](images/{name})\n")
     parts += [_speed(title, study) for title, study in results["speed"].items()]
     text = "\n".join(parts)
     path.write_text(text, encoding="utf-8")
     return text
+
+
+def pictures(results: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """File name -> (SVG, what it shows): quality against size, and against the latency of the first measured block.
+
+    Competitors that failed, and full precision itself, whose PSNR is infinite, are in neither.
+    """
+    quality = {
+        name: row for name, row in results["quality"].items() if math.isfinite(row.get("psnr", math.inf))
+    }
+    title, study = next(iter(results["speed"].items()), ("", {"rows": {}}))
+    plots = {
+        "peers-size.svg": (
+            "Quality against size",
+            "MB of the block linears of digits-video",
+            {n: row["bytes"] / 1e6 for n, row in quality.items() if row["bytes"] is not None},
+        ),
+        "peers-latency.svg": (
+            "Quality against latency",
+            f"ms of one block: {title}",
+            {
+                n: 1000 * row["seconds"]
+                for n, row in study["rows"].items()
+                if n in quality and "seconds" in row
+            },
+        ),
+    }
+    found = {}
+    for name, (heading, label, across) in plots.items():
+        points = [Point(x, quality[n]["psnr"], n, _library(quality[n])) for n, x in across.items()]
+        if points:
+            found[name] = (scatter(points, heading, label, "PSNR to fp32, dB"), heading)
+    return found
+
+
+def _library(row: dict[str, Any]) -> str:
+    return row["version"].partition(" ")[0]
 
 
 def _quality(rows: dict[str, Any]) -> str:

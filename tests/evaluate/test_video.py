@@ -50,7 +50,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch)
     monkeypatch.setattr(
         "os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
-    with pytest.raises(AttarError, match="No space left"):
+    with pytest.raises(AttarError, match="the disk is full"):
         save_video(blob(colour=(0, 0, 255)), path, fps=8)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

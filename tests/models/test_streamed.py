@@ -9,10 +9,11 @@ from support import pipelines
 
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter
+from attar.models.components import empty_model
 from attar.models.memory import choose, free_bytes, weight_bytes
 from attar.models.shards import Shards
 from attar.models.source import find_source, load_pipeline
-from attar.models.streamed import empty_model, not_streamable, streamed_pipeline
+from attar.models.streamed import not_streamable, streamed_pipeline
 from attar.models.weights import weights_of
 
 NAMES = ("wan22", "cogvideox", "hunyuan", "flux")

@@ -23,9 +23,9 @@ def run(model, call):
         return model(**call)[0]
 
 
-def add_lora(model, name="default"):
+def add_lora(model, name="default", targets=TARGETS):
     peft = pytest.importorskip("peft")
-    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS), adapter_name=name)
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets), adapter_name=name)
     return model
 
 
@@ -73,6 +73,19 @@ def test_lora_is_neither_fused_nor_saved_into_codes(model, tmp_path, call):
     assert close(run(model, call), full)
     with pytest.raises(AttarError, match="LoRA is attached"):
         model.save_pretrained(tmp_path)
+
+
+def test_every_module_can_be_visited(model):
+    """`nn.Module.apply` is how libraries walk a model; no module of ours may give the name another meaning."""
+    visited = []
+    assert model.apply(visited.append) is model
+    assert set(visited) == set(model.modules())
+
+
+def test_lora_is_not_fused_into_a_layer_with_transforms(model):
+    fill_lora(add_lora(model, targets=["ffn.net.2"]))
+    with pytest.raises(AttarError, match="cannot be written"):
+        model.fuse_lora()
 
 
 def test_lora_trains_through_packed_layers(model, call):

@@ -9,7 +9,8 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import attar  # noqa: F401 - registers the loader
 from attar.errors import AttarError
@@ -72,6 +73,12 @@ def test_bfloat16_load_keeps_scales_and_transforms(saved, packed_wan, call, tmp_
         assert torch.isfinite(model(**bf16)[0]).all()
     model.save_pretrained(tmp_path / "transformer")
     assert_same_state(model.state_dict(), load(tmp_path, torch_dtype=torch.bfloat16).state_dict())
+
+
+def test_loaded_tensors_are_aligned(saved):
+    """Tensors mapped from a file lie at odd addresses, where a matrix kernel may round otherwise than in memory."""
+    model = load(saved)
+    assert not [name for name, tensor in model.state_dict().items() if tensor.data_ptr() % 64]
 
 
 def test_float_weights_are_never_materialised(saved, monkeypatch):
@@ -188,7 +195,14 @@ DAMAGE = {
     ),
     "bits": (scheme(weight_bits=9), "9-bit", "9-bit"),
     "bits type": (scheme(weight_bits="4"), "scheme 1", "scheme 1"),
-    "other bits": (scheme(weight_bits=7), None, "shape"),
+    "other bits": (scheme(weight_bits=7), "not the one", "not the one"),
+    "other activation bits": (scheme(act_bits=2), "not the one", "not the one"),
+    "no transforms": (scheme(transforms=[]), "has no tensor 'transforms", "has no tensor 'transforms"),
+    "another rotation": (
+        edit_config(lambda o, _: o["schemes"][1]["transforms"].reverse()),
+        "not the one",
+        "not the one",
+    ),
     "unknown layer": (
         edit_config(lambda o, _: o["layers"].update({"blocks.9.attn1.to_q": 0})),
         "is missing",
@@ -226,6 +240,31 @@ def test_damage_is_reported(saved, tmp_path, damage, verify_says, load_says):
         DiffusionPipeline.from_pretrained(
             folder, tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler()
         )
+
+
+def without_config_checksum(folder):
+    """The checkpoint as attar 0.1 wrote it at first."""
+    path = folder / "transformer" / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k != "attar_config_sha256"}
+    save_file(load_file(path), path, metadata)
+
+
+def test_a_checkpoint_without_the_checksum_of_its_config(saved, packed_wan, tmp_path):
+    """It loads, and what the tensors themselves contradict is still found; saved again, it has the checksum."""
+    folder = shutil.copytree(saved, tmp_path / "old")
+    without_config_checksum(folder)
+    verify_folder(folder)
+    model = load(folder)
+    assert_same_state(packed_wan.state_dict(), model.state_dict())
+    scheme(transforms=[])(folder)
+    for check in (verify_folder, load):
+        with pytest.raises(AttarError, match=r"has no tensor 'transforms\.0\.scale'"):
+            check(folder)
+    model.save_pretrained(tmp_path / "new" / "transformer", max_shard_size="40KB")
+    scheme(act_bits=2)(tmp_path / "new")
+    with pytest.raises(AttarError, match="not the one that the weights were saved with"):
+        verify_folder(tmp_path / "new")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
