@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -62,7 +63,29 @@ def _options(
     pass
 
 
+def _one_job(command: Callable[..., None]) -> Callable[..., None]:
+    """All processes that a launcher has started are one job of this command; one alone makes a dry run."""
+
+    @functools.wraps(command)
+    def together(**options: Any) -> None:
+        from attar import ranks
+
+        if (
+            "WORLD_SIZE" not in os.environ
+            and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+        ):
+            _note("accelerate started one process only; on CPUs use torchrun, or its option --multi_gpu")
+        if not options["dry_run"]:
+            with ranks.joined(options["device"]):
+                command(**options)
+        elif os.environ.get("RANK", "0") == "0":
+            command(**options)
+
+    return together
+
+
 @app.command()
+@_one_job
 def compress(
     model: Model,
     output: Annotated[
@@ -107,10 +130,11 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
+    from attar import conductor, ranks
     from attar.forecast.dry_run import forecast_job, forecast_text
     from attar.models.memory import choose, open_pipeline
     from attar.models.source import find_source, read_prompts
-    from attar.progress import RichProgress
+    from attar.progress import RichProgress, SilentProgress
     from attar.recipe import load_recipe
 
     bits = {
@@ -125,15 +149,16 @@ def compress(
     given = None if prompts is None else read_prompts(prompts)
     generation = _given({"height": height, "width": width, "num_frames": frames})
     source = find_source(model)
-    choice = choose(source, chosen.needs_data, precision, device, stream)
-    print(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}", file=sys.stderr)
+    choice = ranks.first(
+        lambda: choose(source, chosen.needs_data, precision, device, stream, processes=ranks.here())
+    )
+    _note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
     if dry_run:
         pipe = open_pipeline(source, choice, precision, device)
         result = forecast_job(pipe, source, chosen, given, generation)
         _emit(result) if as_json else print(forecast_text(result))
         return
     assert output is not None
-    from attar import conductor
     from attar.save import check_destination, linear_bytes, save_compressed
     from attar.text_encoder import plan_text_encoders, text_encoder_bytes
     from attar.workspace import Workspace
@@ -142,12 +167,17 @@ def compress(
     place = workspace or Path(f"{target}.work")
     check_destination(target, overwrite, place, source)
     work = Workspace(place)
+    if ranks.size() > 1:
+        _note(f"{ranks.size()} processes: {conductor.division(chosen)}")
     pipe = open_pipeline(source, choice, precision, device)
     plans = {
         n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
     }
     text = text_encoder_bytes(pipe, plan_text_encoders(pipe, chosen), source)
-    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, RichProgress())
+    progress = RichProgress() if ranks.is_first() else SilentProgress()
+    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, progress)
+    if not ranks.is_first():
+        return
     dense, packed = linear_bytes(pipe, plans)
     save_compressed(pipe, target, source, plans, work)
     summary = {
@@ -410,6 +440,14 @@ def show(
 
     recipe = load_recipe(name, _assignments(set_))
     _emit(recipe.model_dump()) if as_json else print(recipe.to_yaml(), end="")
+
+
+def _note(message: str) -> None:
+    """A line on stderr, once for all processes."""
+    from attar import ranks
+
+    if ranks.is_first():
+        print(message, file=sys.stderr)
 
 
 def _assignments(pairs: list[str] | None) -> dict[str, Any]:

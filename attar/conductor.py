@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attar import ranks
 from attar.calibration.prompts import GENERAL_PROMPTS
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
@@ -197,9 +198,16 @@ def fingerprint(pipe: Any, source: Source) -> str:
 
 
 def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for."""
+    """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for, or these
+    are fewer than the processes."""
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
         return
+    if recipe.select.count < ranks.size():
+        raise AttarError(
+            f"{ranks.size()} processes cannot share select.count = {recipe.select.count} calibration samples",
+            where="select.count",
+            fix="Start fewer processes, or ask for more samples",
+        )
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
     if len(prompts) * steps < recipe.select.count:
         raise AttarError(
@@ -207,6 +215,20 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) 
             where="select.count",
             fix="Ask for fewer samples, or trace more prompts or steps",
         )
+
+
+def division(recipe: Recipe) -> str:
+    """What several processes share of the work, in one line for the user."""
+    if not recipe.needs_data:
+        return "the recipe needs no data, so there is nothing to share; all do the same"
+    size, learned = ranks.size(), recipe.reconstruct
+    shared = "prompts and calibration samples are shared"
+    if learned is None or not learned.epochs or learned.batch_size >= size:
+        return shared
+    return (
+        f"{shared}, but a learning step takes reconstruct.batch_size = {learned.batch_size}, so {learned.batch_size} "
+        f"learn at a time; --set reconstruct.batch_size={size} is faster and takes fewer, larger steps"
+    )
 
 
 def check_seed(seed: int) -> None:
