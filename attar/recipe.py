@@ -205,6 +205,24 @@ def load_recipe(
     return recipe
 
 
+def changed_settings(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value, value in the published recipe of that name), bits aside. {} for a recipe of one's own."""
+    if recipe.name not in recipe_names():
+        return {}
+    used, published = (_flat(r.model_dump()) for r in (recipe, load_recipe(recipe.name)))
+    unsaid = {"quantize.weights", "quantize.acts"}
+    keys = [key for key in {**published, **used} if key not in unsaid and used.get(key) != published.get(key)]
+    return {key: (used.get(key), published.get(key)) for key in keys}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        found |= inner or {f"{prefix}{key}": value}
+    return found
+
+
 def _read(name: str) -> tuple[dict[str, Any], str]:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 
 from attar import __version__
@@ -24,7 +25,7 @@ from attar.files import check_writable, not_written
 from attar.models.shards import Shards
 from attar.models.source import Source
 from attar.quantize.plan import LayerPlan
-from attar.recipe import Recipe
+from attar.recipe import Recipe, changed_settings
 from attar.runtime.integrity import EVIDENCE, file_checksums
 from attar.runtime.layers import packed_layers
 from attar.stored import OUTSIDE, block_file
@@ -39,6 +40,10 @@ _COPIED = (
     "evaluation_prompts.txt",
     "LICENSE",
 )
+
+
+# of a model's generation defaults, what the example in its card passes on
+_CALL = ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps", "guidance_scale")
 
 
 def check_destination(
@@ -101,11 +106,13 @@ def save_compressed(
         shutil.rmtree(partial, ignore_errors=True)
         copied = _save_components(pipe, partial, source, workspace)
         content = compression.to_json()
+        recipe = Recipe(**compression.recipe)
+        content["changed_settings"] = changed_settings(recipe)
         content["copied"] = file_checksums(partial, copied)
         for name, part in content["components"].items():
             part["plan"] = [vars(row) for row in plan_rows({name: plans[name]})]
         (partial / EVIDENCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        card = _card(pipe, folder.name, source, Recipe(**compression.recipe), plans, partial)
+        card = _card(pipe, folder.name, source, recipe, plans, partial)
         (partial / "README.md").write_text(model_card(card), encoding="utf-8")
         shutil.rmtree(former, ignore_errors=True)
         if folder.exists():
@@ -216,16 +223,30 @@ def _card(
     settings |= {"rotation": recipe.quantize.rotation, "rounding": recipe.rounding.method}
     if recipe.text_encoder is not None:
         settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
-    call = {
-        k: v
-        for k, v in source.generation.items()
-        if k in ("height", "width", "num_frames", "max_sequence_length")
+    settings |= {
+        key: f"{value} (published recipe: {published})"
+        for key, (value, published) in changed_settings(recipe).items()
     }
+    call = {k: v for k, v in source.generation.items() if k in _CALL}
     video = "num_frames" in inspect.signature(pipe.__call__).parameters
     return ModelCard(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
         pipeline_tag="text-to-video" if video else "text-to-image",
         fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
-        call=call, settings=settings, sizes=sizes, plan=plan_rows(plans),
+        call=call, settings=settings, sizes=sizes, plan=plan_rows(plans), license=_license(source),
         example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
     )  # fmt: skip
+
+
+def _license(source: Source) -> str | None:
+    """The licence that the source's own model card names in its front matter."""
+    path = None if source.folder is None else source.folder / "README.md"
+    if path is None or not path.is_file():
+        return None
+    start, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    try:
+        front = None if start.strip() else yaml.safe_load(rest.partition("\n---")[0])
+    except yaml.YAMLError:
+        return None  # a card that people wrote by hand; nothing depends on it
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else None

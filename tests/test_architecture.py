@@ -165,6 +165,7 @@ HEAVY = (
     "peft",
     "rich",
     "yaml",
+    "triton",
 )
 
 

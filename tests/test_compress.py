@@ -1,6 +1,7 @@
 """Compress, save, load with plain diffusers: the same model, whichever way it went."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -85,6 +86,9 @@ def test_the_saved_folder(saved, wan_folder):
     assert {row["bits"] for row in rows} == {"W4A6", "kept"}
     card = found["README.md"].decode()
     assert card.startswith("---\npipeline_tag: text-to-video") and "| `ffn.up` | W4A6 | 3 |" in card
+    changed = json.loads(found["compression.json"])["changed_settings"]
+    assert changed == {"trace.prompts": [2, 10], "select.count": [3, 40], "reconstruct.epochs": [2, 15]}
+    assert "| reconstruct.epochs | 2 (published recipe: 15) |" in card
     for name in ("generation.json", "calibration_prompts.txt", "model_index.json"):
         assert found[name] == (wan_folder / name).read_bytes()
     assert attar.verify_folder(saved) == [saved / "transformer"]
@@ -95,6 +99,17 @@ def test_the_command_and_the_interface_give_the_same_model(saved, wan_folder):
     pipe = attar.compress(str(wan_folder), recipe)
     theirs, ours = reload(saved).transformer.state_dict(), pipe.transformer.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
+
+
+def test_the_card_inherits_the_licence_and_the_call(commands, wan_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(wan_folder, source)
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    settings = json.loads((source / "generation.json").read_text())
+    (source / "generation.json").write_text(json.dumps({**settings, "guidance_scale": 4.5}))
+    assert commands.run("compress", source, "-o", tmp_path / "small", "--recipe", "rtn") == 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "\nlicense: mit\n" in card and "guidance_scale=4.5" in card and "published recipe" not in card
 
 
 def test_loading_in_bfloat16(saved):

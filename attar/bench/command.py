@@ -53,5 +53,5 @@ def bench(
         "tokens": tokens,
         "text_tokens": text,
         "baseline": NAMES[dtype],
-        **bench_model(pairs, rounds, device, folder),
+        **bench_model(pairs, rounds, device, folder, dtype),
     }

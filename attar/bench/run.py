@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attar.bench.limit import measure_limit
 from attar.bench.parts import parts_of, timing_parts
 from attar.bench.subject import BenchBlock
 from attar.bench.timing import faster, interleave
@@ -71,16 +72,21 @@ def bench_model(
     rounds: int,
     device: torch.device | str = "cpu",
     folder: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
     """All kinds of blocks, each with its packed one, and the blocks of one forward together.
 
-    folder: of a checkpoint, for its size on disk.
+    folder: of a checkpoint, for its size on disk. dtype: of the dense blocks, whose products the limit is beside.
     """
     measured = [bench_block(block, packed, rounds, device) for block, packed in pairs]
-    step = {
-        name: sum(row["count"] * row["whole"]["seconds"][name] for row in measured)
-        for name in (BASELINE, PACKED)
-    }
+    step, linears = (
+        {
+            name: sum(row["count"] * row[part]["seconds"][name] for row in measured)
+            for name in (BASELINE, PACKED)
+        }
+        for part in ("whole", "linears")
+    )
+    limit = measure_limit(dtype, rounds, device)
     weights = {
         name: sum(row["count"] * row["weight_bytes"][name] for row in measured) for name in (BASELINE, PACKED)
     }
@@ -91,6 +97,10 @@ def bench_model(
         "rounds": rounds,
         "blocks": measured,
         "step_seconds": {**step, "ratio": step[BASELINE] / step[PACKED]},
+        "linears_limit": {
+            **limit,
+            "reached": linears[BASELINE] / linears[PACKED] / limit["faster"]["value"],
+        },
         "weight_bytes": {**weights, "share": weights[PACKED] / weights[BASELINE]},
         "peak_memory": _peak_memory(device),
         "disk_bytes": None if folder is None else folder_bytes(folder),

@@ -21,6 +21,7 @@ from attar.models.tree import map_tensors
 from attar.quantize.block import quantize_block
 from attar.quantize.plan import plan_layers
 from attar.recipe import Recipe
+from attar.runtime import use_fast_attention
 from attar.settings import block_settings
 
 IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel")
@@ -88,8 +89,9 @@ def bench_blocks(
 
 def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     """A packed copy of the block by the recipe's bits and transforms, without learning, which decides nothing about
-    speed."""
+    speed; its attention is a packed model's."""
     module = copy.deepcopy(block.dense)
+    use_fast_attention(module)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
     bits = recipe.quantize
     plans = plan_layers(block.linears, [], bits.weights, bits.acts, bits.roles)

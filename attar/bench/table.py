@@ -29,6 +29,12 @@ def print_bench(result: dict[str, Any]) -> None:
         f"blocks of one forward: {step[BASELINE]:.2f} s {result['baseline']}, {step[PACKED]:.2f} s packed, "
         f"[bold]{step['ratio']:.2f}x[/bold]"
     )
+    limit = result["linears_limit"]
+    console.print(
+        f"a large product alone: {limit['dense_rate'] / 1e9:.0f} GOP/s {result['baseline']}, "
+        f"{limit['packed_rate'] / 1e9:.0f} int8, {limit['faster']['value']:.2f}x; "
+        f"the linears reach [bold]{limit['reached']:.0%}[/bold] of that ratio"
+    )
     console.print(
         f"weights of the blocks' linears: {_megabytes(weights[BASELINE])} {result['baseline']}, "
         f"{_megabytes(weights[PACKED])} packed, [bold]{weights['share']:.3f}x[/bold]"

@@ -88,7 +88,7 @@ def compare(
         ),
         pairs=_pairs(reference, prompts, before, after, out, seed),
         timestep_errors=_timestep_errors(pipe, recorded),
-        notes=_notes(len(prompts)),
+        notes=_notes(len(prompts), _record(compressed)),
         **evidence,
     )  # fmt: skip
     build_report(data, out)
@@ -262,10 +262,17 @@ def _selection(part: dict[str, Any], prompts: list[str]) -> Selection:
     return Selection(part["policy"], prompts, scores, chosen)
 
 
-def _notes(count: int) -> list[str]:
-    if count >= 30:
-        return []
-    return [f"Figures over {count} videos are indicative only; intervals are 95 %."]
+def _notes(count: int, record: dict[str, Any] | None) -> list[str]:
+    notes = ["Sizes are those of the weight files, whatever type the model runs in."]
+    changed = record.get("changed_settings") if record else None
+    if record and changed:
+        told = ", ".join(
+            f"{key} {value} instead of {published}" for key, (value, published) in changed.items()
+        )
+        notes.append(f"The recipe {record['recipe']['name']} ran with {told}.")
+    if count < 30:
+        notes.append(f"Figures over {count} videos are indicative only; intervals are 95 %.")
+    return notes
 
 
 def _hardware() -> str:

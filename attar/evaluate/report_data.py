@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +232,11 @@ class ReportData:
 def summarise(pairs: Sequence[VideoPair]) -> Summary:
     """The summary of these videos: t-intervals for PSNR and SSIM, Wilson intervals for the shares."""
 
-    def estimate(values: list[float]) -> Estimate | None:
-        return mean_interval(values) if values else None
+    def estimate(values: list[float], most: float = math.inf) -> Estimate | None:
+        if not values:
+            return None
+        found = mean_interval(values)
+        return found if found.high is None else replace(found, high=min(found.high, most))
 
     judged = [pair for pair in pairs if pair.reference_quality]
     outcomes: dict[str, tuple[list[bool], list[bool]]] = {}
@@ -251,7 +254,7 @@ def summarise(pairs: Sequence[VideoPair]) -> Summary:
     return Summary(
         videos=len(pairs),
         psnr=estimate([pair.psnr for pair in pairs if pair.psnr is not None]),
-        ssim=estimate([pair.ssim for pair in pairs if pair.ssim is not None]),
+        ssim=estimate([pair.ssim for pair in pairs if pair.ssim is not None], most=1.0),
         accuracy={
             name: Accuracy(proportion_interval(first), proportion_interval(second))
             for name, (first, second) in outcomes.items()

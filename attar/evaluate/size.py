@@ -61,13 +61,27 @@ def safetensors_bytes(folder: str | Path) -> dict[str, int]:
     Only headers are read. Raises AttarError if there is no such file, or if one is truncated or malformed.
     """
     root = _folder(folder)
+    parts = _components(root)
     sizes: Counter[str] = Counter()
     for path in sorted(root.rglob("*.safetensors")):
         relative = path.relative_to(root)
-        sizes[relative.parts[0] if len(relative.parts) > 1 else "."] += _tensor_bytes(path)
+        part = relative.parts[0] if len(relative.parts) > 1 else "."
+        if parts is None or part in parts:  # a model may bring files that are no part of its pipeline
+            sizes[part] += _tensor_bytes(path)
     if not sizes:
         raise AttarError("no safetensors file found", where=str(root), fix="Give a diffusers model folder")
     return dict(sizes)
+
+
+def _components(root: Path) -> list[str] | None:
+    """Names in the pipeline's index; None for a folder without one."""
+    index = root / "model_index.json"
+    if not index.is_file():
+        return None
+    try:
+        return list(json.loads(index.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise AttarError("not valid JSON", where=str(index), fix="Save or download it again") from error
 
 
 def format_bytes(count: float) -> str:

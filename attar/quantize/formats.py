@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.quantize.compiled import FakeQuantizeRows, compiled_for
 from attar.runtime.reference import MIN_ABSMAX, integer_range, quantize, symmetric_scale, wide
 
 
@@ -32,10 +33,7 @@ def fake_quantize_tokens(x: Tensor, bits: int, clip: Tensor | None = None) -> Te
 
     x: (..., d). clip: learned factors (f_lo, f_hi) of the layer, shape (2,), or None for the full range.
     """
-    if clip is None:
-        one = x.new_ones((), dtype=wide(x).dtype)
-        return _FakeQuantizeRange.apply(wide(x), one, one, bits)
-    return _FakeQuantizeRange.apply(wide(x), clip[0], clip[1], bits)
+    return _fake_quantize_range(wide(x), clip, bits)
 
 
 def fake_quantize_weight(
@@ -47,8 +45,7 @@ def fake_quantize_weight(
     channel, or None. Returns (out, in).
     """
     grouped = _grouped(wide(weight), group_size)
-    low, high = (grouped.new_ones(()),) * 2 if clip is None else clip.unsqueeze(-1).unbind(0)
-    return _FakeQuantizeRange.apply(grouped, low, high, bits).view(weight.shape)
+    return _fake_quantize_range(grouped, clip, bits).view(weight.shape)
 
 
 def quantize_weight(
@@ -87,6 +84,16 @@ def _clamp_and_scale(grouped: Tensor, clip: Tensor | None, bits: int) -> tuple[T
     if clip is not None:
         smallest, largest = smallest * clip[0].unsqueeze(-1), largest * clip[1].unsqueeze(-1)
     return grouped.clamp(smallest, largest), symmetric_scale(torch.maximum(smallest.abs(), largest), bits)
+
+
+def _fake_quantize_range(x: Tensor, clip: Tensor | None, bits: int) -> Tensor:
+    """x (..., d). clip: (f_lo, f_hi) of all rows (2,), or of each row (2, ...); None for the full range."""
+    integer_range(bits)
+    factors = x.new_ones(2) if clip is None else clip
+    if factors.shape in ((2,), (2, *x.shape[:-1])) and compiled_for(x, factors):
+        return FakeQuantizeRows.apply(x, factors, bits)
+    low, high = factors.unbind(0) if factors.ndim == 1 else factors.unsqueeze(-1).unbind(0)
+    return _FakeQuantizeRange.apply(x, low, high, bits)
 
 
 class _FakeQuantizeRange(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
+from attar.quantize.compiled import LARGEST_CAYLEY, CayleyMatrices, KroneckerRows, compiled_for
 from attar.runtime import transforms as runtime
 from attar.runtime.hadamard import base_order
 from attar.runtime.reference import wide
@@ -114,6 +115,8 @@ def cayley(parameter: Tensor) -> Tensor:
     Zero gives the identity; an entry p turns its plane by about p radians, the scaling of PyTorch's own
     Cayley parametrisation, and so of FlatQuant's learning rates.
     """
+    if parameter.shape[-1] <= LARGEST_CAYLEY and compiled_for(parameter):
+        return CayleyMatrices.apply(parameter)
     return _Cayley.apply(parameter)
 
 
@@ -205,6 +208,8 @@ class LearnedKronecker(nn.Module):
 
 def apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """x (left ⊗ right): (..., l·r) -> (..., l·r)."""
+    if compiled_for(x, left, right):
+        return KroneckerRows.apply(x, left, right)
     y = x.reshape(-1, left.shape[0], right.shape[0]) @ right  # (n, l, r)
     return (left.mT @ y).reshape(x.shape)
 

@@ -1,5 +1,6 @@
 """Packed layers, their exact reference arithmetic, the checkpoint format and its loading by diffusers."""
 
+from attar.runtime.attention_backend import use_fast_attention
 from attar.runtime.backend import backend_description, backend_name, use_backend
 from attar.runtime.checkpoint import quantization_config_of, replace_linears
 from attar.runtime.integrity import verify_folder
@@ -15,5 +16,6 @@ __all__ = [
     "quantization_config_of",
     "replace_linears",
     "use_backend",
+    "use_fast_attention",
     "verify_folder",
 ]

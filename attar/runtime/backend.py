@@ -1,21 +1,28 @@
 """Which implementation runs the packed layers.
 
-`reference` is plain PyTorch on any device, and the definition. `cpu` are compiled kernels. For each device the
-fastest one that works is chosen; `use_backend` and the environment variable ATTAR_BACKEND force one.
+`reference` is plain PyTorch on any device, and the definition. `cpu` are compiled kernels, `triton` kernels for NVIDIA
+GPUs. For each device the fastest one that works is chosen; `use_backend` and the environment variable ATTAR_BACKEND
+force one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from attar.errors import AttarError
+from attar.runtime.cpu.attention import has_attention
 from attar.runtime.cpu.library import library
+from attar.runtime.triton.available import describe_triton, interpreting
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs of the kernels
+MAX_IN_FEATURES = 2**17 - 1  # up to here no sum of products of bytes leaves 32 bits
 _VARIABLE = "ATTAR_BACKEND"
 _REFERENCE = (
     "reference: plain PyTorch, the exact integer arithmetic of the compressed model on any device; "
@@ -23,32 +30,83 @@ _REFERENCE = (
 )
 
 
+Step = tuple[str, Sequence[Tensor]]  # the kind of a transform and its operands
+
+
+class Kernels(Protocol):
+    """What a backend does with rows x (m, in), of one of DTYPES, once the operator has checked the shapes.
+
+    Both give (m, out). The arguments are those of `packed_linear`.
+    """
+
+    def fusable(self, steps: Sequence[Step]) -> int:
+        """How many of the last transforms `linear` can compute; the operator does the others before."""
+        ...
+
+    def linear(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        clip: Tensor | None,
+        weight_bits: int,
+        act_bits: int,
+        steps: Sequence[Step],
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Transforms, quantization of rows, integer product, scales and bias."""
+        ...
+
+    def weight_only(
+        self, x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+    ) -> Tensor:
+        """The product with the dequantized weight, in x's type."""
+        ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation that is faster than the reference.
 
     `describe` gives a sentence for people, or raises AttarError when the backend cannot work on this machine.
+    `emulated` says whether it can also be forced on the CPU, for tests.
     """
 
     name: str
     device: str  # type of the devices that it runs on
     describe: Callable[[], str]
+    load: Callable[[], Kernels]
+    emulated: Callable[[], bool] = lambda: False
+
+    def runs_on(self, device: str) -> bool:
+        return device == self.device or (device == "cpu" and self.emulated())
 
 
 def _describe_cpu() -> str:
+    attention = "of our own in bfloat16 (avx512-bf16)" if has_attention(library()) else "torch's"
     return (
         f"cpu: compiled kernels ({library().describe()}) with the integers of the reference; weights stay packed "
-        "in memory, and float64 inputs run on the reference"
+        f"in memory, and float64 inputs run on the reference; attention {attention}"
     )
 
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Backend("cpu", "cpu", _describe_cpu),)}
+def _load_triton() -> Kernels:
+    from attar.runtime.triton.kernels import KERNELS  # not before it is needed: it imports Triton
+
+    return KERNELS
+
+
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend("cpu", "cpu", _describe_cpu, library),
+    "triton": Backend("triton", "cuda", describe_triton, _load_triton, emulated=interpreting),
+}
 _forced: list[str] = []
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend, "reference" or "cpu", in the whole process while the context lasts.
+    """Forces a backend, "reference", "cpu" or "triton", in the whole process while the context lasts.
 
     Raises AttarError at once for an unknown name, and for a backend that does not work on this machine.
     """
@@ -87,7 +145,7 @@ def _choice(device: str) -> tuple[str, str | None]:
     forced = forced_backend()
     if forced is not None:
         _check(forced, _VARIABLE)
-        if forced != "reference" and BACKENDS[forced].device != device:
+        if forced != "reference" and not BACKENDS[forced].runs_on(device):
             raise AttarError(
                 f"the backend {forced!r} does not run on {device}",
                 where=_VARIABLE,

@@ -19,6 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.runtime import attention_backend
 from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
 from attar.runtime.integrity import header_metadata, sort_header, tensor_checksums, verify_files
@@ -125,6 +126,7 @@ class AttarQuantizer(DiffusersQuantizer):
         align(model)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
+        attention_backend.use_fast_attention(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -151,6 +153,7 @@ def register() -> None:
     """Makes diffusers recognise `quant_method: attar`. Called by `import attar`; repeating it is harmless."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = AttarQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = AttarConfig
+    attention_backend.register()
 
 
 def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
@@ -165,6 +168,7 @@ def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
         key: value for key, value in model.config.items() if key != "_name_or_path"
     }  # may be a private path
     model._internal_dict = type(model.config)({**kept, "quantization_config": config})
+    attention_backend.use_fast_attention(model)
     return model
 
 

@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attar.errors import AttarError
-from attar.runtime.backend import backend_name, forced_backend
-from attar.runtime.cpu.library import DTYPES, MAX_IN_FEATURES, STEPS, library
+from attar.runtime.backend import BACKENDS, DTYPES, MAX_IN_FEATURES, backend_name, forced_backend
 from attar.runtime.packing import packed_width, unpack
 from attar.runtime.reference import dequantize, integer_linear, quantize_tokens
 from attar.runtime.transforms import TRANSFORMS
 
 _NAME = "attar::packed_linear"
-_PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
 torch.library.define(
     _NAME,
@@ -91,7 +89,7 @@ def _reference(
     return integer_linear(*quantized, *weight, bias, x.dtype, bits_x=act_bits, bits_w=weight_bits)
 
 
-def _cpu(
+def _fast(
     x: Tensor,
     codes: Tensor,
     weight_scale: Tensor,
@@ -102,31 +100,34 @@ def _cpu(
     transforms: list[str],
     operands: list[Tensor],
 ) -> Tensor:
+    name = backend_name(x.device)
     supported = x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_IN_FEATURES
-    if backend_name(x.device) != "cpu" or not supported:
-        if forced_backend() == "cpu":
+    if name == "reference" or not supported:
+        if forced_backend() == name != "reference":
             raise AttarError(
-                f"the cpu kernels take no {x.dtype} input of width {x.shape[-1]}",
+                f"the {name} kernels take no {x.dtype} input of width {x.shape[-1]}",
                 fix="Use float32, bfloat16 or float16, or the backend 'reference'",
             )
         return _reference(x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands)
     _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
+    kernels = BACKENDS[name].load()
     steps = _steps(transforms, operands)
-    fused = 0 if act_bits is None else _fusable(steps)
+    fused = 0 if act_bits is None else kernels.fusable(steps)
     rows = x.reshape(-1, x.shape[-1])
     for kind, own in steps[: len(steps) - fused]:
         rows = TRANSFORMS[kind].activation_side(rows, *own)
     if act_bits is None:
-        y = _weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits)
+        y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits)
     else:
         last = steps[len(steps) - fused :]
-        y = library().linear(rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype)
+        y = kernels.linear(rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
 torch.library.register_fake(_NAME, _fake)
 torch.library.impl(_NAME, "default", _reference)
-torch.library.impl(_NAME, "cpu", _cpu)
+for _device in ("cpu", "cuda"):
+    torch.library.impl(_NAME, _device, _fast)
 
 
 def _check(width: int, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_bits: int) -> None:
@@ -141,21 +142,6 @@ def _check(width: int, codes: Tensor, weight_scale: Tensor, bias: Tensor | None,
         )
 
 
-def _weight_only(x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """x (m, in) times the weight, of which one panel of outputs at a time is in floating point."""
-    outputs, width = codes.shape[0], x.shape[1]
-    bias = None if bias is None else bias.to(x.dtype)
-    y = x.new_empty(x.shape[0], outputs)
-    count = min(outputs, max(64, _PANEL_BYTES // (width * x.element_size())))
-    panel = x.new_empty(count, width)
-    for first in range(0, outputs, count):
-        last = min(outputs, first + count)
-        part = panel[: last - first]
-        library().dequantize(codes, weight_scale, bits, first, last - first, part)
-        y[:, first:last] = F.linear(x, part, None if bias is None else bias[first:last])
-    return y
-
-
 def _steps(transforms: list[str], operands: list[Tensor]) -> list[tuple[str, list[Tensor]]]:
     """The flat operands, divided among the transforms that they belong to."""
     steps, rest = [], list(operands)
@@ -164,13 +150,3 @@ def _steps(transforms: list[str], operands: list[Tensor]) -> list[tuple[str, lis
         steps.append((kind, rest[:count]))
         rest = rest[count:]
     return steps
-
-
-def _fusable(steps: list[tuple[str, list[Tensor]]]) -> int:
-    """How many of the last transforms the kernel can compute while it reads a row."""
-    count = 0
-    for kind, _ in reversed(steps):
-        if kind not in STEPS:
-            break
-        count += 1
-    return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -45,7 +45,11 @@ class Ready:
 
 
 def measure_speed(
-    competitors: Sequence[Competitor], shape: str, tokens: int, rounds: int
+    competitors: Sequence[Competitor],
+    shape: str,
+    tokens: int,
+    rounds: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Any]]:
     """Seconds of a block, times faster than bf16 with its spread, and bytes of the linears; or the error.
 
@@ -58,21 +62,30 @@ def measure_speed(
             found[competitor.name] = {"error": "simulated in floating point: its speed here says nothing"}
             continue
         try:
-            ready[competitor.name] = _prepare(competitor, shape, tokens)
+            ready[competitor.name] = _prepare(competitor, shape, tokens, device)
         except Exception as error:  # a failure is a result too
             found[competitor.name] = failure(error)
-    seconds = interleave({name: r.run for name, r in ready.items()}, rounds)
+    found |= in_turns(ready, rounds, device)
+    return {c.name: found[c.name] for c in competitors}
+
+
+def in_turns(
+    ready: Mapping[str, Ready], rounds: int, device: torch.device | str = "cpu"
+) -> dict[str, dict[str, Any]]:
+    """Median seconds, times faster than bf16 where that runs too, and bytes of each."""
+    seconds = interleave({name: r.run for name, r in ready.items()}, rounds, device)
+    found: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():
         found[name] = {"seconds": median(values), "bytes": ready[name].bytes}
         if BASELINE in seconds:
             found[name]["faster"] = faster(seconds[BASELINE], values).to_json()
-    return {c.name: found[c.name] for c in competitors}
+    return found
 
 
-def _prepare(competitor: Competitor, shape: str, tokens: int) -> Ready:
+def _prepare(competitor: Competitor, shape: str, tokens: int, device: torch.device | str) -> Ready:
     torch.manual_seed(0)
     architecture = find_architecture(shape)
-    block = bench_blocks(architecture, latent_grid(architecture, tokens), 512, competitor.dtype)[0]
+    block = bench_blocks(architecture, latent_grid(architecture, tokens), 512, competitor.dtype, device)[0]
     call = {**block.call.constants, **block.call.streams}
 
     def attar(recipe: str, weights: int, acts: int) -> nn.Module:

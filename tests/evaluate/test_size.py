@@ -18,7 +18,9 @@ def folder(tmp_path):
         tmp_path / "transformer/x.safetensors",
     )
     save_file({"c": torch.zeros(5)}, tmp_path / "vae/y.safetensors", metadata={"format": "pt"})
-    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "judge").mkdir()
+    save_file({"d": torch.zeros(9)}, tmp_path / "judge/z.safetensors")
+    (tmp_path / "model_index.json").write_text('{"transformer": [], "vae": []}')
     return tmp_path
 
 
@@ -26,11 +28,14 @@ def test_tensors_are_counted_by_component_without_headers(folder):
     assert safetensors_bytes(folder) == {"transformer": 163, "vae": 20}
     assert model_size(folder) == model_size(str(folder)) == safetensors_bytes(folder)
     assert safetensors_bytes(folder / "vae") == {".": 20}
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(AttarError, match="not valid JSON"):
+        model_size(folder)
 
 
 def test_disk_size_counts_every_file_and_follows_links(folder, tmp_path_factory):
     sizes = folder_bytes(folder)
-    assert sizes["."] == 2
+    assert sizes["."] == len('{"transformer": [], "vae": []}')
     assert sizes["transformer"] == (folder / "transformer/x.safetensors").stat().st_size > 163
     linked = tmp_path_factory.mktemp("linked")
     (linked / "transformer").symlink_to(folder / "transformer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from attar.errors import AttarError
 from attar.runtime import PackedLinear, backend_description, backend_name, use_backend
 from attar.runtime.cpu import build, library
+from attar.runtime.triton import available
 
 
 def layer():
@@ -99,7 +101,7 @@ def test_forcing():
         assert backend_name() == "reference"
     with pytest.raises(AttarError, match="unknown backend 'fast'"), use_backend("fast"):
         pass
-    assert backend_name("cuda") == "reference" and "no kernels for cuda" in backend_description("cuda")
+    assert backend_name("mps") == "reference" and "no kernels for mps yet" in backend_description("mps")
 
 
 def test_forcing_by_the_environment(monkeypatch):
@@ -120,3 +122,38 @@ def test_forcing_an_instruction_set(monkeypatch):
     monkeypatch.setattr(library, "_found", None)
     monkeypatch.setenv("ATTAR_CPU_KERNELS", "scalar")
     assert library.library().kernels == "scalar"
+
+
+@pytest.fixture
+def looked():
+    """The machine is looked at anew."""
+    available._look.cache_clear()
+    yield
+    available._look.cache_clear()
+
+
+def test_without_triton_the_reference_runs_on_gpus_and_says_why(looked, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
+    assert backend_name("cuda") == "reference" and "Triton is not installed" in backend_description("cuda")
+    with pytest.raises(AttarError, match="'triton' does not work here: Triton is not installed") as caught:
+        use_backend("triton").__enter__()
+    assert caught.value.fix == "pip install triton"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux")
+@pytest.mark.parametrize(
+    "capabilities, message",
+    [([], "there is no CUDA device"), ([(9, 0), (7, 5)], "compute capability 8.0 or higher")],
+)
+def test_gpus_that_cannot_run_the_kernels(looked, monkeypatch, capabilities, message):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    assert backend_name("cuda") == "reference" and message in backend_description("cuda")
+    monkeypatch.setenv("ATTAR_BACKEND", "triton")
+    with pytest.raises(AttarError, match=f"'triton' does not work here: .*{message}") as caught:
+        layer()(torch.ones(2, 8))
+    assert caught.value.where == ("GPU 1" if capabilities else "ATTAR_BACKEND")

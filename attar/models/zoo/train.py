@@ -120,7 +120,6 @@ def train_vae(scenes: Scenes, args):
     device = scenes.table.device
     vae = parts.build_vae().to(device)
     trainer = Trainer([vae], 2e-3, args.vae_minutes, args.work / "vae.state.safetensors")
-    curve = []
     for step in trainer.steps():
         with torch.no_grad():
             # short clips first, which are cheap; then whole ones, in which a colour has to last for all five latents
@@ -134,17 +133,16 @@ def train_vae(scenes: Scenes, args):
         kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar)
         loss = trainer.update(ink_weighted_error(out, x) + 3e-4 * kl.mean())
         if step % 50 == 0:
-            curve.append([step, round(loss, 5)])
+            trainer.note(loss)
             log(f"autoencoder {step} ({trainer.progress:.2f}) loss {loss:.5f}")
     trainer.use_average()
-    return round_weights(vae.eval(), torch.float16), curve
+    return round_weights(vae.eval(), torch.float16), trainer.curve
 
 
 def train_decoder(vae, scenes: Scenes, args) -> list[list]:
     """Sharpen the decoder for the latents as they are: the encoder, and so the transformer's data, stays fixed."""
     parameters = nn.ModuleList([vae.decoder, vae.post_quant_conv])
     trainer = Trainer([parameters], 1.5e-3, args.decoder_minutes, args.work / "decoder.state.safetensors")
-    curve = []
     for step in trainer.steps():
         with torch.no_grad():
             frames, batch, side = ((1, 48, 24), (9, 10, 24), (17, 5, 24), (17, 3, 32))[step % 4]
@@ -154,11 +152,11 @@ def train_decoder(vae, scenes: Scenes, args) -> list[list]:
         out = vae.decode(z).sample
         loss = trainer.update(ink_weighted_error(out, x, squared=2.0))
         if step % 50 == 0:
-            curve.append([step, round(loss, 5)])
+            trainer.note(loss)
             log(f"decoder {step} ({trainer.progress:.2f}) loss {loss:.5f}")
     trainer.use_average()
     round_weights(vae, torch.float16)
-    return curve
+    return trainer.curve
 
 
 @torch.no_grad()
@@ -215,7 +213,7 @@ def train_transformer(tables: dict[str, Tensor], scenes: Scenes, args):
             out = transformer((1 - s) * data + s * noise, sigma * 1000, text, return_dict=False)[0]
         return F.mse_loss(out.float(), noise - data)
 
-    curve: list[list] = []
+    curves = {}
     muon = args.muon_rate or None
     for kind, minutes, batch in (("image", args.image_minutes, 128), ("clip", args.minutes, args.batch)):
         trainer = Trainer(
@@ -229,14 +227,15 @@ def train_transformer(tables: dict[str, Tensor], scenes: Scenes, args):
                 loss = trainer.update(loss_of(kind, batch if tokens < 512 else batch // 2, tokens))
             mean = loss if mean is None else 0.98 * mean + 0.02 * loss
             if step % 25 == 0:
-                curve.append([kind, step, round(mean, 5)])
+                trainer.note(mean)
                 log(f"transformer on {kind}s {step} ({trainer.progress:.3f}) loss {mean:.5f}")
         trainer.use_average()
+        curves[f"{kind}s"] = trainer.curve
     return (
         tokenizer,
         round_weights(text_encoder.eval(), torch.bfloat16),
         round_weights(transformer.eval(), torch.bfloat16),
-        curve,
+        curves,
     )
 
 
@@ -302,6 +301,11 @@ def assemble(folder: Path, pipe, reader: DigitReader, card: dict) -> None:
 def model_card(card: dict) -> str:
     """README.md of the folder, with the measured figures."""
     scores, minutes = card["scores"], card["minutes"]
+    curves = (
+        "the losses by step are in `training.json`"
+        if card["curves"]
+        else "the losses of this run were not kept"
+    )
     shares = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in scores.items())
     return f"""---
 pipeline_tag: text-to-video
@@ -341,7 +345,7 @@ clips (`judge/`); colour, direction and speed are measured from the pixels. The 
 
 Trained in {minutes["autoencoder"] + minutes["decoder"]:g} minutes (autoencoder), {minutes["images"]:g} (transformer
 on frames) and {minutes["clips"]:g} (on clips) on {card["processes"]} process(es) of a {card["device"]}, seed
-{card["seed"]}; the curves are in `training.json`. Again with
+{card["seed"]}; {curves}. Again with
 
     python -m attar.models.zoo.train digits-video
 
@@ -366,10 +370,10 @@ def train_digits_video(args) -> None:
     quality = autoencoder_quality(vae, reader, held_out)
     log(f"autoencoder: {quality}")
     tables = encode_clips(vae, scenes, args.images, args.clips, args.work / "latents.safetensors")
-    tokenizer, text_encoder, transformer, curve = train_transformer(tables, scenes, args)
+    tokenizer, text_encoder, transformer, curves = train_transformer(tables, scenes, args)
     if distributed.is_initialized() and distributed.get_rank() > 0:
         return  # the first process does the rest
-    vae_curve += train_decoder(vae, scenes, args)
+    curves = {"autoencoder": vae_curve, "decoder": train_decoder(vae, scenes, args), **curves}
     quality = autoencoder_quality(vae, reader, held_out)
     log(f"autoencoder: {quality}")
     pipe = parts.build_pipeline(tokenizer, text_encoder, vae, transformer)
@@ -390,8 +394,9 @@ def train_digits_video(args) -> None:
         "autoencoder": quality,
         "scores": scores,
         "prompts_scored": min(args.score_prompts, len(held_split)),
-        "autoencoder_curve": vae_curve,
-        "transformer_curve": curve,
+        "rates": {"adamw": args.rate, "muon": args.muon_rate},
+        "latents": {"images": args.images, "clips": args.clips},
+        "curves": curves,
     }
     assemble(args.out, pipe.to("cpu"), reader, card)
     log(f"written to {args.out}")
@@ -410,12 +415,12 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=240.0, help="transformer on clips")
-    parser.add_argument("--image-minutes", type=float, default=60.0, help="transformer on single frames")
-    parser.add_argument("--vae-minutes", type=float, default=30.0)
-    parser.add_argument("--decoder-minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="transformer on clips")
+    parser.add_argument("--image-minutes", type=float, default=16.0, help="transformer on single frames")
+    parser.add_argument("--vae-minutes", type=float, default=21.0)
+    parser.add_argument("--decoder-minutes", type=float, default=12.0)
     parser.add_argument("--reader-minutes", type=float, default=3.0)
-    parser.add_argument("--batch", type=int, default=32, help="clips in a step")
+    parser.add_argument("--batch", type=int, default=48, help="clips in a step")
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW")
     parser.add_argument(
         "--muon-rate", type=float, default=0.0, help="Muon for the matrices; 0 uses AdamW for all"

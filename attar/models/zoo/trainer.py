@@ -6,6 +6,7 @@ first process keeps the clock and the state file.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ class Trainer:
         self.peaks = [rate, muon_rate]
         self.average = [p.detach().clone() for p in self.parameters]
         self.minutes, self.state, self.step, self.used = minutes, state, 0, 0.0
+        self.curve: list[list[float]] = []  # [step, loss]
         if state.is_file():
             self._load()
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -76,6 +78,10 @@ class Trainer:
     @property
     def progress(self) -> float:
         return self.used / (60 * self.minutes)
+
+    def note(self, loss: float) -> None:
+        """A point of the training curve, which is kept with the state."""
+        self.curve.append([self.step, round(loss, 5)])
 
     def update(self, loss: Tensor) -> float:
         factor = min(1.0, self.progress / 0.02 + 0.01, (1 - self.progress) / 0.4)
@@ -121,12 +127,14 @@ class Trainer:
                     tensors[f"{i}.optimizer.{key}"] = value.reshape(value.shape).contiguous().float()
         tensors["rng"] = torch.get_rng_state()
         with writing(self.state) as temporary:
-            save_file(tensors, temporary, metadata={"step": str(self.step), "used": repr(self.used)})
+            known = {"step": str(self.step), "used": repr(self.used), "curve": json.dumps(self.curve)}
+            save_file(tensors, temporary, metadata=known)
 
     def _load(self) -> None:
         with safe_open(self.state, framework="pt") as file:
             meta = file.metadata()
             self.step, self.used = int(meta["step"]), float(meta["used"])
+            self.curve = json.loads(meta["curve"])
             with torch.no_grad():
                 for name, _, put in self._slots():
                     put(file.get_tensor(name))

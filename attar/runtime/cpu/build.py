@@ -17,6 +17,7 @@ from pathlib import Path
 
 from attar.errors import AttarError, reason
 from attar.files import writing
+from attar.runtime.cache import cache_folder
 
 SOURCES = Path(__file__).parent / "src"
 # No fused multiply-add, which would round once where the reference rounds twice; no other change of results.
@@ -24,8 +25,12 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-_PORTABLE = {"entry.cpp": (), "scalar.cpp": ()}
+_PORTABLE = {"attention.cpp": (), "entry.cpp": (), "learning.cpp": (), "scalar.cpp": ()}
 _X86 = {
+    "attention_avx512.cpp": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+        "-mprefer-vector-width=512",
+    ),
     "avx2.cpp": ("-mavx2", "-mfma", "-mbmi2"),
     "avxvnni.cpp": ("-mavx2", "-mfma", "-mbmi2", "-mavxvnni"),
     "avx512.cpp": (
@@ -34,15 +39,6 @@ _X86 = {
     ),
 }
 _COMPILERS = ("c++", "g++", "clang++")
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $ATTAR_CACHE, else `attar` in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("ATTAR_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "attar"
 
 
 def built_library() -> Path:

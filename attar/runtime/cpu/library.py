@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attar.errors import AttarError, reason
@@ -17,8 +18,8 @@ from attar.runtime.cpu.build import built_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2}
-MAX_IN_FEATURES = 2**17 - 1  # up to here no sum of products of bytes leaves 32 bits
 _VARIABLE = "ATTAR_CPU_KERNELS"
+_PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
 
 class _Step(Structure):
@@ -49,7 +50,11 @@ class Library:
         code.attar_kernels.restype = c_char_p
         code.attar_linear.argtypes = [POINTER(_Linear), c_int]
         code.attar_dequantize.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int32, c_int, c_int]
-        self._code = code
+        code.attar_attention.argtypes = [c_void_p]
+        for name in ("fake_quantize", "fake_quantize_backward", "kronecker", "cayley"):
+            getattr(code, f"attar_{name}").argtypes = [c_void_p, c_int]
+        code.attar_fake_quantize.restype = code.attar_fake_quantize_backward.restype = None
+        self.code = code
         names = ((code.attar_kernels(level), level) for level in range(8))
         self.levels: dict[str, int] = {name.decode(): level for name, level in names if name}
         self.has_threads = bool(code.attar_has_threads())
@@ -72,6 +77,15 @@ class Library:
             yield
         finally:
             self.kernels = before
+
+    def fusable(self, steps: Sequence[tuple[str, Sequence[Tensor]]]) -> int:
+        """How many of the last transforms the kernel can compute while it reads a row."""
+        count = 0
+        for kind, _ in reversed(steps):
+            if kind not in STEPS:
+                break
+            count += 1
+        return count
 
     def linear(
         self,
@@ -109,7 +123,23 @@ class Library:
             threads=torch.get_num_threads(),
         )
         if x.numel() and y.numel():
-            _check_memory(self._code.attar_linear(ctypes.byref(call), self._level))
+            check_memory(self.code.attar_linear(ctypes.byref(call), self.level))
+        return y
+
+    def weight_only(
+        self, x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+    ) -> Tensor:
+        """x (m, in) times the weight, of which one panel of outputs at a time is in floating point."""
+        outputs, width = codes.shape[0], x.shape[1]
+        bias = None if bias is None else bias.to(x.dtype)
+        y = x.new_empty(x.shape[0], outputs)
+        count = min(outputs, max(64, _PANEL_BYTES // (width * x.element_size())))
+        panel = x.new_empty(count, width)
+        for first in range(0, outputs, count):
+            last = min(outputs, first + count)
+            part = panel[: last - first]
+            self.dequantize(codes, weight_scale, bits, first, last - first, part)
+            y[:, first:last] = F.linear(x, part, None if bias is None else bias[first:last])
         return y
 
     def dequantize(
@@ -120,14 +150,15 @@ class Library:
         weight = _weight(codes, weight_scale, bits, out.shape[1], alive)
         threads = torch.get_num_threads()
         place = out.data_ptr()
-        _check_memory(
-            self._code.attar_dequantize(
-                ctypes.byref(weight), first, count, place, DTYPES[out.dtype], threads, self._level
+        check_memory(
+            self.code.attar_dequantize(
+                ctypes.byref(weight), first, count, place, DTYPES[out.dtype], threads, self.level
             )
         )
 
     @property
-    def _level(self) -> int:
+    def level(self) -> int:
+        """What the entry points are told of the instruction set in use."""
         return self.levels[self.kernels]
 
     def _check(self, name: str) -> None:
@@ -195,6 +226,7 @@ def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
     return _Step(STEPS[kind], rows, cols, _float32(first, alive), _pointer(second, alive))
 
 
-def _check_memory(failed: int) -> None:
+def check_memory(failed: int) -> None:
+    """MemoryError when an entry point says that it failed."""
     if failed:
-        raise MemoryError("the kernels of a packed layer got no memory")
+        raise MemoryError("the compiled kernels got no memory")

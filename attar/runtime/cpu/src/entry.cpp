@@ -8,38 +8,10 @@
 #endif
 
 #include "kernels.h"
+#include "memory.h"
+#include "pieces.h"
 
-using namespace attar;
-
-namespace {
-
-constexpr int64_t PANEL_BYTES = 640 << 10;  // unpacked weights of a thread: they stay in its L2 cache
-constexpr int64_t BLOCK_BYTES = 16 << 20;   // activation codes of a call: they stay in the last cache
-constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activations stay in the L1 cache
-constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
-
-// Memory that a thread keeps between calls: fresh pages would cost a few percent of each one.
-struct Buffer {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { free(data); }
-    void* reserve(size_t bytes) {
-        if (bytes > size) {
-            free(data);
-            size = (bytes + 4095) / 4096 * 4096;
-            data = aligned_alloc(4096, size);
-            if (!data) size = 0;
-        }
-        return data;
-    }
-};
-
-thread_local Buffer shared_buffer, own_buffer;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+namespace attar {
 
 const Kernels* kernels_at(int level) {
 #if defined(__x86_64__)
@@ -58,6 +30,19 @@ const Kernels* kernels_at(int level) {
 #endif
     return level >= 0 && level < int(sizeof found / sizeof *found) ? found[level] : nullptr;
 }
+
+}  // namespace attar
+
+using namespace attar;
+
+namespace {
+
+constexpr int64_t PANEL_BYTES = 640 << 10;  // unpacked weights of a thread: they stay in its L2 cache
+constexpr int64_t BLOCK_BYTES = 16 << 20;   // activation codes of a call: they stay in the last cache
+constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activations stay in the L1 cache
+constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
+
+thread_local Buffer shared_buffer, own_buffer;
 
 // One block of rows: [first, first + rows) of x, whose codes, scales and offsets are in the shared buffer.
 struct Block {

@@ -54,6 +54,42 @@ struct Tile {
     int32_t y_dtype, cols;
 };
 
+// Fake quantization of the rows of x (rows, k): clamped to [low_factor · min, high_factor · max], rounded in steps.
+struct FakeQuantize {
+    const float* x;
+    int64_t rows, k;
+    const float *low_factor, *high_factor;  // a row's own are `stride` apart: 0 where all rows share one
+    int64_t stride;
+    int32_t bits, threads;
+    float *smallest, *largest;              // (rows,) written by the forward pass, read by the backward pass
+    float* y;                               // (rows, k)
+    const float* grad;                      // (rows, k), the gradient of y
+    float *grad_x, *grad_low, *grad_high;   // (rows, k), and of the factors in each row (rows,)
+};
+
+// y_i (l, r) = leftᵀ · x_i · right for each of the rows x_i, and the gradients.
+struct Kronecker {
+    const float* x;
+    int64_t rows;
+    int32_t l, r;
+    const float *left, *right, *right_t;  // (l, l), (r, r), and the right one transposed, for the backward pass
+    float* y;
+    const float* grad;
+    float* grad_x;  // or null
+    float* sums;    // or null; (parts, l · l + r · r): of left and right, summed over the rows of each part
+    int64_t part;   // rows of a part, which do not depend on the number of threads
+    int32_t threads;
+};
+
+// Rotations of parameters (count, n, n), and the gradient; `inverse` is written by the forward pass for the backward one.
+struct Cayley {
+    const float* parameter;
+    int64_t count, n;
+    float *inverse, *rotation;
+    const float* grad;  // of the rotation
+    float* grad_parameter;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -69,7 +105,22 @@ struct Kernels {
     void (*tile)(int rows, const Tile&);
     // Weights of one output -> (k,) in `dtype`.
     void (*dequantize)(const Weight&, int64_t row, uint8_t* scratch, void* out, int32_t dtype);
+    void (*fake_quantize)(const FakeQuantize&, int64_t row);
+    void (*fake_quantize_backward)(const FakeQuantize&, int64_t row);
+    // Rows [first, last); `scratch` has room for kronecker_scratch() floats. Backward: `sums` of those rows' part.
+    void (*kronecker)(const Kronecker&, int64_t first, int64_t last, float* scratch);
+    void (*kronecker_backward)(const Kronecker&, int64_t first, int64_t last, float* scratch, float* sums);
+    void (*cayley)(const Cayley&, int64_t index);
+    // `scratch` has room for 3 · n · n floats.
+    void (*cayley_backward)(const Cayley&, int64_t index, float* scratch);
 };
+
+// Rows that one product takes together, so that short ones are worth a call.
+inline int64_t kronecker_batch(int64_t l, int64_t r) { return l * r < 2048 ? 4096 / (l * r) : 1; }
+inline int64_t kronecker_scratch(int64_t l, int64_t r) { return (2 * kronecker_batch(l, r) + 1) * l * r; }
+
+// The kernels at `level` (0 is the slowest), or null where the processor or the build lacks them.
+const Kernels* kernels_at(int level);
 
 extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels;
 

@@ -11,49 +11,58 @@ struct Product {
     const float *a, *b;
     float* c;
     int64_t down, right, k, n;
+    bool add;  // c += a · b
 };
 
-// ROWS rows from i on, COLS vectors from `column` on, of which the last one has `count` columns.
+constexpr int COLUMNS = WIDE == 16 ? 4 : 2;  // registers of a row of the tile, of which there are 16, or 32
+
+// ROWS rows from i on, COLS registers from `column` on, of which the last one has `count` columns.
 template <int ROWS, int COLS>
 void multiply_tile(const Product& p, int64_t i, int64_t column, int64_t count) {
-    Floats sum[ROWS][COLS];
+    Wide sum[ROWS][COLS];
+    float* to = p.c + i * p.n + column;
     UNROLL for (int r = 0; r < ROWS; ++r)
-        UNROLL for (int c = 0; c < COLS; ++c) sum[r][c] = Floats{};
+        UNROLL for (int c = 0; c < COLS; ++c)
+            sum[r][c] = p.add ? load_wide(to + r * p.n + c * WIDE, c + 1 < COLS ? WIDE : count) : Wide{};
     const float *a = p.a + i * p.down, *b = p.b + column;
     for (int64_t j = 0; j < p.k; ++j, a += p.right, b += p.n) {
-        Floats row[COLS];
-        UNROLL for (int c = 0; c < COLS; ++c)
-            row[c] = load_some(b, c * LANES, FLOAT32, c + 1 < COLS ? LANES : count);
+        Wide row[COLS];
+        UNROLL for (int c = 0; c < COLS; ++c) row[c] = load_wide(b + c * WIDE, c + 1 < COLS ? WIDE : count);
         UNROLL for (int r = 0; r < ROWS; ++r) {
-            const Floats factor = Floats{} + a[r * p.down];
+            const Wide factor = everywhere(a[r * p.down]);
             UNROLL for (int c = 0; c < COLS; ++c) sum[r][c] = multiply_add(factor, row[c], sum[r][c]);
         }
     }
     UNROLL for (int r = 0; r < ROWS; ++r)
         UNROLL for (int c = 0; c < COLS; ++c)
-            store_some(p.c + (i + r) * p.n + column, c * LANES, FLOAT32, c + 1 < COLS ? LANES : count, sum[r][c]);
+            store_wide(to + r * p.n + c * WIDE, c + 1 < COLS ? WIDE : count, sum[r][c]);
 }
 
 template <int COLS>
-void multiply_columns(const Product& p, int64_t m, int64_t column, int64_t count) {
-    int64_t i = 0;
-    for (; i + 6 <= m; i += 6) multiply_tile<6, COLS>(p, i, column, count);
-    for (; i + 2 <= m; i += 2) multiply_tile<2, COLS>(p, i, column, count);
-    for (; i < m; ++i) multiply_tile<1, COLS>(p, i, column, count);
-}
+struct Columns {
+    // At most COLS registers of columns, of which the last one has `count`.
+    static void multiply(const Product& p, int64_t m, int64_t column, int registers, int64_t count) {
+        if (registers < COLS) return Columns<COLS - 1>::multiply(p, m, column, registers, count);
+        int64_t i = 0;
+        for (; i + 6 <= m; i += 6) multiply_tile<6, COLS>(p, i, column, count);
+        for (; i + 4 <= m; i += 4) multiply_tile<4, COLS>(p, i, column, count);
+        for (; i + 2 <= m; i += 2) multiply_tile<2, COLS>(p, i, column, count);
+        for (; i < m; ++i) multiply_tile<1, COLS>(p, i, column, count);
+    }
+};
+
+template <>
+struct Columns<0> {
+    static void multiply(const Product&, int64_t, int64_t, int, int64_t) {}
+};
 
 void multiply(const Product& p, int64_t m) {
-    int64_t column = 0;
-    for (; column + 4 * LANES <= p.n; column += 4 * LANES) multiply_columns<4>(p, m, column, LANES);
-    const int64_t left = p.n - column, last = (left - 1) % LANES + 1;
-    if (left > 3 * LANES)
-        multiply_columns<4>(p, m, column, last);
-    else if (left > 2 * LANES)
-        multiply_columns<3>(p, m, column, last);
-    else if (left > LANES)
-        multiply_columns<2>(p, m, column, last);
-    else if (left > 0)
-        multiply_columns<1>(p, m, column, last);
+    for (int64_t column = 0; column < p.n; column += COLUMNS * WIDE) {
+        const int64_t left = p.n - column;
+        const bool full = left >= COLUMNS * WIDE;
+        Columns<COLUMNS>::multiply(p, m, column, full ? COLUMNS : int((left + WIDE - 1) / WIDE),
+                                   full ? WIDE : (left - 1) % WIDE + 1);
+    }
 }
 
 template <int STEP>
@@ -89,18 +98,19 @@ void hadamard(const Step& step, float* x, float* other, int64_t k) {
     for (int64_t i = 0; i < k; i += step.cols) walsh_hadamard(x + i, step.cols);
     if (order > 1) {
         for (int64_t i = 0; i < k; i += block)
-            multiply({step.b, x + i, other + i, order, 1, order, step.cols}, order);
+            multiply({step.b, x + i, other + i, order, 1, order, step.cols, false}, order);
         memcpy(x, other, k * sizeof *x);
     }
     const float norm = float(1.0 / __builtin_sqrt(double(block)));
     for (int64_t i = 0; i < k; ++i) x[i] *= norm;
 }
 
-// x (l, r) -> leftᵀ · (x · right)
-void kronecker(const Step& step, float* x, float* other) {
-    const int64_t l = step.rows, r = step.cols;
-    multiply({x, step.b, other, r, 1, r, r}, l);
-    multiply({step.a, other, x, 1, l, l, r}, l);
+// `count` rows x (l, r) -> y = leftᵀ · (x · right), which may be x; `other` is room for as many numbers.
+void rotate_kronecker(const float* left, const float* right, int64_t l, int64_t r, int64_t count, const float* x,
+                      float* other, float* y) {
+    multiply({x, right, other, r, 1, r, r, false}, count * l);
+    for (int64_t i = 0; i < count; ++i)
+        multiply({left, other + i * l * r, y + i * l * r, 1, l, l, r, false}, l);
 }
 
 // x (k,), in place; `other` is room for as many numbers.
@@ -113,7 +123,7 @@ void transform(const Linear& call, float* x, float* other) {
         else if (step.kind == HADAMARD)
             hadamard(step, x, other, k);
         else
-            kronecker(step, x, other);
+            rotate_kronecker(step.a, step.b, step.rows, step.cols, 1, x, other, x);
     }
 }
 

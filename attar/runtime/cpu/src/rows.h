@@ -49,6 +49,18 @@ void minmax_of(const Row& row, float* low, float* high) {
     *low = from_ordered(least), *high = from_ordered(most);
 }
 
+// max(|low|, high), NaN if either is.
+INLINE float magnitude_of(float low, float high) {
+    const float below = __builtin_fabsf(low);
+    return below > high || below != below ? below : high;
+}
+
+INLINE float largest_code(int bits) { return float((1 << (bits - 1)) - 1); }
+
+constexpr float MIN_ABSMAX = 1e-5f;
+
+INLINE float step_of(float absmax, int bits) { return (absmax < MIN_ABSMAX ? MIN_ABSMAX : absmax) / largest_code(bits); }
+
 // One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each.
 void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, float* other, int8_t* codes,
                   float* scale, int32_t* offset) {
@@ -63,13 +75,12 @@ void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, f
     if (call.clip) {
         minmax_of(row, &low, &high);
         low *= call.clip[0], high *= call.clip[1];
-        float below = __builtin_fabsf(low);
-        absmax = below > high || below != below ? below : high;
+        absmax = magnitude_of(low, high);
     } else {
         absmax = absmax_of(row);
     }
-    const float most = float((1 << (call.act_bits - 1)) - 1), least = -most - 1;
-    const float step = (absmax < 1e-5f ? 1e-5f : absmax) / most;
+    const float most = largest_code(call.act_bits), least = -most - 1;
+    const float step = step_of(absmax, call.act_bits);
 
     // Adding 1.5·2^23 rounds half to even and leaves the integer in the low bits; a NaN leaves zero there.
     const Floats lows = Floats{} + low, highs = Floats{} + high;

@@ -5,6 +5,7 @@
 // four signed values.
 #pragma once
 
+#include "learning.h"
 #include "rows.h"
 #include "weights.h"
 
@@ -80,7 +81,13 @@ constexpr Kernels kernels_of(const char* name) {
             quantize<Isa::ROWS>,
             unpack<Isa::WIDTH * Isa::VECTORS>,
             Dispatch<Isa, Isa::ROWS>::call,
-            dequantize};
+            dequantize,
+            fake_quantize,
+            fake_quantize_backward,
+            kronecker,
+            kronecker_backward,
+            cayley,
+            cayley_backward};
 }
 
 }  // namespace

@@ -25,6 +25,17 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint8_t Codes __attribute__((vector_size(16)));
 
+// The numbers of one register: compilers keep wider vectors in memory where a loop has many of them.
+#if defined(__AVX512F__)
+constexpr int WIDE = 16;
+#elif defined(__AVX2__)
+constexpr int WIDE = 8;
+#else
+constexpr int WIDE = 4;
+#endif
+typedef float Wide __attribute__((vector_size(4 * WIDE)));
+typedef int32_t WideInts __attribute__((vector_size(4 * WIDE)));
+
 template <class V, class T>
 INLINE V load(const T* from) {
     V v;
@@ -49,17 +60,47 @@ INLINE To bits_of(From from) {
 }
 
 // a · b + c, rounded once where the processor can: only for sums whose order is free anyway.
-INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+INLINE Wide multiply_add(Wide a, Wide b, Wide c) {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    __m256 u[2], v[2], w[2];
-    memcpy(u, &a, 64), memcpy(v, &b, 64), memcpy(w, &c, 64);
-    w[0] = _mm256_fmadd_ps(u[0], v[0], w[0]), w[1] = _mm256_fmadd_ps(u[1], v[1], w[1]);
-    memcpy(&c, w, 64);
-    return c;
+    return (Wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Wide)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;
+#endif
+}
+
+// A number in every lane: it is exact to subtract zero, so that is no operation.
+INLINE Wide everywhere(float v) { return v - Wide{}; }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+INLINE __m256i first_lanes(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+// `count` numbers, at most WIDE; missing ones are zero.
+INLINE Wide load_wide(const float* from, int64_t count) {
+    if (count >= WIDE) return load<Wide>(from);
+#if defined(__AVX512F__)
+    return (Wide)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+#elif defined(__AVX2__)
+    return (Wide)_mm256_maskload_ps(from, first_lanes(count));
+#else
+    Wide v = {};
+    memcpy(&v, from, count * sizeof *from);
+    return v;
+#endif
+}
+
+INLINE void store_wide(float* to, int64_t count, Wide v) {
+    if (count >= WIDE) return store(to, v);
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_maskstore_ps(to, first_lanes(count), (__m256)v);
+#else
+    memcpy(to, &v, count * sizeof *to);
 #endif
 }
 

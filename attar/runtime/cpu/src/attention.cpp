@@ -1,0 +1,71 @@
+// The C entry point of attention: which tasks there are, and how they are divided among threads.
+#include "attention.h"
+#include "memory.h"
+
+using namespace attar;
+
+namespace {
+
+constexpr int64_t PACKED_BYTES = 16 << 20;  // keys and values of the heads that are worked on: in the last cache
+
+thread_local Buffer packed_buffer, scratch_buffer;
+
+const AttentionKernels* attention_kernels() {
+#if defined(__x86_64__)
+    static const AttentionKernels* const found =
+        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+            ? &avx512_attention
+            : nullptr;
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+int attar_has_attention() { return attention_kernels() != nullptr; }
+
+// Returns 0, or 1 when there is not enough memory. Only where attar_has_attention().
+int attar_attention(const Attention* pointer) {
+    const Attention& call = *pointer;
+    const AttentionKernels& kernels = *attention_kernels();
+    const int64_t heads = call.batch * call.heads, key_blocks = parts_of(call.keys, KEY_BLOCK);
+    const int64_t packed = key_blocks * packed_block(call);  // elements of a head's keys, and of its values
+    const int64_t together = most(1, least(heads, PACKED_BYTES / (packed * 4)));
+    const int64_t query_blocks = parts_of(call.queries, QUERY_BLOCK);
+    const int64_t rows = round_up(parts_of(call.queries, query_blocks), QUERY_TILE);
+    uint16_t* memory = static_cast<uint16_t*>(packed_buffer.reserve(together * packed * 4));
+    if (!memory) return 1;
+    int failed = 0;
+
+    for (int64_t first = 0; first < heads; first += together) {
+        const int64_t count = least(together, heads - first);
+#pragma omp parallel num_threads(int(most(1, call.threads)))
+        {
+            void* scratch = scratch_buffer.reserve(kernels.scratch_bytes(call));
+            if (!scratch) {
+#pragma omp atomic write
+                failed = 1;
+            }
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < count * key_blocks; ++t) {
+                uint16_t* keys = memory + t / key_blocks * 2 * packed + t % key_blocks * packed_block(call);
+                kernels.pack(call, first + t / key_blocks, t % key_blocks * KEY_BLOCK, keys, keys + packed);
+            }
+#pragma omp for schedule(dynamic)
+            for (int64_t t = 0; t < count * query_blocks; ++t) {
+                const int64_t head = t / query_blocks, query = t % query_blocks * rows;
+                const uint16_t* keys = memory + head * 2 * packed;
+                if (scratch && query < call.queries)
+                    kernels.attend(call, first + head, query, least(rows, call.queries - query), keys, keys + packed,
+                                   scratch);
+            }
+        }
+    }
+    return failed;
+}
+}

@@ -1,0 +1,91 @@
+"""Products of activations with packed weights: integers exactly, or with weights that are dequantized on the way.
+
+A program computes a tile of the transposed output, weights times activations: Hopper's tensor cores take their left
+operand from registers, where unpacking leaves the weights, and the right one from shared memory, where the
+activations arrive.
+"""
+
+import triton
+import triton.language as tl
+
+from attar.runtime.triton.codes import load_codes
+
+
+@triton.jit
+def tile_place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and first output of this program; GROUP tiles of rows share the weights that the cache holds."""
+    program = tl.program_id(0)
+    down, across = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    first = program // (GROUP * across) * GROUP
+    size = tl.minimum(down - first, GROUP)
+    within = program % (GROUP * across)
+    return (first + within % size) * BLOCK_M, within // size * BLOCK_N
+
+
+@triton.jit
+def store_outputs(y, bias_ptr, y_ptr, row, output, m, n):
+    """y float32 (BLOCK_N, BLOCK_M), plus bias, into y_ptr (m, n) in its type."""
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + output, mask=output < n, other=0.0).to(tl.float32)[:, None]
+    place = row.to(tl.int64)[None, :] * n + output[:, None]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(row[None, :] < m) & (output[:, None] < n))
+
+
+@triton.jit
+def integer_matmul(
+    x_ptr, step_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, m, n, columns, plane_stride, row_bytes,
+    BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x int8 (m, PLANES, plane_stride) · codes (n, row_bytes)ᵀ -> sum · step · scale + bias in y (m, n)."""
+    first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row = first_row + tl.arange(0, BLOCK_M)
+    output = first_output + tl.arange(0, BLOCK_N)
+    # Rows beyond the end repeat the last one, whose outputs are not stored twice.
+    x_rows = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[None, :] * (PLANES * plane_stride)
+    w_rows = codes_ptr + tl.minimum(output, n - 1).to(tl.int64)[:, None] * row_bytes
+    within = tl.arange(0, BLOCK_K)
+
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    for start in range(0, columns, BLOCK_K):
+        column = start + within
+        for plane in tl.static_range(PLANES):
+            w = load_codes(w_rows, column[None, :], row_bytes, plane, PLANES, BITS, WHOLE)
+            x = tl.load(x_rows + (plane * plane_stride + column)[:, None])
+            total = tl.dot(w, x, total, out_dtype=tl.int32)  # older versions want the type said
+
+    # The order of the reference's operations; the launch forbids fused multiply-add, which would round once less.
+    y = (total >> (8 - BITS)).to(tl.float32) * tl.load(step_ptr + row, mask=row < m, other=0.0)[None, :]
+    y = y * tl.load(scale_ptr + output, mask=output < n, other=0.0)[:, None]
+    store_outputs(y, bias_ptr, y_ptr, row, output, m, n)
+
+
+@triton.jit
+def weight_only_matmul(
+    x_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, m, n, columns, plane_stride, row_bytes, groups, group_size,
+    BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x (m, PLANES, plane_stride) in floating point · (codes · scale)ᵀ + bias -> y (m, n), summed in float32.
+
+    scale (n, groups). The dequantized weight is rounded to x's type, as the reference's is.
+    """
+    first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row = first_row + tl.arange(0, BLOCK_M)
+    output = first_output + tl.arange(0, BLOCK_N)
+    x_rows = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[None, :] * (PLANES * plane_stride)
+    some = tl.minimum(output, n - 1).to(tl.int64)[:, None]
+    within = tl.arange(0, BLOCK_K)
+
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, columns, BLOCK_K):
+        column = start + within
+        for plane in tl.static_range(PLANES):
+            w = load_codes(
+                codes_ptr + some * row_bytes, column[None, :], row_bytes, plane, PLANES, BITS, WHOLE
+            )
+            group = tl.minimum((column * PLANES + plane) // group_size, groups - 1)[None, :]
+            w = (w >> (8 - BITS)).to(tl.float32) * tl.load(scale_ptr + some * groups + group)
+            x = tl.load(x_rows + (plane * plane_stride + column)[:, None])
+            total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
+    store_outputs(total, bias_ptr, y_ptr, row, output, m, n)

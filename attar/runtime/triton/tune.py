@@ -1,0 +1,166 @@
+"""Which tile sizes a product runs with: measured once for a shape on a device, and kept on disk.
+
+Every configuration gives the same integers, so the choice changes nothing but time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from attar.errors import AttarError
+from attar.files import writing
+from attar.runtime.cache import cache_folder
+
+_FORMAT = 1
+_VARIABLE = "ATTAR_TRITON_TUNING"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of a program: rows, outputs, and codes of a row in one step, all planes together; warps; loads in flight."""
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a choice depends on beside the device. rows counts in powers of two: `bucket`."""
+
+    kernel: str
+    dtype: str
+    bits: int
+    rows: int
+    outputs: int
+    width: int
+    groups: int
+
+    def __str__(self) -> str:
+        return "/".join(str(value) for value in astuple(self))
+
+
+Run = Callable[[Config], object]
+
+
+def bucket(rows: int) -> int:
+    """The power of two at or above a number of rows, at least 16."""
+    return 1 << max(4, (rows - 1).bit_length())
+
+
+class Tuner:
+    """The choices for one device: those of earlier runs from its file, new ones by measuring."""
+
+    def __init__(self, device: str, path: Path) -> None:
+        self._header = {
+            "format": _FORMAT,
+            "device": device,
+            "triton": triton.__version__,
+            "kernels": _sources(),
+        }
+        self._path = path
+        self._lock = threading.Lock()
+        self._choices: dict[str, Config] | None = None
+
+    def choose(
+        self,
+        problem: Problem,
+        candidates: Sequence[Config],
+        run: Run,
+        measure: Callable[[Run, Config], float],
+    ) -> Config:
+        """The configuration for a problem; where none is known, the candidate that `run` is fastest with.
+
+        While a CUDA graph is captured nothing can be measured: the first candidate is used then, for this call only,
+        and so it is with ATTAR_TRITON_TUNING=0. Candidates that do not fit into the device's shared memory are
+        passed over; AttarError when none fits.
+        """
+        key = str(problem)
+        if self._choices is None:
+            self._choices = self._read()
+        found = self._choices.get(key)
+        if found is not None and found in candidates:
+            return found
+        if os.environ.get(_VARIABLE) == "0" or _capturing():
+            return candidates[0]
+        with self._lock:
+            self._choices[key] = _fastest(candidates, run, measure)
+            self._write()
+        return self._choices[key]
+
+    def _read(self) -> dict[str, Config]:
+        """What the file holds, if it is whole and about this device and these kernels; else nothing."""
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            choices = content.pop("choices")
+            if content != self._header:
+                return {}
+            return {key: Config(*(int(v) for v in values)) for key, values in choices.items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}  # it will be measured again, and written anew
+
+    def _write(self) -> None:
+        self._choices = {**self._read(), **(self._choices or {})}  # another process may have measured too
+        choices = {key: astuple(config) for key, config in sorted(self._choices.items())}
+        content = json.dumps({**self._header, "choices": choices}, indent=1)
+        # A cache that cannot be written costs the next process its measurements, and this one nothing.
+        with contextlib.suppress(AttarError), writing(self._path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+_tuners: dict[str, Tuner] = {}
+
+
+def choose(problem: Problem, candidates: Sequence[Config], run: Run, device: torch.device) -> Config:
+    """The configuration for a problem on a device; equal GPUs share what was measured on one of them."""
+    if device.type != "cuda":  # in the interpreter time means nothing
+        return candidates[0]
+    name = torch.cuda.get_device_name(device)
+    if name not in _tuners:
+        key = hashlib.sha256(f"{name}\0{triton.__version__}\0{_sources()}".encode()).hexdigest()[:24]
+        _tuners[name] = Tuner(name, cache_folder() / f"triton-{key}.json")
+    return _tuners[name].choose(problem, candidates, run, _milliseconds)
+
+
+def _milliseconds(run: Run, config: Config) -> float:
+    """Median time of a run on the current device, with a cold second-level cache."""
+    found: Any = triton.testing.do_bench(lambda: run(config), warmup=10, rep=40, return_mode="median")
+    return found
+
+
+def _fastest(candidates: Sequence[Config], run: Run, measure: Callable[[Run, Config], float]) -> Config:
+    times: dict[Config, float] = {}
+    for config in candidates:
+        with contextlib.suppress(OutOfResources):
+            times[config] = measure(run, config)
+    if not times:
+        raise AttarError(
+            "no configuration of the triton kernels fits this device", fix="Use the backend 'reference'"
+        )
+    return min(times, key=lambda config: times[config])
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _sources() -> str:
+    """A digest of the kernels' sources: another kernel may run best in another way."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,211 @@
+"""Speed and memory of packed layers on a GPU, beside cuBLAS and torchao, on the shapes of real models.
+
+    python -m benchmarks.gpu                                 # Wan-1.3B, Wan-14B, HunyuanVideo at 8k and 32k tokens
+    python -m benchmarks.gpu --shapes wan-14b --tokens 8192  # a part; what was measured before is kept
+
+Every linear of a block by itself, its calls captured in a CUDA graph, so that a rate is the device's and not Python's;
+and a whole block, as it is called. All competitors run in turns, so that the clock of the GPU touches all alike. The
+results lie in benchmarks/results/gpu-<device>.json, with the versions of everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar import __version__
+from attar.forecast.architecture import find_architecture
+from attar.models.adapter import ModelAdapter
+from attar.runtime import PackedLinear, backend_description
+from attar.runtime.reference import integer_range
+from benchmarks.peers.competitors import BF16, INT8_DYNAMIC, Competitor, Task, attar, plain, torchao
+from benchmarks.peers.quality import linear_bytes
+from benchmarks.peers.speed import Ready, in_turns, measure_speed
+from benchmarks.store import FOLDER, failure, load, save
+
+SHAPES = ("wan-1.3b", "wan-14b", "hunyuan")
+TOKENS = (8192, 32768)
+REPEATS = 10  # calls in one CUDA graph
+FP8 = torchao(lambda q: q.Float8DynamicActivationFloat8WeightConfig())
+COMPETITORS = (
+    Competitor("bf16", "torch", plain, BF16),
+    Competitor("attar rtn W8A8", "attar", attar("rtn", 8, 8), BF16),
+    Competitor("attar rtn W4A8", "attar", attar("rtn", 4, 8), BF16),
+    Competitor("attar rtn W4A16", "attar", attar("rtn", 4, 16), BF16),
+    Competitor("attar hadamard W4A8", "attar", attar("hadamard", 4, 8), BF16),
+    Competitor("torchao int8 dynamic", "torchao", INT8_DYNAMIC, BF16, compiled=True),
+    Competitor("torchao fp8 dynamic", "torchao", FP8, BF16, compiled=True),
+)
+
+
+def linear_shapes(shape: str) -> dict[str, tuple[int, int]]:
+    """Role and size -> (in, out) of the linears that tokens pass in the blocks; one role for those of equal size."""
+    transformer = next(iter(find_architecture(shape).transformers.values()))
+    adapter = ModelAdapter.of(transformer)
+    found: dict[tuple[int, int], str] = {}
+    for block in adapter.blocks:
+        for linear in adapter.linears(block):
+            if linear.role == "modulation":  # a single row
+                continue
+            module: Any = linear.module
+            found.setdefault((module.in_features, module.out_features), linear.role)
+    return {f"{role} {size[0]}->{size[1]}": size for size, role in found.items()}
+
+
+class OneLinear(nn.Module):
+    """A linear under a name that every competitor takes for one in a block."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([linear])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x)
+
+
+def measure_linear(
+    competitors: tuple[Competitor, ...], size: tuple[int, int], tokens: int, rounds: int, device: str
+) -> dict[str, dict[str, Any]]:
+    """Seconds of one call, operations a second, times faster than bf16, bytes; or the error."""
+    ready: dict[str, Ready] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for competitor in competitors:
+        try:
+            ready[competitor.name] = _prepare(competitor, size, tokens, device)
+        except Exception as error:
+            found[competitor.name] = failure(error)
+    for name, row in in_turns(ready, rounds, device).items():
+        row["seconds"] /= REPEATS
+        row["tera_operations"] = 2e-12 * tokens * size[0] * size[1] / row["seconds"]
+        found[name] = row
+    return {c.name: found[c.name] for c in competitors}
+
+
+def _prepare(competitor: Competitor, size: tuple[int, int], tokens: int, device: str) -> Ready:
+    torch.manual_seed(0)
+    linear = nn.Linear(*size, device=device, dtype=competitor.dtype)
+    x = torch.randn(tokens, size[0], device=device, dtype=competitor.dtype)
+
+    def compress(recipe: str, weights: int, acts: int) -> nn.Module:
+        if recipe != "rtn":
+            raise ValueError("transforms are measured in whole blocks")
+        return OneLinear(random_packed(linear, weights, None if acts == 16 else acts))
+
+    with torch.no_grad():
+        module = competitor.make(Task(OneLinear(linear), [{"x": x}], compress))
+        if competitor.compiled:
+            module = torch.compile(module)
+        return Ready(captured(lambda: module(x), device), linear_bytes(module))
+
+
+def random_packed(linear: nn.Linear, weights: int, acts: int | None) -> PackedLinear:
+    """A packed layer of the linear's size: what the codes are does not change its speed."""
+    low, high = integer_range(weights)
+    codes = torch.randint(low, high + 1, tuple(linear.weight.shape), dtype=torch.int8)
+    scale = torch.full((codes.shape[0], 1), 1e-2)
+    bias = None if linear.bias is None else linear.bias.detach().cpu()
+    return PackedLinear.from_codes(codes, scale, weights, bias, acts).to(linear.weight.device)
+
+
+@torch.no_grad()
+def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """REPEATS calls as one: on CUDA a graph, after calls in which kernels are compiled and tuned."""
+    if torch.device(device).type != "cuda":
+        return lambda: [run() for _ in range(REPEATS)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            run()
+    return graph.replay
+
+
+def measure(shape: str, tokens: int, rounds: int, device: str) -> dict[str, Any]:
+    """Everything about one model at one length: its linears, one by one, and its first block."""
+    linears = [c for c in COMPETITORS if "hadamard" not in c.name]
+    return {
+        "linears": {
+            role: measure_linear(tuple(linears), size, tokens, rounds, device)
+            for role, size in linear_shapes(shape).items()
+        },
+        "block": measure_speed(COMPETITORS, shape, tokens, rounds, device),
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """The results for people, one table for a model at a length."""
+    lines = [f"{content['device']}; {content['backend']}; {', '.join(content['versions'].values())}"]
+    for title, study in content["studies"].items():
+        lines += ["", f"## {title}", "", "| | what | ms | T operations/s | times faster than bf16 | bytes |"]
+        lines.append("|---|---|---|---|---|---|")
+        for part, rows in {**study["linears"], "whole block": study["block"]}.items():
+            whole = rows.get("bf16", {}).get("bytes")
+            lines += [f"| {part} | {name} | {_cells(row, whole)} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], whole: int | None) -> str:
+    if "error" in row:
+        return row["error"].replace("|", "/")[:120] + " | | |"
+    rate, f = row.get("tera_operations"), row.get("faster")
+    cells = [
+        f"{1000 * row['seconds']:.3f}",
+        "" if rate is None else f"{rate:.0f}",
+        "" if f is None else f"{f['value']:.2f} ({f['low']:.2f} – {f['high']:.2f})",
+        f"{row['bytes'] / 1e6:.1f} MB" + ("" if not whole else f" ({row['bytes'] / whole:.3f}×)"),
+    ]
+    return " | ".join(cells)
+
+
+def results_path(device_name: str) -> Path:
+    return FOLDER / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+def versions() -> dict[str, str]:
+    """Name -> "name version" of what the figures depend on."""
+    found = {"attar": f"attar {__version__}", "torch": f"torch {torch.__version__}"}
+    for name in ("triton", "torchao"):
+        try:
+            found[name] = f"{name} {version(name)}"
+        except PackageNotFoundError:
+            found[name] = f"{name} not installed"
+    return found
+
+
+def main() -> None:
+    """Measures what is asked for and puts it into the results of this device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu measures a CUDA device, and this machine has none.")
+    name = torch.cuda.get_device_name()
+    path = results_path(name)
+    content = load(path, "studies")
+    content |= {"device": name, "backend": backend_description("cuda"), "versions": versions()}
+    for shape in arguments.shapes:
+        for tokens in arguments.tokens:
+            study = measure(shape, tokens, arguments.rounds, "cuda")
+            content["studies"][f"{shape}, {tokens} tokens"] = study
+            save(path, content)
+            torch.cuda.empty_cache()
+    print(table(content))
+
+
+if __name__ == "__main__":
+    main()

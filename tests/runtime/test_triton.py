@@ -1,0 +1,93 @@
+"""The Triton kernels: checked in the interpreter, compiled for real GPUs, and run on one where there is one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).with_name("triton_checks.py")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux")
+
+
+def run_checks(**variables):
+    """The checks in a process of their own, in which no other test has imported Triton."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "ATTAR_"))}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CHECKS)]
+    done = subprocess.run(command, env={**kept, **variables}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_in_the_interpreter():
+    run_checks(TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    run_checks(ATTAR_CACHE=str(tmp_path))
+
+
+SHARED = 99 * 1024  # bytes that a program may have on the GPUs that have least (8.6, 8.9, 12.0)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """The kernels compiled for any GPU, with nothing left over from earlier runs."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from support import triton_compile
+
+    return triton_compile
+
+
+@pytest.mark.parametrize("capability, instruction", [(80, "mma.sync"), (90, "wgmma"), (120, "mma.sync")])
+def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
+    from attar.runtime.triton.kernels import FLOATING, INTEGER
+
+    for bits in (4, 8) if capability == 90 else (4,):
+        code = compiler.compiled_product(capability, INTEGER[0], bits).asm["ptx"]
+        assert re.search(rf"{instruction}\S*\.s32\.s8\.s8", code)
+        # Nothing that would round otherwise than the reference, and full 16 bytes at a time from memory.
+        assert "fma.rn.f32" not in code and "cp.async.cg" in code and "st.global.v4" in code
+    code = compiler.compiled_product(capability, FLOATING[0], 4, weight_only=True).asm["ptx"]
+    assert re.search(rf"{instruction}\S*\.f32\.bf16\.bf16", code)
+
+
+def test_rows_are_quantized_with_the_rounding_of_the_reference(compiler):
+    code = compiler.compiled_quantize(90).asm["ptx"]
+    assert "div.rn.f32" in code and not re.search(r"div\.(full|approx)|fma\.rn\.f32", code)
+
+
+def test_ones_and_nones_are_constants(compiler):
+    """A single row, a single output, one group, no bias: Triton compiles kernels of their own for these."""
+    from attar.runtime.triton.kernels import FLOATING, INTEGER
+
+    compiler.compiled_product(90, INTEGER[-1], 4, m=1, bias_ptr=None)
+    compiler.compiled_product(90, INTEGER[-1], 4, n=1, m=1)
+    compiler.compiled_product(90, FLOATING[-1], 4, weight_only=True, m=1, groups=1, bias_ptr=None)
+    compiler.compiled_product(90, FLOATING[-1], 8, weight_only=True, n=1, groups=1)
+    compiler.compiled_quantize(90, channel_ptr=None, clip_ptr=None, width=1, x_stride=1)
+    compiler.compiled_rotation(90, 12, 128, channel_ptr=None, clip_ptr=None)
+
+
+@pytest.mark.parametrize("order, across", [(1, 4096), (12, 128), (20, 256), (12, 1024)])
+def test_rotations_of_real_widths_fit_every_gpu(compiler, order, across):
+    made = compiler.compiled_rotation(89, order, across)
+    assert made.metadata.shared <= SHARED
+    assert not re.search(r"div\.(full|approx)", made.asm["ptx"])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_what_runs_untuned_fits_every_gpu(compiler, bits):
+    """In a capture the first tile for a number of rows is taken without a trial; wider codes take less memory."""
+    from attar.runtime.triton.kernels import FLOATING, INTEGER
+
+    for candidates, weight_only in ((INTEGER, False), (FLOATING, True)):
+        for first in {next(c for c in candidates if c.rows <= rows) for rows in (16, 128)}:
+            dtype = "fp32" if weight_only else "bf16"
+            made = compiler.compiled_product(89, first, bits, dtype, weight_only)
+            assert made.metadata.shared <= SHARED, first

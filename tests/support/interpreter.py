@@ -1,0 +1,37 @@
+"""Triton's interpreter, mended where it does other than a GPU.
+
+It cuts float32 to bfloat16 where a GPU rounds to nearest, and multiplies the bits of bfloat16 numbers as if they were
+integers (triton 3.9). Kernels that are right on a GPU would fail, so both are done here as a GPU does them.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def mend() -> None:
+    """Replaces the two operations in this process."""
+    trunc, dot = InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot
+
+    def create_fp_trunc(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            return TensorHandle(to_bfloat16(src.data), tl.bfloat16)
+        return trunc(self, src, dst_type)
+
+    def create_dot(self, a, b, d, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            wide = (TensorHandle(from_bfloat16(x.data), tl.float32) for x in (a, b))
+            return dot(self, *wide, d, *rest)
+        return dot(self, a, b, d, *rest)
+
+    InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot = create_fp_trunc, create_dot
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bfloat16 numbers, uint16, as the interpreter holds them."""
+    return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16).float().numpy()

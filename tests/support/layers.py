@@ -1,0 +1,69 @@
+"""Packed layers with random content, and what every backend must give for them."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from hypothesis import strategies as st
+
+from attar.runtime import PackedLinear, use_backend
+from attar.runtime.reference import integer_range
+from attar.runtime.transforms import ChannelScale, Hadamard
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+seeds, bits = st.integers(0, 2**31 - 1), st.integers(2, 8)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def make(
+    out_features,
+    in_features,
+    weight_bits,
+    act_bits,
+    *,
+    seed=0,
+    bias=True,
+    clip=None,
+    chain=(),
+    group_size=None,
+):
+    low, high = integer_range(weight_bits)
+    codes = torch.randint(
+        low, high + 1, (out_features, in_features), generator=generator(seed), dtype=torch.int8
+    )
+    groups = 1 if group_size is None else in_features // group_size
+    scale = torch.rand(out_features, groups, generator=generator(seed + 1)) * 0.01 + 1e-3
+    bias = torch.randn(out_features, generator=generator(seed + 2)) if bias else None
+    return PackedLinear.from_codes(codes, scale, weight_bits, bias, act_bits, clip, chain, group_size)
+
+
+def both(layer, x, backend="cpu"):
+    """What the layer gives on a backend, and on the reference."""
+    with torch.no_grad(), use_backend("reference"):
+        expected = layer(x)
+    with torch.no_grad(), use_backend(backend):
+        return layer(x), expected
+
+
+def assert_same(y, expected):
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+def wan_block():
+    """A Wan block with packed layers of every kind, and arguments of one call."""
+    torch.manual_seed(0)
+    block = WanTransformerBlock(64, 96, 2, "rms_norm_across_heads", True).eval().requires_grad_(False)
+    for i, (name, linear) in enumerate(list(block.named_modules())):
+        if isinstance(linear, torch.nn.Linear):
+            d = linear.in_features
+            chain = [ChannelScale(torch.rand(d) + 0.5), Hadamard.random(d, generator(i))][: i % 3]
+            block.set_submodule(
+                name, make(linear.out_features, d, 4, (6, 8, None)[i % 3], seed=i, chain=chain)
+            )
+    rotary = torch.randn(1, 12, 1, 32), torch.randn(1, 12, 1, 32)
+    return block, (torch.randn(1, 12, 64), torch.randn(1, 5, 64), torch.randn(1, 6, 64), rotary)

@@ -1,0 +1,83 @@
+"""Kernels compiled for GPUs that this machine does not have: Triton and its assembler need none for that."""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attar.runtime.triton.codes import BLOCK, planes
+from attar.runtime.triton.kernels import EXACT, plane_depth, rows_of_base
+from attar.runtime.triton.matmul import integer_matmul, weight_only_matmul
+from attar.runtime.triton.quantize import quantize_rows
+from attar.runtime.triton.rotate import quantize_rotated_rows
+
+DIVISIBLE = (
+    "n",
+    "width",
+    "columns",
+    "plane_stride",
+    "row_bytes",
+    "x_stride",
+    "codes_stride",
+)  # in real models
+
+
+def compiled(kernel, pointers, constants, capability, **options):
+    """The kernel for a compute capability such as 90. pointers: name -> type; all other arguments are int32."""
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
+        if name not in constants and (pointers.get(name, "").startswith("*") or name in DIVISIBLE):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=places, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**options, **EXACT})
+
+
+def compiled_quantize(capability, bits=4, dtype="bf16", **fixed):
+    pointers = {
+        "x_ptr": dtype,
+        "channel_ptr": "fp32",
+        "clip_ptr": "fp32",
+        "codes_ptr": "i8",
+        "step_ptr": "fp32",
+    }
+    constants = {"MOST": 127.0, "PLANES": planes(bits), "BLOCK": 1024, **fixed}
+    pointers = {name: f"*{kind}" for name, kind in pointers.items()}
+    return compiled(quantize_rows, pointers, constants, capability, num_warps=4)
+
+
+def compiled_rotation(capability, order, across, bits=4, dtype="bf16", **fixed):
+    pointers = {
+        "x_ptr": dtype,
+        "channel_ptr": "fp32",
+        "signs_ptr": "i8",
+        "base_ptr": "i8",
+        "clip_ptr": "fp32",
+    }
+    pointers |= {"codes_ptr": "i8", "step_ptr": "fp32"}
+    pointers = {name: f"*{kind}" for name, kind in pointers.items()} | {"norm": "fp32"}
+    constants = {
+        "ORDER": order, "MOST": 127.0, "PLANES": planes(bits), "L": rows_of_base(order), "R": across,
+        "LOG_R": across.bit_length() - 1, "BLOCK": BLOCK, **fixed,
+    }  # fmt: skip
+    warps = 8 if order * across > 4096 else 4
+    return compiled(quantize_rotated_rows, pointers, constants, capability, num_warps=warps)
+
+
+def compiled_product(capability, config, bits, dtype="bf16", weight_only=False, **fixed):
+    """fixed: arguments that Triton makes constants, as it does with None and with 1."""
+    pointers = {"codes_ptr": "u8", "scale_ptr": "fp32", "bias_ptr": dtype, "y_ptr": dtype}
+    pointers |= {"x_ptr": dtype} if weight_only else {"x_ptr": "i8", "step_ptr": "fp32"}
+    constants = {
+        "BITS": bits, "PLANES": planes(bits), "WHOLE": True, "GROUP": 8,
+        "BLOCK_M": config.rows, "BLOCK_N": config.outputs, "BLOCK_K": plane_depth(config, bits, not weight_only),
+        **fixed,
+    }  # fmt: skip
+    return compiled(
+        weight_only_matmul if weight_only else integer_matmul,
+        {name: f"*{kind}" for name, kind in pointers.items()},
+        constants,
+        capability,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
