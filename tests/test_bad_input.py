@@ -239,21 +239,20 @@ def test_weights_that_may_not_be_read(refuses, model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["hadamard", "s2q-vdit"])
-def test_widths_without_a_rotation(refuses, cli, tmp_path, recipe):
+def test_widths_without_a_rotation(refuses, cli, model, tmp_path, recipe):
     """Found before the model is traced, and the advice works."""
-    pipe = tiny.wan_pipeline()
-    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
-    pipe.register_modules(transformer=type(pipe.transformer)(**{**config, "ffn_dim": 67}))
-    pipe.save_pretrained(tmp_path / "model")
+    transformer = tiny.wan_pipeline().transformer
+    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+    type(transformer)(**{**config, "ffn_dim": 67}).save_pretrained(model / "transformer")
     options = (*SMALL, "--set", "reconstruct.epochs=0", "--recipe", recipe)
     if recipe == "hadamard":
         options = ("--recipe", recipe)
     for last in (("-o", tmp_path / "out"), ("--dry-run",)):
-        message = refuses("compress", tmp_path / "model", *last, *options)
+        message = refuses("compress", model, *last, *options)
         assert "67" in message and "[blocks.0.ffn.net.2]" in message
         assert not (tmp_path / "out.work").exists()
     advice = message.partition("--set '")[2].partition("'")[0]
-    assert cli(*compress(tmp_path / "model", tmp_path, *options, "--set", advice)).code == 0
+    assert cli(*compress(model, tmp_path, *options, "--set", advice)).code == 0
 
 
 def test_text_that_is_not_finite(refuses, model, tmp_path):

@@ -155,7 +155,7 @@ def test_damage_is_found_while_loading(small, tmp_path, how):
         path.write_bytes(content)
     elif how == "other scheme":
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"]["schemes"][0]["act_bits"] = 8
+        config["quantization_config"]["schemes"][0]["weight_bits"] = 8
         (folder / "config.json").write_text(json.dumps(config))
     else:
         tensors = load_file(path)
@@ -168,6 +168,7 @@ def test_damage_is_found_while_loading(small, tmp_path, how):
         "altered": "checksum mismatch",
         "tensor gone": "is missing",
         "not finite": "not finite and positive",
+        "other scheme": "not the one that the weights were saved with",
     }
     with pytest.raises(AttarError, match=said[how]):
         UMT5EncoderModel.from_pretrained(folder)
