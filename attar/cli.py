@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,7 +20,7 @@ import yaml
 from safetensors import SafetensorError
 
 from attar.errors import AttarError
-from attar.files import check_writable, file_error
+from attar.files import check_writable, file_error, named_path
 
 app = typer.Typer(
     help="attar makes generative vision models small and fast.",
@@ -35,18 +37,62 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: float32 on CPU)")]
 Seed = Annotated[int, typer.Option(min=0, max=2**61, help="of noise, selection, rotations and order")]
 NoiseSeed = Annotated[int, typer.Option(min=0, max=2**61, help="of the noise; prompt i uses seed + i")]
-Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt a line")]
+Prompts = Annotated[
+    Path | None, typer.Option(parser=named_path, metavar="FILE", help="text file, one prompt a line")
+]
 Height = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
 Width = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
 Frames = Annotated[int | None, typer.Option(min=1, help="number of frames (default: the model's)")]
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default: the model's)")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from attar import __version__
+
+        print(f"attar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def _one_job(command: Callable[..., None]) -> Callable[..., None]:
+    """All processes that a launcher has started are one job of this command; one alone makes a dry run."""
+
+    @functools.wraps(command)
+    def together(**options: Any) -> None:
+        from attar import ranks
+
+        if (
+            "WORLD_SIZE" not in os.environ
+            and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+        ):
+            _note("accelerate started one process only; on CPUs use torchrun, or its option --multi_gpu")
+        if not options["dry_run"]:
+            with ranks.joined(options["device"]):
+                command(**options)
+        elif os.environ.get("RANK", "0") == "0":
+            command(**options)
+
+    return together
+
+
 @app.command()
+@_one_job
 def compress(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="folder of the compressed model")
+        Path | None,
+        typer.Option(
+            "-o", "--output", parser=named_path, metavar="FOLDER", help="folder of the compressed model"
+        ),
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="published name or YAML file; see `attar recipes`")
@@ -60,7 +106,10 @@ def compress(
         list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")
     ] = None,
     prompts: Prompts = None,
-    workspace: Annotated[Path | None, typer.Option(help="folder for resuming (default: OUTPUT.work)")] = None,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(parser=named_path, metavar="FOLDER", help="folder for resuming (default: OUTPUT.work)"),
+    ] = None,
     seed: Seed = 0,
     height: Height = None,
     width: Width = None,
@@ -81,10 +130,11 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
+    from attar import conductor, ranks
     from attar.forecast.dry_run import forecast_job, forecast_text
     from attar.models.memory import choose, open_pipeline
     from attar.models.source import find_source, read_prompts
-    from attar.progress import RichProgress
+    from attar.progress import RichProgress, SilentProgress
     from attar.recipe import load_recipe
 
     bits = {
@@ -99,29 +149,35 @@ def compress(
     given = None if prompts is None else read_prompts(prompts)
     generation = _given({"height": height, "width": width, "num_frames": frames})
     source = find_source(model)
-    choice = choose(source, chosen.needs_data, precision, device, stream)
-    print(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}", file=sys.stderr)
+    choice = ranks.first(
+        lambda: choose(source, chosen.needs_data, precision, device, stream, processes=ranks.here())
+    )
+    _note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
     if dry_run:
         pipe = open_pipeline(source, choice, precision, device)
         result = forecast_job(pipe, source, chosen, given, generation)
         _emit(result) if as_json else print(forecast_text(result))
         return
     assert output is not None
-    from attar import conductor
     from attar.save import check_destination, linear_bytes, save_compressed
     from attar.text_encoder import plan_text_encoders, text_encoder_bytes
     from attar.workspace import Workspace
 
     target = Path(os.path.realpath(output))
-    place = workspace or target.with_name(f"{target.name}.work")
-    check_destination(target, overwrite, place)
+    place = workspace or Path(f"{target}.work")
+    check_destination(target, overwrite, place, source)
     work = Workspace(place)
+    if ranks.size() > 1:
+        _note(f"{ranks.size()} processes: {conductor.division(chosen)}")
     pipe = open_pipeline(source, choice, precision, device)
     plans = {
         n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
     }
     text = text_encoder_bytes(pipe, plan_text_encoders(pipe, chosen), source)
-    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, RichProgress())
+    progress = RichProgress() if ranks.is_first() else SilentProgress()
+    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, progress)
+    if not ranks.is_first():
+        return
     dense, packed = linear_bytes(pipe, plans)
     save_compressed(pipe, target, source, plans, work)
     summary = {
@@ -146,9 +202,8 @@ def compress(
         print(f"{output}: {chosen.name} {chosen.bits}, block linears {sizes}")
         for name, (before, after) in text.items():
             print(f"{name}: {before / 1e6:.1f} → {after / 1e6:.1f} MB in its files")
-        print(
-            f"resume data in {place} can be deleted; next: attar compare {model} {output} -o {target.name}-report"
-        )
+        following = shlex.join(["attar", "compare", model, str(output), "-o", f"{target.name}-report"])
+        print(f"resume data in {place} can be deleted; next: {following}")
 
 
 @app.command()
@@ -156,7 +211,14 @@ def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Argument(help="one or more sentences")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="an .mp4 file (numbered for several prompts)")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=named_path,
+            metavar="FILE",
+            help="an .mp4 file (numbered for several prompts)",
+        ),
     ] = Path("out.mp4"),
     seed: NoiseSeed = 0,
     steps: Steps = None,
@@ -211,7 +273,16 @@ def compare(
         str, typer.Argument(help="the original: a built-in name, a diffusers folder, or a hub id")
     ],
     compressed: Annotated[str, typer.Argument(help="the folder that `attar compress` wrote")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the report")] = Path("report"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=named_path,
+            metavar="FOLDER",
+            help="folder of the report; one that is there is replaced",
+        ),
+    ] = Path("report"),
     prompts: Prompts = None,
     count: Annotated[int, typer.Option("-n", min=1, help="how many prompts at most")] = 8,
     seed: NoiseSeed = 1000,
@@ -369,6 +440,14 @@ def show(
 
     recipe = load_recipe(name, _assignments(set_))
     _emit(recipe.model_dump()) if as_json else print(recipe.to_yaml(), end="")
+
+
+def _note(message: str) -> None:
+    """A line on stderr, once for all processes."""
+    from attar import ranks
+
+    if ranks.is_first():
+        print(message, file=sys.stderr)
 
 
 def _assignments(pairs: list[str] | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.calibration.catch import catch_block_calls
 from attar.calibration.score import score_candidates
 from attar.calibration.select import ScoreTable, select, selection_histogram
@@ -38,6 +39,7 @@ from attar.stored import (
     block_file,
     read_boundary,
     read_layers,
+    remove_boundary,
     restore_block,
     save_block,
     write_boundary,
@@ -50,7 +52,10 @@ LAMBDA_PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
 
 class ComponentJob:
-    """Compresses one transformer in place. One block is open at a time, wherever its weights come from."""
+    """Compresses one transformer in place. One block is open at a time, wherever its weights come from.
+
+    Several processes make every block together; each holds its share of the calibration samples.
+    """
 
     def __init__(
         self,
@@ -86,10 +91,10 @@ class ComponentJob:
                 "chosen": chosen,
                 "histogram": selection_histogram(table, chosen),
             }
-            calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in chosen]
-            self.adapter.observe(calls[0][0])
+            calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in ranks.mine(chosen)]
+            self.adapter.observe(ranks.first(lambda: calls[0][0]))
         blocks = self.adapter.blocks
-        first = self._first_unfinished()
+        first = ranks.first(self._first_unfinished)
         starts = self._segment_starts(calls, first)
         evidence["blocks"] = results = []
         full: Calls = []
@@ -103,9 +108,9 @@ class ComponentJob:
                 boundary, file = self._boundary(block.index), self._file(block.index)
                 if block.index < first:
                     result = restore_block(self.workspace, file, block.module)
-                    self.workspace.remove(boundary)  # a kill may have left it
+                    remove_boundary(self.workspace, boundary)  # a kill may have left it
                 else:
-                    if block.index == first and self.workspace.has(boundary):
+                    if block.index == first and ranks.first(partial(self.workspace.has, boundary)):
                         full, quantized = read_boundary(self.workspace, boundary, full, quantized)
                     with self.weights.opened(block.module):
                         result, full, quantized = self._make(block, full, quantized, advance)
@@ -159,7 +164,7 @@ class ComponentJob:
         """The score table and the chosen rows, from the workspace where they are there already."""
         chosen_by, file = self.recipe.select, f"{self.name}/selection.json"
         assert chosen_by is not None
-        known = self.workspace.read_json(file)
+        known = ranks.first(lambda: self.workspace.read_json(file))
         if known is None:
             with self.progress.task(f"{self.name}: score candidates", 1) as advance:
                 table = score_candidates(
@@ -176,7 +181,8 @@ class ComponentJob:
             except AttarError as error:  # of two experts, one may have run in a few steps only
                 raise AttarError(error.what, where=self.name, fix=error.fix) from error
             known = {"table": vars(table), "chosen": chosen}
-            self.workspace.write_json(file, known)
+            if ranks.is_first():
+                self.workspace.write_json(file, known)
         return ScoreTable(**known["table"]), known["chosen"]
 
     # -- one block
@@ -242,7 +248,8 @@ class ComponentJob:
                 self.workspace, self._boundary(block.index + 1), full, following if self.propagates else None
             )
         save_block(self.workspace, self._file(block.index), outcome.layers, result)
-        self.workspace.remove(self._boundary(block.index))
+        remove_boundary(self.workspace, self._boundary(block.index))
+        ranks.barrier()  # a streamed block is read again from its file
         return result, full, following
 
     def _targets(
@@ -269,9 +276,11 @@ class ComponentJob:
                 contexts.append(joint_token_weights(found, **options) if found else {})
                 if found:
                     shares.append(mass_concentration(torch.cat(list(found.values()), dim=1)))
+        shares = ranks.collected(shares)
         if not shares:
             return targets, contexts, None
-        weights = torch.cat([w.flatten() for context in contexts for w in context.values()])
+        flat = [w.flatten().cpu() for context in contexts for w in context.values()]
+        weights = torch.cat(ranks.collected(flat))
         curve = [0.0, *torch.stack(shares).mean(0).tolist()]
         return (
             targets,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attar import ranks
 from attar.calibration.prompts import GENERAL_PROMPTS
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
@@ -28,11 +29,12 @@ from attar.models.adapter import ModelAdapter
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.progress import Progress, SilentProgress
-from attar.quantize.plan import LayerPlan, plan_layers
+from attar.quantize.plan import LayerPlan, check_rotations, plan_layers
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.layers import packed_layers
 from attar.runtime.transformers_integration import mark_text_encoder
+from attar.settings import transform_settings
 from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
@@ -112,8 +114,9 @@ def run(
     call = plain_arguments(source.call_arguments(**(generation or {})))
     check_pool(recipe, chosen_prompts, call)
     check_seed(seed)
-    for name, transformer in components.items():
-        check_finite(name, transformer)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            check_finite(name, part)
     workspace.claim(
         {
             "recipe": recipe.model_dump(mode="json"),
@@ -162,6 +165,7 @@ def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     plan = plan_layers(
         inside, adapter.outside_linears(), bits.weights, bits.acts, bits.roles, bits.group_size
     )
+    check_rotations(plan, transform_settings(recipe))
     if all(layer.skipped for layer in plan):
         raise AttarError(
             "the recipe keeps every layer in full precision", where="quantize.roles", fix="Skip fewer"
@@ -194,9 +198,16 @@ def fingerprint(pipe: Any, source: Source) -> str:
 
 
 def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for."""
+    """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for, or these
+    are fewer than the processes."""
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
         return
+    if recipe.select.count < ranks.size():
+        raise AttarError(
+            f"{ranks.size()} processes cannot share select.count = {recipe.select.count} calibration samples",
+            where="select.count",
+            fix="Start fewer processes, or ask for more samples",
+        )
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
     if len(prompts) * steps < recipe.select.count:
         raise AttarError(
@@ -204,6 +215,20 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) 
             where="select.count",
             fix="Ask for fewer samples, or trace more prompts or steps",
         )
+
+
+def division(recipe: Recipe) -> str:
+    """What several processes share of the work, in one line for the user."""
+    if not recipe.needs_data:
+        return "the recipe needs no data, so there is nothing to share; all do the same"
+    size, learned = ranks.size(), recipe.reconstruct
+    shared = "prompts and calibration samples are shared"
+    if learned is None or not learned.epochs or learned.batch_size >= size:
+        return shared
+    return (
+        f"{shared}, but a learning step takes reconstruct.batch_size = {learned.batch_size}, so {learned.batch_size} "
+        f"learn at a time; --set reconstruct.batch_size={size} is faster and takes fewer, larger steps"
+    )
 
 
 def check_seed(seed: int) -> None:
@@ -220,9 +245,9 @@ def plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
         raise AttarError(f"a generation argument cannot be stored as JSON: {error}") from error
 
 
-def check_finite(name: str, transformer: nn.Module) -> None:
-    """Raises AttarError for the first parameter that is not finite."""
-    for key, parameter in weights_of(transformer).tensors():
+def check_finite(name: str, part: nn.Module) -> None:
+    """Raises AttarError for the first weight of a component that is not finite; streamed ones are read once for it."""
+    for key, parameter in weights_of(part).tensors():
         if not bool(torch.isfinite(parameter).all()):
             raise AttarError(
                 "a weight is not finite", where=f"{name}.{key}", fix="Check the model before compressing"

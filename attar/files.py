@@ -61,6 +61,13 @@ def is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
+def named_path(text: str | os.PathLike[str]) -> Path:
+    """The path that a user wrote. Raises AttarError for none, which would else mean the current folder."""
+    if not os.fspath(text).strip():
+        raise AttarError("a path is empty", fix="Name a file or folder; a dot is the current one")
+    return Path(text)
+
+
 def check_writable(folder: Path) -> None:
     """Raises AttarError if `folder` cannot be made, or nothing can be written into it."""
     place = Path(os.path.abspath(folder))

@@ -47,8 +47,14 @@ _COPIED = (
 _CALL = ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps", "guidance_scale")
 
 
-def check_destination(folder: Path, overwrite: bool, workspace: Path | None = None) -> None:
-    """Raises AttarError if `folder` cannot be written, or would replace something that is not ours to replace."""
+def check_destination(
+    folder: Path, overwrite: bool, workspace: Path | None = None, source: Source | None = None
+) -> None:
+    """Raises AttarError if `folder` cannot be written, or would replace something that is not ours to replace, or lies
+    where the source is read from."""
+    for place, what in ((folder, "output"), (workspace, "workspace")):
+        if place is not None and source is not None:
+            _check_apart(place, what, source)
     if folder.exists() and not folder.is_dir():
         raise AttarError("the output is a file", where=str(folder), fix="Name a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -69,6 +75,19 @@ def check_destination(folder: Path, overwrite: bool, workspace: Path | None = No
             "the output folder is a mount point", where=str(folder), fix="Name a folder inside it"
         )
     check_writable(place.parent)
+
+
+def _check_apart(place: Path, what: str, source: Source) -> None:
+    """What is written lies neither around the source nor in a component of it, which would be copied into itself."""
+    if source.folder is None:
+        return
+    real, home = Path(os.path.realpath(place)), Path(os.path.realpath(source.folder))
+    index = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = {Path(os.path.realpath(source.folder / name)) for name in index if not name.startswith("_")}
+    if real in (home, *home.parents) or parts & {real, *real.parents}:
+        where = "around" if real in home.parents else "in"
+        fix = f"Name {'an' if what == 'output' else 'a'} {what} folder beside it"
+        raise AttarError(f"the {what} lies {where} the model that is compressed", where=str(place), fix=fix)
 
 
 def save_compressed(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.errors import AttarError
 from attar.models.block import BlockCall
 from attar.quantize.linear import replace_module
@@ -25,7 +26,9 @@ def block_file(index: int) -> str:
 def save_block(
     workspace: Workspace, file: str, layers: Mapping[str, PackedLinear], result: dict[str, Any]
 ) -> None:
-    """The packed layers of one block by their names in it, and what its compression gave."""
+    """The packed layers of one block by their names in it, and what its compression gave. The first process writes."""
+    if not ranks.is_first():
+        return
     tensors = {f"{name}.{k}": v for name, layer in layers.items() for k, v in layer.state_dict().items()}
     shapes = {
         name: {
@@ -71,32 +74,63 @@ def _read(workspace: Workspace, file: str) -> tuple[dict[str, Tensor], Any]:
 def write_boundary(
     workspace: Workspace, file: str, full: list[BlockCall], quantized: list[BlockCall] | None
 ) -> None:
-    """The streams that enter a block: in full precision, and behind the quantized blocks where these are learned on."""
+    """The streams that enter a block: in full precision, and behind the quantized blocks where these are learned on.
+
+    Each process writes the samples that it holds. The first one's file, which says how many there are, comes last.
+    """
+    start, _ = ranks.place(len(full))
     tensors = {
-        f"{path}.{i}.{name}": tensor
+        f"{path}.{start + i}.{name}": tensor
         for path, calls in (("full", full), ("quantized", quantized or []))
         for i, call in enumerate(calls)
         for name, tensor in call.streams.items()
     }
-    workspace.write_tensors(file, tensors)
+    if not ranks.is_first():
+        workspace.write_tensors(_part(file, ranks.rank()), tensors)
+    ranks.barrier()
+    if ranks.is_first():
+        workspace.write_tensors(file, tensors, {"parts": ranks.size()})
 
 
 def read_boundary(
     workspace: Workspace, file: str, full: list[BlockCall], quantized: list[BlockCall]
 ) -> tuple[list[BlockCall], list[BlockCall]]:
-    """Calls of the same segment with the streams that were stored; without quantized ones both are the same."""
-    stored = _read(workspace, file)
-    tensors: dict[str, list[dict[str, Tensor]]] = {}
-    for path, calls in (("full", full), ("quantized", quantized)):
-        tensors[path] = [{} for _ in calls]
-    both = False
-    for key, tensor in stored[0].items():
-        path, index, name = key.split(".", 2)
-        tensors[path][int(index)][name] = tensor
-        both = both or path == "quantized"
-    full = [call.with_streams(streams) for call, streams in zip(full, tensors["full"], strict=True)]
-    if not both:
-        return full, full
-    return full, [
-        call.with_streams(streams) for call, streams in zip(quantized, tensors["quantized"], strict=True)
-    ]
+    """Calls of the same segment with the streams that were stored; without quantized ones both are the same.
+
+    However many processes have written it, each gets its own samples.
+    """
+    start, _ = ranks.place(len(full))
+    own = range(start, start + len(full))
+    found: dict[str, dict[int, dict[str, Tensor]]] = {"full": {}, "quantized": {}}
+    part, parts = 0, 1
+    while part < parts:
+        tensors, meta = _read(workspace, _part(file, part))
+        parts = meta["parts"] if part == 0 else parts
+        for key, tensor in tensors.items():
+            path, index, name = key.split(".", 2)
+            if int(index) in own:
+                found[path].setdefault(int(index), {})[name] = tensor
+        part += 1
+    try:
+        full = [call.with_streams(found["full"][i]) for i, call in zip(own, full, strict=True)]
+        if not found["quantized"]:
+            return full, full
+        behind = zip(own, quantized, strict=True)
+        return full, [call.with_streams(found["quantized"][i]) for i, call in behind]
+    except KeyError as error:
+        where = str(workspace.folder / file)
+        raise AttarError(
+            "samples are missing in the file", where=where, fix="Delete it and run again"
+        ) from error
+
+
+def remove_boundary(workspace: Workspace, file: str) -> None:
+    """Removes it with all its parts."""
+    if ranks.is_first():
+        workspace.remove(file)
+        for path in workspace.folder.glob(_part(file, "*")):
+            path.unlink(missing_ok=True)
+
+
+def _part(file: str, number: int | str) -> str:
+    return file if number == 0 else file.replace(".safetensors", f".{number}.safetensors")

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attar import ranks
 from attar.errors import AttarError, reason
 from attar.files import check_writable, writing
 
@@ -43,9 +44,20 @@ class Workspace:
     def claim(self, job: Mapping[str, Any]) -> None:
         """Begin or continue a job; the folder is ours until `release`, or until the process ends.
 
-        Raises AttarError if the folder holds another job or foreign files, or if another process works in it.
+        Of the processes of one job the first claims it for all. Raises AttarError if the folder holds another job or
+        foreign files, if a process of another run works in it, or if not all processes of this one see it.
         """
-        content = {"format": FORMAT, **json.loads(json.dumps(job))}
+        if ranks.is_first():
+            self._claim({"format": FORMAT, **json.loads(json.dumps(job))})
+        ranks.barrier()
+        if not self.has("job.json"):
+            raise AttarError(
+                "a process of this job does not see the workspace",
+                where=str(self.folder),
+                fix="Put it on a file system that all machines of the job share",
+            )
+
+    def _claim(self, content: dict[str, Any]) -> None:
         check_writable(self.folder)
         if not (self.folder / "job.json").is_file() and self._foreign():
             raise AttarError(

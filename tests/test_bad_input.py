@@ -212,6 +212,50 @@ def test_weights_that_are_not_finite(refuses, model, tmp_path, value):
     assert "a weight is not finite [transformer.blocks.1.ffn.net.2.weight]" in message
 
 
+@pytest.mark.parametrize("how", ["--stream", "--no-stream"])
+@pytest.mark.parametrize(
+    "file", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+)
+def test_other_components_that_are_not_finite(refuses, model, tmp_path, file, how):
+    """A recipe without data never runs them, but they are what the checkpoint is made of."""
+    tensors = load_file(model / file)
+    name = sorted(name for name in tensors if name.endswith("weight"))[-1]
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, model / file, metadata={"format": "pt"})
+    message = refuses(*compress(model, tmp_path, *SHORT, how))
+    assert f"a weight is not finite [{file.partition('/')[0]}.{name}]" in message
+
+
+def test_weights_that_may_not_be_read(refuses, model, tmp_path, monkeypatch):
+    """The advice to download a file again would not help."""
+    from attar.models import source
+
+    def closed(path, framework):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(source, "safe_open", closed)
+    message = refuses("generate", model, "a dog", "-o", tmp_path / "x.mp4")
+    assert "may not be read" in message and "permissions" in message
+
+
+@pytest.mark.parametrize("recipe", ["hadamard", "s2q-vdit"])
+def test_widths_without_a_rotation(refuses, cli, tmp_path, recipe):
+    """Found before the model is traced, and the advice works."""
+    pipe = tiny.wan_pipeline()
+    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
+    pipe.register_modules(transformer=type(pipe.transformer)(**{**config, "ffn_dim": 67}))
+    pipe.save_pretrained(tmp_path / "model")
+    options = (*SMALL, "--set", "reconstruct.epochs=0", "--recipe", recipe)
+    if recipe == "hadamard":
+        options = ("--recipe", recipe)
+    for last in (("-o", tmp_path / "out"), ("--dry-run",)):
+        message = refuses("compress", tmp_path / "model", *last, *options)
+        assert "67" in message and "[blocks.0.ffn.net.2]" in message
+        assert not (tmp_path / "out.work").exists()
+    advice = message.partition("--set '")[2].partition("'")[0]
+    assert cli(*compress(tmp_path / "model", tmp_path, *options, "--set", advice)).code == 0
+
+
 def test_text_that_is_not_finite(refuses, model, tmp_path):
     file = model / "text_encoder" / "model.safetensors"
     save_file({k: v * float("nan") for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -365,6 +409,54 @@ def test_outputs_that_are_taken(refuses, cli, wan_folder, tmp_path):
     assert "not an .mp4" in refuses("generate", wan_folder, "a dog", "-o", tmp_path / "x.avi")
     assert "a file stands" in refuses("generate", wan_folder, "a dog", "-o", out / "thesis.txt" / "x.mp4")
     assert "a file stands" in refuses("compare", wan_folder, wan_folder, "-o", out / "thesis.txt" / "report")
+
+
+def test_outputs_within_the_source_and_around_it(refuses, cli, model, tmp_path):
+    """What is copied from a component's folder would be copied into itself, without end."""
+    before = sorted(model.rglob("*"))
+    for place in ("text_encoder/x", "text_encoder", "vae/a/b", "new/../vae/x", "."):
+        assert "the output lies in the model" in refuses("compress", model, "-o", model / place, *SHORT)
+        message = refuses(*compress(model, tmp_path, "--workspace", model / place, *SHORT))
+        assert "the workspace lies in the model" in message
+    (tmp_path / "compression.json").write_text("{}")
+    message = refuses("compress", model, "-o", tmp_path, "--overwrite", *SHORT)
+    assert "the output lies around the model" in message
+    (tmp_path / "link").symlink_to(model / "vae")
+    message = refuses("compress", model, "-o", tmp_path / "link" / "x", *SHORT)
+    assert "the output lies in the model" in message
+    assert sorted(model.rglob("*")) == before
+
+
+def test_paths_that_are_none(refuses, wan_folder, tmp_path):
+    for message in (
+        refuses("compress", wan_folder, "-o", "", *SHORT),
+        refuses("compress", "", "-o", tmp_path / "out", *SHORT),
+        refuses(*compress(wan_folder, tmp_path, "--workspace", "", *SHORT)),
+        refuses(*compress(wan_folder, tmp_path, "--prompts", " ", *SMALL)),
+        refuses("generate", wan_folder, "a dog", "-o", ""),
+        refuses("compare", wan_folder, wan_folder, "-o", ""),
+    ):
+        assert "a path is empty" in message
+    assert "around the model" in refuses("compress", wan_folder, "-o", "/", *SHORT)
+
+
+def test_reports_replace_nothing_but_reports(refuses, cli, wan_folder, small, tmp_path):
+    options = ("-n", "1", "--steps", "1")
+    page = tmp_path / "site"
+    page.mkdir()
+    (page / "index.html").write_text("dear")
+    for place in (page, small, small / "vae"):
+        before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+        message = refuses("compare", wan_folder, small, "-o", place, *options)
+        assert "holds no report of attar" in message
+        assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
+    report = tmp_path / "report"
+    (report / "videos").mkdir(parents=True)
+    (report / "videos" / "000-original.mp4").write_bytes(b"of a run that was stopped")
+    for _ in range(2):
+        assert cli("compare", wan_folder, small, "-o", report, *options).code == 0
+    (report / "report.json").write_text("{}")
+    assert "holds no report of attar" in refuses("compare", wan_folder, small, "-o", report, *options)
 
 
 def test_a_link_as_output(cli, wan_folder, tmp_path):

@@ -1,6 +1,7 @@
 """The command line: what it prints where."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from support import pipelines
 from support.fixtures import SMALL
 
+import attar
 from attar.errors import AttarError
 from attar.identity import pipeline_fingerprint
 from attar.models.source import Source, find_source, load, read_prompts
@@ -53,6 +55,17 @@ def test_compress_says_what_it_did(cli, wan_folder, tmp_path):
     first, second = done.out.splitlines()
     assert "s2q-vdit W4A6, block linears" in first and "can be deleted" in second
     assert done.err.count("blocks.") == 3 and "→" in done.err
+
+
+def test_the_version(cli):
+    assert cli("--version").out == f"attar {attar.__version__}\n"
+
+
+def test_the_next_command_can_be_pasted(cli, wan_folder, tmp_path):
+    output = tmp_path / "a'b $(touch x)"
+    line = cli("compress", wan_folder, "-o", output, "--recipe", "rtn").out.splitlines()[-1]
+    command = shlex.split(line.partition("next: ")[2])
+    assert command == ["attar", "compare", str(wan_folder), str(output), "-o", f"{output.name}-report"]
 
 
 def test_generate(cli, wan_folder, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.calibration.catch import catch_block_calls
 from attar.calibration.select import (
     ScoreTable,
@@ -49,6 +50,7 @@ def score_candidates(
     `features`: the latent as tokens (n, C·p²); the input of the first block; the output of the last one; or the
     model's output as tokens. One sample is held at a time. Of a guidance pair the first branch is scored. normalise:
     of both, see `ScoreTable.build`.
+    Several processes share the candidates.
     For tokens of at most 1024 channels C_quant is computed in both norms, and the table has their rank correlation.
     Raises AttarError if the component never ran in these traces, or a candidate is not finite.
     """
@@ -57,28 +59,32 @@ def score_candidates(
     ]
     if not where:
         raise AttarError("the component did not run in any traced step", where=component)
-    change, amplification, other = [], [], []
+    scores: list[tuple[Tensor, Tensor, Tensor]] = []
+    own = ranks.mine(where)
     trajectory: tuple[int, Tensor] | None = None
-    for done, (prompt, step) in enumerate(where):
+    for done, (prompt, step) in enumerate(own):
         if trajectory is None or trajectory[0] != prompt:
             trajectory = (prompt, store.latents(prompt)[0])
         x = trajectory[1]
         compared = step + 1 if neighbour == "next" else max(0, step - 1)
-        change.append(change_metric(x[step][:1], x[compared][:1])[0])
+        change = change_metric(x[step][:1], x[compared][:1])[0]
         call = store.calls(component, prompt, step)[0]
         tokens = _tokens(adapter, call, features)
         # the decomposition does not end on NaN; the table says where it came up
         finite = bool(torch.isfinite(tokens).all())
-        amplification.append(amplification_metric(tokens, norm)[0] if finite else torch.tensor(torch.nan))
+        amplification = other = torch.tensor(torch.nan)
+        if finite:
+            amplification = amplification_metric(tokens, norm)[0].cpu()
         if finite and tokens.shape[1] <= _BOTH_NORMS:
-            other.append(amplification_metric(tokens, "frobenius" if norm == "spectral" else "spectral")[0])
+            other = amplification_metric(tokens, "frobenius" if norm == "spectral" else "spectral")[0].cpu()
+        scores.append((change, amplification, other))
         if progress is not None:
-            progress(done + 1, len(where))
+            progress(done + 1, len(own))
     rows = [p for p, _ in where], [k for _, k in where]
-    found = torch.stack([a.cpu() for a in amplification])
-    table = ScoreTable.build(*rows, torch.stack(change), found, normalise)
-    if len(other) == len(table):
-        table.norm_correlation = rank_correlation(found, torch.stack([a.cpu() for a in other]))
+    change, amplification, other = map(torch.stack, zip(*ranks.collected(scores), strict=True))
+    table = ScoreTable.build(*rows, change, amplification, normalise)
+    if bool(torch.isfinite(other).all()):
+        table.norm_correlation = rank_correlation(amplification, other)
     return table
 
 

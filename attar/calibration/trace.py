@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.calibration.store import PromptRecord, TraceStore
 from attar.errors import AttarError, calling
 from attar.models.block import bind
@@ -48,7 +49,7 @@ def trace_pipeline(
     For every step the store then holds the latents before and after, the timestep, and the keyword arguments
     of each transformer call with the name of the component called. The final decoding is skipped. Prompt p
     draws its noise from a CPU generator seeded with seed + p, so neither order nor interruption changes a
-    trace.
+    trace. Several processes take the prompts in turns, and all return when all are done.
 
     generation: further arguments of the pipeline (height, width, num_frames, negative_prompt, ...),
     JSON-able.
@@ -66,10 +67,13 @@ def trace_pipeline(
         if index in done:
             _check_same(store, index, settings)
             continue
+        if index % ranks.size() != ranks.rank():
+            continue  # another process generates it
         record = PromptRecord(settings)
         final = _generate(pipe, prompt, record, steps, seed + index, options, index, progress)
         record.end(final)
         store.save_prompt(index, record)
+    ranks.barrier()
 
 
 def _generate(

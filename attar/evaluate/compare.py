@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attar.errors import AttarError
 from attar.evaluate.fidelity import psnr, ssim
 from attar.evaluate.generate import Generated, generate
-from attar.evaluate.report import build_report
+from attar.evaluate.report import build_report, check_report_folder
 from attar.evaluate.report_data import (
     AttentionMass,
     BlockError,
@@ -55,9 +55,11 @@ def compare(
 ) -> ReportData:
     """Generates every prompt with both models and writes `out`/index.html, report.json and videos/*.mp4.
 
-    One model is in memory at a time. Raises AttarError when the two do not belong together.
+    One model is in memory at a time; a former report in `out` is replaced. Raises AttarError when the two do not
+    belong together, and when `out` holds something else than a report.
     """
     out = Path(out)
+    check_report_folder(out)
     call = reference.call_arguments(**(overrides or {}))
     steps = int(call.get("num_inference_steps", 50))
     evidence = _evidence(compressed)

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import math
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ __all__ = [
     "summarise",
 ]
 
+_VIDEO = re.compile(r"\.?\d{3}-(original|compressed)\.mp4(\.\d+\.tmp)?")  # or one that was being written
 _PIXEL_WIDTH = 128  # videos up to this wide are shown with square pixels
 
 
@@ -77,6 +79,23 @@ def build_report(data: ReportData, out_dir: str | Path) -> Path:
     write_text(out / "report.json", dataclasses.replace(data, pairs=pairs).to_json() + "\n")
     write_text(out / "index.html", page)
     return out / "index.html"
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raises AttarError unless `folder` is empty or new, or holds a report, finished or not, that may be replaced."""
+    if not folder.is_dir() or all(_begun(path) for path in folder.iterdir()):
+        return
+    report = folder / "report.json"
+    try:
+        ReportData.from_json(report.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, AttarError) as error:
+        what = "the folder is not empty and holds no report of attar"
+        raise AttarError(what, where=str(folder), fix="Name a new folder") from error
+
+
+def _begun(path: Path) -> bool:
+    """Whether an entry is what a comparison leaves that was stopped before its report."""
+    return path.name == "videos" and path.is_dir() and all(map(_VIDEO.fullmatch, os.listdir(path)))
 
 
 def write_text(path: Path, text: str) -> None:

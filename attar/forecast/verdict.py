@@ -7,7 +7,7 @@ from typing import Any
 
 from attar.evaluate.size import format_bytes
 from attar.quantize.plan import LayerPlan
-from attar.runtime.backend import backend_description
+from attar.runtime.backend import BACKENDS, backend_description
 
 
 def verdict(result: Mapping[str, Any], plans: Sequence[LayerPlan]) -> list[str]:
@@ -18,9 +18,20 @@ def verdict(result: Mapping[str, Any], plans: Sequence[LayerPlan]) -> list[str]:
         _no_gain(result, acting),
         _containers(result, acting),
         _fit(result),
-        f"These times need kernels of the stated efficiency; attar's backend today is {backend_description()}.",
+        _backend(result),
     )
     return [sentence for sentence in candidates if sentence]
+
+
+def _backend(result: Mapping[str, Any]) -> str:
+    needed, hardware = "These times need kernels of the stated efficiency", result["hardware"]
+    if hardware["name"] == "cpu":
+        return f"{needed}; attar's backend today is {backend_description()}."
+    # the machine that is asked about is not this one, so what works here says nothing
+    names = [backend.name for backend in BACKENDS.values() if backend.device == "cuda"]
+    if not names:
+        return f"{needed}; attar has none for GPUs yet, its exact and slow reference would run there."
+    return f"{needed}; attar's backend there is {names[0]}."
 
 
 def _attention(result: Mapping[str, Any]) -> str | None:

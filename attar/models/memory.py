@@ -25,9 +25,15 @@ class Choice:
 
 
 def choose(
-    source: Source, needs_data: bool, dtype: torch.dtype | None, device: str | None, wanted: bool | None
+    source: Source,
+    needs_data: bool,
+    dtype: torch.dtype | None,
+    device: str | None,
+    wanted: bool | None,
+    processes: int = 1,
 ) -> Choice:
-    """How the source is opened. wanted: what the user said, or None.
+    """How the source is opened. wanted: what the user said, or None. processes: that work on this machine; each needs
+    the memory, but has a GPU of its own.
 
     Without data every weight is needed once, so streaming costs little. With data the model runs many times, and is
     loaded whole where it fits.
@@ -40,7 +46,8 @@ def choose(
     if not needs_data:
         return Choice(True, "the recipe needs no data, so each weight is needed once")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    needed = int(HEADROOM * weight_bytes(source, dtype or default_dtype(device)))
+    copies = 1 if torch.device(device).type == "cuda" else processes
+    needed = int(HEADROOM * copies * weight_bytes(source, dtype or default_dtype(device)))
     free = free_bytes(device)
     words = f"needs about {needed / 1e9:.1f} GB with its activations, {free / 1e9:.1f} GB are free"
     return Choice(needed > free, f"the whole pipeline {words}")

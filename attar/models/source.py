@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from attar.errors import AttarError, reason
+from attar.files import named_path
 from attar.models.components import check_complete
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.aligned import align
@@ -57,7 +58,7 @@ def find_source(model: str) -> Source:
     """
     if model in zoo_names():
         return _folder_source(model, zoo_folder(model))
-    path = Path(model)
+    path = named_path(model)
     if path.is_dir():
         return _folder_source(model, path)
     if path.is_file():
@@ -101,7 +102,7 @@ def load_pipeline(
     with loading(source, quiet):
         pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
         for name, part in pipe.components.items():
-            if isinstance(part, nn.Module):
+            if isinstance(part, nn.Module) and (source.folder / name).is_dir():
                 check_complete(part, source.folder / name)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
@@ -167,6 +168,9 @@ def check_weight_files(folder: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 file.metadata()
+        except PermissionError as error:
+            where, fix = str(path.relative_to(folder)), "Change its permissions"
+            raise AttarError("the weight file may not be read", where=where, fix=fix) from error
         except (SafetensorError, OSError) as error:
             raise AttarError(
                 f"the weight file is damaged or incomplete ({error})",

@@ -31,7 +31,7 @@ from attar.models.source import (
     is_compressed,
     loading,
 )
-from attar.models.weights import StreamedWeights, Turn
+from attar.models.weights import StoredWeights, StreamedWeights, Turn
 
 _WHOLE = "Load it whole with --no-stream"
 
@@ -69,6 +69,7 @@ def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, devic
                     StreamedWeights(model, layer_names(model), shards, where, turn)
             else:
                 check_complete(model, folder)
+                StoredWeights(model, shards)
             # diffusers reads off such a hook where an offloaded model computes; nothing is attached by it
             model._hf_hook = AlignDevicesHook(execution_device=where)
             parts[name] = model

@@ -57,6 +57,19 @@ class ResidentWeights:
         yield from self.model.named_parameters()
 
 
+class StoredWeights(ResidentWeights):
+    """The weights of a model that is not run: they stay in its files."""
+
+    def __init__(self, model: nn.Module, shards: Shards) -> None:
+        super().__init__(model)
+        self.shards = shards
+        model.attar_weights = self  # type: ignore[assignment]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.shards:
+            yield name, self.shards.read(name)
+
+
 class Turn:
     """Which unit is open, among all models that share a memory."""
 

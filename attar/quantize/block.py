@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.errors import AttarError
 from attar.losses import relative_error
 from attar.quantize.initialize import (
@@ -98,8 +99,9 @@ def quantize_block(
     """Replaces the planned linears of `module` by packed layers, in place.
 
     plans: dotted name below `module` -> plan (skipped layers are left out by the caller). run: runs the block on one
-    call. calls, targets: calibration samples with the full-precision outputs; both may be empty for settings that need
-    no data. contexts: what `loss` gets beside them. seed: of the random rotations and the order of samples, a text.
+    call. calls, targets: calibration samples with the full-precision outputs, of several processes the share of each;
+    both may be empty for settings that need no data. contexts: what `loss` gets beside them. seed: of the random
+    rotations and the order of samples, a text.
     Raises AttarError when the settings need data and there is none, or a weight is not finite.
     """
     outcome = BlockOutcome()
@@ -118,17 +120,7 @@ def quantize_block(
             run, calls, targets, _trained(layers.values(), settings), settings.learning, loss,
             contexts=contexts, generator=generator, progress=progress,
         )  # fmt: skip
-    codes: dict[str, Tensor] = {}
-    if settings.gptq_damping is not None:
-        calibrated = {name: layer for name, layer in layers.items() if not plans[name].plain}
-        hessians = collect_hessians(run, calls, calibrated)
-        for name, layer in calibrated.items():
-            weight, scale = layer.baked_weight(clipped=True)
-            hessian, damping = hessians.pop(name), settings.gptq_damping
-            try:
-                codes[name] = gptq(weight, hessian, scale, layer.weight_bits, damping, settings.gptq_block)
-            except AttarError as error:
-                raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
+    codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
         replace_module(module, name, outcome.layers[name])
@@ -160,8 +152,15 @@ def _wrap(
         if not calls:
             raise AttarError("channel scales need calibration samples")
         first = rotations if settings.transforms.order == "rotate_then_scale" else None
+        if settings.stats_ema is not None and ranks.size() > 1:
+            raise AttarError(
+                "a running average of channel maxima depends on the order of samples, which several processes share",
+                where="quantize.stats_ema",
+                fix="Leave it out, or use one process",
+            )
         inputs = {name: linears[name] for name in calibrated}
         stats = collect_input_stats(run, calls, inputs, ema=settings.stats_ema, rotations=first)
+        stats = {name: ranks.max_(stats[name]) for name in calibrated}
     layers = {}
     for name, plan in plans.items():
         linear: Any = linears[name]
@@ -178,6 +177,32 @@ def _wrap(
         replace_module(module, name, layer)
         layers[name] = layer
     return layers
+
+
+def _gptq_codes(
+    layers: Mapping[str, QuantizedLinear],
+    plans: Mapping[str, LayerPlan],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    settings: BlockSettings,
+) -> dict[str, Tensor]:
+    """GPTQ's codes of all layers that are not plain. Several processes share the layers."""
+    calibrated = {name: layer for name, layer in layers.items() if not plans[name].plain}
+    hessians = collect_hessians(run, calls, calibrated)
+    assert settings.gptq_damping is not None
+    own, codes = ranks.mine(list(calibrated)), []
+    for name in calibrated:
+        hessian, layer = hessians.pop(name), calibrated[name]
+        if name not in own:
+            continue
+        weight, scale = layer.baked_weight(clipped=True)
+        bits, damping = layer.weight_bits, settings.gptq_damping
+        try:
+            codes.append(gptq(weight, hessian, scale, bits, damping, settings.gptq_block).cpu())
+        except AttarError as error:
+            raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
+    found = zip(calibrated, ranks.collected(codes), strict=True)
+    return {name: code.to(calibrated[name].weight.device) for name, code in found}
 
 
 def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Parameter]]:
@@ -204,7 +229,8 @@ def _mean_relative_error(
         relative_error(run(call), target, call.streams).item()
         for call, target in zip(calls, targets, strict=True)
     ]
-    return sum(errors) / len(errors)
+    total, count = ranks.sums(sum(errors), len(errors))
+    return total / count
 
 
 def _number(*parts: str) -> int:

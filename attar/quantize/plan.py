@@ -12,7 +12,7 @@ from torch import nn
 from attar.errors import AttarError
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.transforms import kronecker_factors
+from attar.quantize.transforms import check_rotation, kronecker_factors
 from attar.runtime.hadamard import base_order
 from attar.runtime.packing import packed_width
 
@@ -135,6 +135,19 @@ def plan_layers(
             fix="Leave it out, or keep activations at 16 bits",
         )
     return plans
+
+
+def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -> None:
+    """Raises AttarError for the first layer whose width has no rotation of the kind that these settings ask for."""
+    for plan in plans:
+        if plan.skipped or plan.plain:
+            continue  # no transforms
+        try:
+            check_rotation(plan.in_features, transforms.rotation)
+        except AttarError as error:
+            keep = f"{{{plan.role}: {{skip: true}}}}"
+            fix = f"Keep such layers with --set 'quantize.roles={keep}'"
+            raise AttarError(error.what, where=plan.name, fix=fix) from error
 
 
 def fitting_group(in_features: int, group_size: int | None) -> tuple[int | None, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.errors import AttarError
 
 Streams = Mapping[str, Tensor]
@@ -20,7 +21,7 @@ Loss = Callable[[Streams, Streams, Any], Tensor]  # (prediction, target, context
 class ReconstructionSettings:
     """Schedule of block reconstruction, S²Q-VDiT's by default (batch size and decay are ours).
 
-    epochs: passes over the calibration set. batch_size: calls concatenated along the batch axis.
+    epochs: passes over the calibration set. batch_size: calls of one step, concatenated along the batch axis.
     transform_lr, clip_lr: AdamW learning rates of scales and rotations, and of clipping factors; both fall
     along a cosine to lr · eta_min_ratio. weight_decay: of the transforms, whose parameters are deviations
     from their start; clipping factors never decay. normalise_loss: divide each loss by its own detached
@@ -85,6 +86,8 @@ def reconstruct_block(
     The mean loss over the calibration set is measured before training and after each epoch, and the state
     with the lowest one is restored at the end, so training never makes the block worse. A loss that is not
     finite ends training with that state. Deterministic for a given generator seed.
+    Several processes give their shares of the samples, and take the steps of one that has them all: each passes
+    its part of a batch, and the gradients are added up.
     Raises AttarError when the sets do not fit together or the loss is not finite before the first step.
     """
     samples = _samples(calls, targets, contexts)
@@ -93,6 +96,7 @@ def reconstruct_block(
     if unknown:
         raise AttarError(f"unknown parameter groups {sorted(unknown)}", fix="Use transform and clip")
     parameters = [p for group in groups.values() for p in group]
+    ranks.same_(parameters)
 
     before = _mean_loss(run, samples, loss, settings.batch_size)
     if not math.isfinite(before):
@@ -105,7 +109,8 @@ def reconstruct_block(
         result.validation_before = _mean_loss(run, held_out, loss, settings.batch_size)
     best = [p.detach().clone() for p in parameters]
     if parameters and settings.epochs:
-        optimizer, schedule = _optimizer(groups, settings, math.ceil(len(samples) / settings.batch_size))
+        steps = math.ceil(ranks.place(len(samples))[1] / settings.batch_size)
+        optimizer, schedule = _optimizer(groups, settings, steps)
         for epoch in range(1, settings.epochs + 1):
             result.stopped = _train_epoch(
                 run, samples, optimizer, schedule, settings, loss, generator, epoch, result, progress
@@ -145,16 +150,21 @@ def _train_epoch(
     progress: Callable[[int, int, float], None] | None,
 ) -> str | None:
     """One pass over the shuffled samples; why it had to stop, or None."""
-    order = torch.randperm(len(samples), generator=generator).tolist()
-    for start in range(0, len(order), settings.batch_size):
-        call, target, context = _batch([samples[i] for i in order[start : start + settings.batch_size]])
-        prediction = run(call)
-        value = loss(prediction, _like(target, prediction), _to_device(context, prediction))
-        number = value.item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    start, total = ranks.place(len(samples))
+    for batch in _batches(total, settings.batch_size, generator):
+        own = [samples[i - start] for i in batch if start <= i < start + len(samples)]
+        value = parameters[0].new_zeros(())
+        if own:
+            value = _loss(run, own, loss) * (len(own) / len(batch))
+        whole = ranks.sum_(value.detach().clone())
+        number = whole.item()
         if not math.isfinite(number):
             return f"the loss at step {result.steps + 1} (epoch {epoch}) is {number}"
         optimizer.zero_grad(set_to_none=True)
-        (value / value.detach() if settings.normalise_loss and number > 0 else value).backward()
+        if own:
+            (value / whole if settings.normalise_loss and number > 0 else value).backward()
+        ranks.sum_gradients_(parameters)
         optimizer.step()
         schedule.step()
         result.steps += 1
@@ -170,13 +180,17 @@ def _mean_loss(
     total = None
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        call, target, context = _batch(part)
-        prediction = run(call)
-        value = loss(prediction, _like(target, prediction), _to_device(context, prediction))
-        value = value.double() * len(part)
+        value = _loss(run, part, loss).double() * len(part)
         total = value if total is None else total + value
     assert total is not None
-    return total.item() / len(samples)
+    whole, count = ranks.sums(total.item(), len(samples))
+    return whole / count
+
+
+def _loss(run: Callable[[Any], Streams], samples: list[tuple[Any, Streams, Any]], loss: Loss) -> Tensor:
+    call, target, context = _batch(samples)
+    prediction = run(call)
+    return loss(prediction, _like(target, prediction), _to_device(context, prediction))
 
 
 def _optimizer(
@@ -209,6 +223,17 @@ def _samples(
         sizes = f"{len(calls)} calls, {len(targets)} targets and {len(contexts)} contexts"
         raise AttarError(f"{sizes} do not match")
     return list(zip(calls, targets, contexts, strict=True))
+
+
+def _batches(count: int, size: int, generator: torch.Generator | None) -> Iterator[list[int]]:
+    """The places 0 … count - 1 in a random order, in batches: one of each of `size` equal stretches of the list.
+
+    So processes that hold a stretch each, or several, have equal work in every step.
+    """
+    stretches = torch.arange(count).tensor_split(size)
+    orders = [s[torch.randperm(len(s), generator=generator)].tolist() for s in stretches]
+    for k in range(len(orders[0])):
+        yield [order[k] for order in orders if k < len(order)]
 
 
 def _batch(samples: list[tuple[Any, Streams, Any]]) -> tuple[Any, Streams, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
 from attar.runtime.reference import integer_range, quantize, wide
@@ -31,11 +32,19 @@ class HessianAccumulator:
             self.hessian.addmm_(x.T, x, beta=self.tokens / total, alpha=2 / total)
         self.tokens = total
 
+    def merge(self) -> None:
+        """The mean over the tokens that all processes have seen."""
+        (total,) = ranks.sums(self.tokens)
+        if total > self.tokens:
+            self.hessian.mul_(self.tokens / total)
+        ranks.sum_(self.hessian)
+        self.tokens = int(total)
+
 
 def collect_hessians(
     run: Callable[[Any], Any], calls: Iterable[Any], layers: Mapping[str, QuantizedLinear]
 ) -> dict[str, Tensor]:
-    """GPTQ's Hessian of every layer's transformed input, in one pass over the calls.
+    """GPTQ's Hessian of every layer's transformed input, in one pass over the calls of all processes.
 
     run: runs the block, with its QuantizedLinears in place, on one call. Returns name → (d_in, d_in) float32.
     Raises AttarError for a layer that no call reached.
@@ -53,6 +62,8 @@ def collect_hessians(
     finally:
         for handle in handles:
             handle.remove()
+    for accumulator in found.values():
+        accumulator.merge()
     missing = [name for name, accumulator in found.items() if accumulator.tokens == 0]
     if missing:
         raise AttarError(f"{len(missing)} layers were not reached by any calibration call", where=missing[0])

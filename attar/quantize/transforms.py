@@ -126,6 +126,14 @@ def kronecker_factors(d: int) -> tuple[int, int]:
     return left, d // left
 
 
+def check_rotation(d: int, kind: str) -> None:
+    """Raises AttarError if no rotation of this kind (see `TransformSettings`) has the width d."""
+    if kind == "kronecker" and d > 3 and kronecker_factors(d)[0] == 1:
+        raise AttarError(f"a width of {d} has no two factors", fix="Use another rotation")
+    if kind == "hadamard" and d % 2:
+        raise AttarError(f"no Hadamard rotation has the odd width {d}", fix="Use another rotation")
+
+
 def rotation_start(size: int, init: str, generator: torch.Generator | None = None) -> Tensor:
     """Orthogonal matrix (size, size), float64, from which a learned rotation starts.
 
@@ -162,9 +170,8 @@ class LearnedKronecker(nn.Module):
         self, d: int, affine: bool = False, init: str = "auto", generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
+        check_rotation(d, "kronecker")
         self.sizes = kronecker_factors(d)
-        if self.sizes[0] == 1 and d > 3:
-            raise AttarError(f"a width of {d} has no two factors", fix="Use the rotation orthogonal or none")
         self.affine = affine
         for side, size in zip(("left", "right"), self.sizes, strict=True):
             # In float64, cast where it is used: a float32 start is only orthogonal to 1e-7.

@@ -79,7 +79,7 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
     """The config as a plain dict, once every field of it is known to be understood; else AttarError."""
     update = "Update attar, or compress the model again"
     found = config.get("format_version")
-    if not isinstance(found, int) or found < 1:
+    if type(found) is not int or found < 1:  # true is an int to isinstance
         raise AttarError(f"format_version is {found!r}, not a version of the attar format", where=where)
     if found > FORMAT_VERSION:
         raise AttarError(
@@ -107,7 +107,7 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
         for transform in scheme["transforms"]:
             transform_class(transform)
     for name, position in config["layers"].items():
-        if not isinstance(position, int) or not 0 <= position < len(config["schemes"]):
+        if type(position) is not int or not 0 <= position < len(config["schemes"]):
             raise AttarError(f"layer {name!r} names scheme {position!r}, which is not listed", where=where)
     return {**config, "quant_method": QUANT_METHOD}
 

@@ -70,10 +70,26 @@ def test_wan_at_480p_as_everyone_asks(cli):
     for text in (
         "attar-ptq W4A6 on NVIDIA H200", "self_attn.q", "cross", "vae, once", "text_encoder, once", "one video",
         "attention is 71% of the arithmetic", "6 bits run in int8 containers", "1.17×", "calibration about",
-        "backend today is",
+        "reference would run there",
     ):  # fmt: skip
         assert text in done.out, text
     assert max(map(len, done.out.splitlines()[2:20])) < 100
+
+
+def test_the_backend_is_that_of_the_hardware(monkeypatch):
+    """The machine that plans may have other kernels than the one that is planned for."""
+    from attar.forecast import verdict
+    from attar.runtime.backend import Backend
+
+    def last(hardware):
+        return verdict._backend({"hardware": {"name": hardware}})
+
+    monkeypatch.setattr(verdict, "BACKENDS", {})
+    assert "reference would run there" in last("h200")
+    assert "backend today is" in last("cpu")
+    gpu = Backend("fast", "cuda", lambda: "fast kernels")
+    monkeypatch.setattr(verdict, "BACKENDS", {"fast": gpu})
+    assert last("h200").endswith("attar's backend there is fast.")
 
 
 def test_sentences():

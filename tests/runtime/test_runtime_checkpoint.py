@@ -181,6 +181,7 @@ DAMAGE = {
     "tampered": (edit_bytes(flip), "checksum mismatch", "checksum mismatch"),
     "newer": (edit_config(lambda o, _: o.update(format_version=2)), "format version 2", "format version 2"),
     "no version": (edit_config(lambda o, _: o.pop("format_version")), "format_version", "format_version"),
+    "version true": (edit_config(lambda o, _: o.update(format_version=True)), "is True", "is True"),
     "unknown field": (edit_config(lambda o, _: o.update(warp=1)), "unknown field 'warp'", "unknown field"),
     "scheme index": (
         edit_config(lambda o, _: o["layers"].update({"blocks.0.attn1.to_q": 9})),

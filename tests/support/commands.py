@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from attar.cli import main
 
 # importing torch and diffusers takes seconds, so one process does it and forks for every command
 _SERVER = """
-import json, os, signal, sys, traceback
+import json, os, runpy, signal, sys, traceback
 import torch
 torch.set_num_threads(1)
 import diffusers, transformers
@@ -35,17 +36,22 @@ def deadly(replace, allowed):
     return counted
 
 for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
+    jobs = json.loads(line)
+    pids = []
+    for job in jobs:
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
         for descriptor, name in ((1, job["out"]), (2, job["log"])):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.environ.update(job["environment"])
         sys.argv = ["attar", *job["args"]]
         if job["writes"] is not None:
             os.replace = deadly(os.replace, job["writes"])
         code = 0
         try:
-            attar.cli.main()
+            runpy.run_path(job["args"][0]) if job["args"][0].endswith(".py") else attar.cli.main()
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -53,26 +59,42 @@ for line in sys.stdin:
             code = 70
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 """
 
 
 @dataclass
 class Command:
-    """A running command; `wait` gives its exit code, -9 when it was killed. out, log: files of what it prints."""
+    """A running command; `wait` gives its exit code, -9 when it was killed. out, log: files of what it prints.
 
-    pid: int
+    It may consist of several processes of one job: then pids, outs and logs have an entry for each.
+    """
+
+    pids: list[int]
     server: Commands
-    out: Path
-    log: Path
+    outs: list[Path]
+    logs: list[Path]
+    store: TCPStore | None = None  # kept as long as the command
 
-    def kill(self) -> None:
+    @property
+    def out(self) -> Path:
+        return self.outs[0]
+
+    @property
+    def log(self) -> Path:
+        return self.logs[0]
+
+    def kill(self, rank: int = 0) -> None:
         with contextlib.suppress(ProcessLookupError):  # it was faster
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pids[rank], signal.SIGKILL)
+
+    def wait_all(self) -> list[int]:
+        return json.loads(self.server.answer())
 
     def wait(self) -> int:
-        return int(self.server.answer())
+        (code,) = self.wait_all()
+        return code
 
 
 class Commands:
@@ -90,15 +112,22 @@ class Commands:
         )
         assert self.answer() == "ready"
 
-    def start(self, *args: object, writes: int | None = None) -> Command:
-        """writes: how many files may be put in their place before the process kills itself (SIGKILL)."""
+    def start(self, *args: object, writes: int | None = None, processes: int = 1, deadly: int = 0) -> Command:
+        """writes: how many files may be put in their place before the process kills itself (SIGKILL); of several
+        processes of one job the one of rank `deadly` does. A .py file as the first argument is run as it is."""
         self.count += 1
-        out, log = (self.folder / f"{name}-{self.count}.txt" for name in ("out", "log"))
-        job = {"args": [str(a) for a in args], "out": str(out), "log": str(log), "writes": writes}
+        jobs = []
+        environments, store = ([{}], None) if processes == 1 else launched(processes)
+        for rank, environment in enumerate(environments):
+            out, log = (str(self.folder / f"{name}-{self.count}-{rank}.txt") for name in ("out", "log"))
+            dies = writes if rank == deadly else None
+            job = {"args": [str(a) for a in args], "out": out, "log": log, "writes": dies}
+            jobs.append({**job, "environment": environment})
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
-        return Command(int(self.answer()), self, out, log)
+        outs, logs = ([Path(job[name]) for job in jobs] for name in ("out", "log"))
+        return Command(json.loads(self.answer()), self, outs, logs, store)
 
     def run(self, *args: object, writes: int | None = None) -> int:
         command = self.start(*args, writes=writes)
@@ -114,6 +143,16 @@ class Commands:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(30)
+
+
+def launched(processes: int) -> tuple[list[dict[str, str]], TCPStore]:
+    """What a launcher tells each of the processes of one job on this machine, and the store that it keeps for them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+    }  # fmt: skip
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)], store
 
 
 @dataclass

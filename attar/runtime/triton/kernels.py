@@ -145,7 +145,7 @@ def _rotates(step: Step) -> bool:
 
 def rows_of_base(order: int) -> int:
     """The rows that a base matrix takes: tensor cores multiply 16 at least."""
-    return 1 if order == 1 else max(16, triton.next_power_of_2(order))
+    return 1 if order == 1 else max(16, 1 << (order - 1).bit_length())
 
 
 def in_planes(x: Tensor, bits: int) -> Tensor:
