@@ -141,6 +141,48 @@ def test_what_the_processes_tell_each_other(commands, tmp_path):
     assert [out.read_text() for out in command.outs] == ["done\n"] * 3
 
 
+STEPS = """
+import itertools
+import torch
+from torch import nn
+from attar import ranks
+from attar.losses import mse
+from attar.models.block import BlockCall
+from attar.quantize.reconstruct import ReconstructionSettings, reconstruct_block
+
+def learn(batch, normalise):
+    torch.manual_seed(0)
+    layer, idle = nn.Linear(4, 4), nn.Parameter(torch.ones(2))
+    calls = [BlockCall({"x": torch.randn(1, 5, 4)}) for _ in range(7)]
+    targets = [{"x": torch.randn(1, 5, 4)} for _ in range(7)]
+    result = reconstruct_block(
+        lambda call: {"x": layer(call.streams["x"]).tanh()}, ranks.mine(calls), ranks.mine(targets),
+        {"transform": [*layer.parameters(), idle]},
+        ReconstructionSettings(epochs=3, batch_size=batch, normalise_loss=normalise), lambda p, t, _: mse(p, t),
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert (idle == 1).all()  # no process has used it, so it does not decay
+    return torch.tensor([result.error_before, *result.history]), layer.weight.detach()
+
+kinds = list(itertools.product((1, 2, 3, 5, 7, 9), (False, True)))
+alone = [learn(*kind) for kind in kinds]
+with ranks.joined("cpu"):
+    together = [learn(*kind) for kind in kinds]
+for kind, one, several in zip(kinds, alone, together):
+    for a, b in zip(one, several):
+        torch.testing.assert_close(b, a, atol=2e-6, rtol=2e-6, msg=str(kind))
+print("done")
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_steps_of_one_process(processes, commands, tmp_path):
+    """Whatever the batch, also where some process has no sample in a step."""
+    (tmp_path / "steps.py").write_text(STEPS)
+    command = run(commands, processes, tmp_path / "steps.py")
+    assert [out.read_text() for out in command.outs] == ["done\n"] * processes
+
+
 # -------------------------------------------------------------------------- the checkpoint of one process
 
 
@@ -148,7 +190,7 @@ def test_without_data_the_bytes_are_equal(made):
     assert contents(made("no data", 2)) == contents(made("no data", 1))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps_of_one_sample_are_the_same_steps(made, processes):
     """Each is taken by the process that has the sample: scales, rotations, clips and codes are equal bit for bit."""
     one, several = weights(made("nearest", 1)), weights(made("nearest", processes))
@@ -192,6 +234,7 @@ def test_batches_that_are_shared(made):
         assert b["error_after"] < b["error_before"]
 
 
+@pytest.mark.slow
 def test_streamed_by_several_processes(commands, models, made, tmp_path):
     model, options = RUNS["two segments"]
     run(commands, 2, "compress", models[model], "-o", tmp_path / "small", *options, "--stream")
@@ -212,6 +255,7 @@ def killed(command, rank: int) -> None:
     assert said[0].endswith("Run the same command again; it goes on")
 
 
+@pytest.mark.slow
 def test_killed_before_every_file(commands, models, made, tmp_path):
     """The processes take turns in being killed, the first one before its third file, the second before any."""
     model, options = RUNS["two segments"]
@@ -228,7 +272,7 @@ def test_killed_before_every_file(commands, models, made, tmp_path):
     assert not [name for name in left if name.endswith(".tmp") or "boundary" in name]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_resumed_by_another_number_of_processes(before, after, commands, models, made, tmp_path):
     """Streams at the entrance of a block are found again, however many have written them."""
     model, options = RUNS["nearest"]
