@@ -13,6 +13,7 @@ TORCH_INDEX ?=
 DEMO_ARGS ?= --set reconstruct.epochs=5
 COMPARE_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 QUALITY_ARGS ?=
 
 .PHONY: help demo test lint types format slow quality clean
@@ -27,7 +28,7 @@ demo: $(VENV)/.core
 	@echo "The report: $(CURDIR)/demo/report/index.html"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

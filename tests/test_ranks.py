@@ -322,7 +322,7 @@ def test_a_launcher_ends_the_job_and_it_resumes(commands, models, made, tmp_path
     [
         (("--set", "select.count=1"), "2 processes cannot share select.count = 1 calibration samples"),
         (("--set", "quantize.weights=9"), "choose between 2 and 8 bits"),
-        (("--workspace", "{model}"), "the folder is not empty and holds no attar job"),
+        (("--workspace", "{model}"), "the workspace lies in the model that is compressed"),
     ],
 )
 def test_an_error_is_said_once(wrong, message, commands, models, tmp_path):
