@@ -50,8 +50,9 @@ class Subject:
         counts = self.counts
         if self.recipe is not None:
             bits = self.recipe.quantize
-            plans = plan_layers(self.block.linears, [], bits.weights, bits.acts, bits.roles)
+            plans = plan_layers(self.block.linears, [], bits.weights, bits.acts, bits.roles, bits.group_size)
             counts = quantized_counts(counts, plans, transform_settings(self.recipe), hardware)
+            hardware = hardware.running_packed()
         return predict_latency(counts, hardware)["total"]
 
     @torch.no_grad()

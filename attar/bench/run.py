@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,8 +20,10 @@ from attar.bench.subject import BenchBlock
 from attar.bench.timing import faster, interleave
 from attar.evaluate.size import folder_bytes
 from attar.runtime.backend import backend_description
+from attar.runtime.layers import packed_layers
 
 BASELINE, PACKED = "dense", "packed"
+BARE = "packed without transforms"
 
 
 @dataclass
@@ -36,24 +39,32 @@ def bench_block(
 ) -> dict[str, Any]:
     """Everything that is known of one kind of block, in seconds and bytes.
 
-    Whole blocks and their parts are measured in different rounds, so that the clocks of the parts do not count.
+    Whole blocks and their parts are measured in different rounds, so that the clocks of the parts do not count. What
+    transforms take, which run inside the packed linears, is what these take less without them.
     """
     modules = {BASELINE: block.dense, PACKED: packed}
     whole = interleave({k: _runner(block, m) for k, m in modules.items()}, rounds, device)
     seen = {name: Measured(seconds) for name, seconds in whole.items()}
     parts = parts_of(block.dense, block.roles, block.attentions)
 
+    seen[BARE] = Measured()
+
     def run_in_parts(name: str) -> Callable[[], None]:
+        module = modules[BASELINE if name == BASELINE else PACKED]
+
         def run() -> None:
-            with timing_parts(modules[name], parts, device) as seconds:
-                block.run(modules[name])
+            taken_off = without_transforms(module) if name == BARE else nullcontext()
+            with taken_off, timing_parts(module, parts, device) as seconds:
+                block.run(module)
             seen[name].parts.append(seconds)
 
         return run
 
-    interleave({name: run_in_parts(name) for name in modules}, rounds, device)
+    transformed = any(len(layer.transforms) for layer in packed_layers(packed).values())
+    interleave({name: run_in_parts(name) for name in seen if transformed or name != BARE}, rounds, device)
     for measured in seen.values():
-        del measured.parts[0]  # the round that warms up
+        del measured.parts[:1]  # the round that warms up
+    bare = seen.pop(BARE)
     names = sorted({name for measured in seen.values() for seconds in measured.parts for name in seconds})
     linears = sorted(set(block.roles.values()))
     rows = [_row(name, seen, [name]) for name in names]
@@ -63,6 +74,10 @@ def bench_block(
         "whole": _row("whole", seen, None),
         "linears": _row("linears", seen, [name for name in names if name in linears]),
         "parts": rows,
+        "transforms": {
+            "part": "transforms, in the linears",
+            "seconds": {BASELINE: 0.0, PACKED: _more(seen[PACKED], bare, linears)},
+        },
         "weight_bytes": {name: linear_bytes(module, block) for name, module in modules.items()},
     }
 
@@ -105,6 +120,25 @@ def bench_model(
         "peak_memory": _peak_memory(device),
         "disk_bytes": None if folder is None else folder_bytes(folder),
     }
+
+
+@contextmanager
+def without_transforms(module: nn.Module) -> Iterator[None]:
+    """Inside, packed layers run as if they had none."""
+    kept = {layer: layer.transforms for layer in packed_layers(module).values()}
+    try:
+        for layer in kept:
+            layer.transforms = nn.ModuleList()
+        yield
+    finally:
+        for layer, transforms in kept.items():
+            layer.transforms = transforms
+
+
+def _more(whole: Measured, bare: Measured, parts: list[str]) -> float:
+    """Median seconds by which the parts together take longer than in the other, round by round; 0 if unmeasured."""
+    sums = ([sum(s.get(n, 0.0) for n in parts) for s in m.parts] for m in (whole, bare))
+    return median([a - b for a, b in zip(*sums, strict=False)] or [0.0])
 
 
 def linear_bytes(module: nn.Module, block: BenchBlock) -> int:

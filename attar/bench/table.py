@@ -20,7 +20,7 @@ def print_bench(result: dict[str, Any]) -> None:
         table = Table(title=f"{block['block']} (x{block['count']}), ms", title_justify="left")
         for name in ("part", result["baseline"], "packed", "times faster", "middle half of the rounds"):
             table.add_column(name, justify="left" if name == "part" else "right")
-        for row in [*block["parts"], block["linears"], block["whole"]]:
+        for row in [*block["parts"], block["transforms"], block["linears"], block["whole"]]:
             last = row["part"] in ("linears", "whole")
             table.add_row(*_cells(row), style="bold" if last else None)
         console.print(table)
@@ -46,10 +46,11 @@ def print_bench(result: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    seconds, faster = row["seconds"], row["faster"]
-    spread = f"{faster['low']:.2f} – {faster['high']:.2f}"
+    seconds, faster = row["seconds"], row.get("faster")
     times = [f"{1000 * seconds[name]:.2f}" for name in (BASELINE, PACKED)]
-    return [row["part"], *times, f"{faster['value']:.2f}", spread]
+    if faster is None:
+        return [row["part"], *times, "–", "–"]
+    return [row["part"], *times, f"{faster['value']:.2f}", f"{faster['low']:.2f} – {faster['high']:.2f}"]
 
 
 def _megabytes(size: float) -> str:

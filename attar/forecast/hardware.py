@@ -25,7 +25,8 @@ class Hardware:
     """rates: FLOP/s (integer operations likewise) by format. bandwidth: bytes/s. memory: bytes, None where unknown.
 
     efficiency: share of the peak that is reached in practice, by kind: "gemm", "attention", "bandwidth". sources:
-    where each figure is from.
+    where each figure is from. packed_attention: the share that packed models' attention reaches, where they bring one
+    of their own.
     """
 
     name: str
@@ -35,6 +36,13 @@ class Hardware:
     memory: float | None = None
     efficiency: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     sources: Mapping[str, str] = field(default_factory=dict)
+    packed_attention: float | None = None
+
+    def running_packed(self) -> Hardware:
+        """The machine as packed models find it."""
+        if self.packed_attention is None:
+            return self
+        return replace(self, efficiency={**self.efficiency, "attention": self.packed_attention})
 
     def rate(self, format: str) -> float:
         """Peak FLOP/s of a format. Raises AttarError where none is known."""
@@ -46,7 +54,7 @@ class Hardware:
 
     def ideal(self) -> Hardware:
         """The same machine with perfect kernels."""
-        return replace(self, efficiency=dict.fromkeys(KINDS, 1.0))
+        return replace(self, efficiency=dict.fromkeys(KINDS, 1.0), packed_attention=None)
 
 
 def gpu_names() -> list[str]:

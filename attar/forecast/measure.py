@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from attar.forecast.counts import count_module
 from attar.forecast.hardware import KINDS, Hardware
+from attar.runtime import PackedLinear
+from attar.runtime.attention import attention
 
 ROWS, WIDTH, OUT = 512, 1536, 4096
 WEIGHTS = 6  # products take turns with them: in a model, too, no weight is in a cache when its turn comes
@@ -23,28 +25,25 @@ def measure_cpu(peaks: Mapping[str, float] | None = None, format: str = "bf16", 
     """This CPU with the threads torch uses. peaks: FLOP/s and bytes/s that are given, and so not measured.
 
     format: "bf16" or "fp32", the one that attention and elementwise passes are measured in. The kinds run in turns and
-    the best of the rounds counts, so that other load on the machine touches all alike. A rate that torch has no kernel
-    for here (integer products on some processors) is absent. What is measured is reached, so efficiencies are 1, and
-    that of attention is its rate beside the matrix product's.
+    the median of the rounds counts, so that other load on the machine touches all alike. Integer products, and the
+    attention of packed models, are those of attar's own layers, whichever backend runs them. What is measured is
+    reached, so efficiencies are 1, and that of attention is its rate beside the matrix product's.
     """
     given = dict(peaks or {})
-    work = {k: v for k, v in _work(format).items() if k not in given}
+    work = {k: v for k, v in _work(format).items() if k.removeprefix("packed ") not in given}
     seen: dict[str, list[float]] = {}
     with torch.no_grad():
         for turn in range(rounds + 1):
-            for name, (amount, run) in list(work.items()):
-                try:
-                    started = time.perf_counter()
-                    run()
-                    seconds = time.perf_counter() - started
-                except RuntimeError:  # no such kernel in this build
-                    del work[name]
-                    continue
+            for name, (amount, run) in work.items():
+                started = time.perf_counter()
+                run()
+                seconds = time.perf_counter() - started
                 if turn:  # the first one warms up
                     seen.setdefault(name, []).append(amount / seconds)
     found = {**{name: median(rates) for name, rates in seen.items()}, **given}
     sources = {name: "measured here and now" for name in seen} | {name: "given with --peak" for name in given}
     attention, bandwidth = found.pop("attention"), found.pop("bandwidth")
+    packed = found.pop("packed attention", attention)
     threads = torch.get_num_threads()
     return Hardware(
         name="cpu",
@@ -53,6 +52,7 @@ def measure_cpu(peaks: Mapping[str, float] | None = None, format: str = "bf16", 
         bandwidth=bandwidth,
         efficiency={**dict.fromkeys(KINDS, 1.0), "attention": attention / found[format]},
         sources=sources,
+        packed_attention=packed / found[format],
     )
 
 
@@ -65,17 +65,23 @@ def _work(format: str) -> dict[str, tuple[float, Callable[[], object]]]:
         weights = cycle([torch.randn(OUT, WIDTH).to(dtype) for _ in range(WEIGHTS)])
         return lambda: F.linear(x, next(weights))
 
-    a = torch.randint(-8, 8, (ROWS, WIDTH), dtype=torch.int8)
-    codes = cycle([torch.randint(-8, 8, (OUT, WIDTH), dtype=torch.int8).t() for _ in range(WEIGHTS)])
-    q, k, v = (torch.randn(1, HEADS, TOKENS, HEAD).to(dtype) for _ in range(3))
+    def packed() -> Callable[[], object]:
+        x, ones = torch.randn(ROWS, WIDTH).to(dtype), torch.ones(OUT, 1)
+        codes = (torch.randint(-128, 128, (OUT, WIDTH), dtype=torch.int8) for _ in range(WEIGHTS))
+        layers = cycle([PackedLinear.from_codes(c, ones, 8, act_bits=8, compute_dtype=dtype) for c in codes])
+        return lambda: next(layers)(x)
+
+    q, k, v = (torch.randn(1, TOKENS, HEADS, HEAD).to(dtype) for _ in range(3))
+    qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
     x, scale = torch.randn(ROWS, OUT).to(dtype), torch.randn(OUT)
     moved = count_module(nn.Identity(), lambda: _elementwise(x.to("meta"), scale.to("meta"))).bytes()
-    products = 2.0 * ROWS * WIDTH * OUT
+    products, pairs = 2.0 * ROWS * WIDTH * OUT, 4.0 * HEADS * TOKENS * TOKENS * HEAD
     return {
         "fp32": (products, gemm(torch.float32)),
         "bf16": (products, gemm(torch.bfloat16)),
-        "int8": (products, lambda: torch._int_mm(a, next(codes))),
-        "attention": (4.0 * HEADS * TOKENS * TOKENS * HEAD, lambda: F.scaled_dot_product_attention(q, k, v)),
+        "int8": (products, packed()),
+        "attention": (pairs, lambda: F.scaled_dot_product_attention(qh, kh, vh)),
+        "packed attention": (pairs, lambda: attention(q, k, v)),
         "bandwidth": (moved, lambda: _elementwise(x, scale)),
     }
 

@@ -95,7 +95,10 @@ def plan_model(
     counts = {name: c.times(branches) for name, c in count_step(architecture, size).items()}
     before = counts[first]
     after = quantized_counts(before, plans[first], transform_settings(recipe), hardware)
-    seconds = {"original": predict_latency(before, hardware), "recipe": predict_latency(after, hardware)}
+    seconds = {
+        "original": predict_latency(before, hardware),
+        "recipe": predict_latency(after, hardware.running_packed()),
+    }
     ideal = hardware.ideal()
     around = _around(architecture, size, hardware, branches)
     calibration = forecast_calibration(

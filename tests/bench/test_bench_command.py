@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attar.bench.command import bench
+from attar.bench.run import bench_block, without_transforms
 from attar.bench.subject import bench_blocks, latent_grid, pack_block
 from attar.errors import AttarError
 from attar.forecast.architecture import find_architecture
@@ -51,6 +52,22 @@ def test_parts_are_named_and_memory_is_that_of_the_linears():
     assert result["weight_bytes"]["dense"] == 4 * (weights + biases)
     assert 0.25 < result["weight_bytes"]["share"] < 0.27
     json.dumps(result)
+
+
+def test_transforms_are_what_linears_take_less_without_them():
+    architecture = find_architecture("digits-video")
+    (block,) = bench_blocks(architecture, latent_grid(architecture, 64), 16, torch.float32)
+    dense = load_recipe("hadamard", {"quantize.rotation": "orthogonal"})  # a matrix as large as the weight
+    for recipe, least in ((dense, 0.1), (load_recipe("rtn"), 0.0)):
+        module = pack_block(block, recipe)
+        before = block.run(module)["hidden_states"]
+        with without_transforms(module):
+            plain = block.run(module)["hidden_states"]
+        assert torch.equal(block.run(module)["hidden_states"], before)
+        assert torch.equal(plain, before) == (least == 0)
+        found = bench_block(block, module, 3)
+        share = found["transforms"]["seconds"]["packed"] / found["linears"]["seconds"]["packed"]
+        assert least <= share < 1
 
 
 def test_models_with_two_kinds_of_blocks_are_measured_by_kind():

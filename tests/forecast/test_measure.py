@@ -28,6 +28,15 @@ def test_what_is_missing_is_measured():
     assert hardware.sources["bandwidth"] == "measured here and now" and 1e8 < hardware.bandwidth < 1e12
 
 
+def test_packed_models_have_rates_of_their_own():
+    hardware = measure_cpu({"fp32": 5e10, "bf16": 1e11, "bandwidth": 1e10}, rounds=2)
+    assert 1e8 < hardware.rates["int8"] < 1e14
+    packed = hardware.running_packed()
+    assert packed.efficiency["attention"] == hardware.packed_attention > 0
+    assert packed.rates == hardware.rates and packed.running_packed() == packed
+    assert hardware.ideal().running_packed().efficiency["attention"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["fp32", "bf16"])
 def test_a_block_takes_as_long_as_forecast(format):
