@@ -9,7 +9,7 @@ import torch
 
 from attar.models.source import find_source, load_pipeline
 from attar.recipe import load_recipe
-from benchmarks import streaming
+from benchmarks import forecast, streaming
 from benchmarks.cells import LATER, STUDIES, digest
 from benchmarks.outliers import CHANNELS, FACTOR, plant_outliers
 from benchmarks.tables import write_tables
@@ -101,3 +101,11 @@ def test_the_streaming_figures_in_the_docs_are_the_measured_ones():
         assert line in page
     assert all(row["peak_gb"] < row["bar_gb"] for row in content["cells"].values())
     assert {"rtn", "hadamard", "smoothquant"} <= set(content["cells"])
+
+
+def test_the_forecasts_in_the_docs_are_the_measured_ones_and_came_true():
+    content = json.loads(forecast.RESULTS.read_text())
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert forecast.table(content) in page
+    ratios = [row["ratio"] for rows in content["blocks"].values() for row in rows.values()]
+    assert len(ratios) >= 6 and all(abs(ratio - 1) <= forecast.TOLERANCE for ratio in ratios)

@@ -1,0 +1,287 @@
+"""The commands that make and look at compressed models: compress, generate, compare."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attar.cli.app import app
+from attar.cli.options import (
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    Json,
+    Model,
+    NoiseSeed,
+    Prompts,
+    Seed,
+    Steps,
+    Width,
+    assignments,
+    emit,
+    note,
+    torch_dtype,
+    without_none,
+)
+from attar.errors import AttarError
+from attar.files import check_writable, named_path
+
+
+def _one_job(command: Callable[..., None]) -> Callable[..., None]:
+    """All processes that a launcher has started are one job of this command; one alone makes a dry run."""
+
+    @functools.wraps(command)
+    def together(**options: Any) -> None:
+        from attar import ranks
+
+        if (
+            "WORLD_SIZE" not in os.environ
+            and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+        ):
+            note("accelerate started one process only; on CPUs use torchrun, or its option --multi_gpu")
+        if not options["dry_run"]:
+            with ranks.joined(options["device"]):
+                command(**options)
+        elif os.environ.get("RANK", "0") == "0":
+            command(**options)
+
+    return together
+
+
+@app.command()
+@_one_job
+def compress(
+    model: Model,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", parser=named_path, metavar="FOLDER", help="folder of the compressed model"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="published name or YAML file; see `attar recipes`")
+    ] = "attar-ptq",
+    weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
+    acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
+    text_encoder_weights: Annotated[
+        int | None, typer.Option(help="bits of the text encoders' weights (default: left as they are)")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")
+    ] = None,
+    prompts: Prompts = None,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(parser=named_path, metavar="FOLDER", help="folder for resuming (default: OUTPUT.work)"),
+    ] = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="read weights block by block, or load the pipeline whole (default: what fits)",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace a compressed model that is there already")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan and the forecast, change nothing")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
+    from attar import conductor, ranks
+    from attar.forecast.dry_run import forecast_job, forecast_text
+    from attar.models.memory import choose, open_pipeline
+    from attar.models.source import find_source, read_prompts
+    from attar.progress import RichProgress, SilentProgress
+    from attar.recipe import load_recipe
+
+    bits = {
+        "quantize.weights": weights,
+        "quantize.acts": acts,
+        "text_encoder.weights": text_encoder_weights,
+    }
+    chosen = load_recipe(recipe, {**assignments(set_), **without_none(bits)})
+    if output is None and not dry_run:
+        raise AttarError("no output folder was given", fix="Add -o FOLDER, or --dry-run to see the plan only")
+    precision = torch_dtype(dtype)
+    given = None if prompts is None else read_prompts(prompts)
+    generation = without_none({"height": height, "width": width, "num_frames": frames})
+    source = find_source(model)
+    choice = ranks.first(
+        lambda: choose(source, chosen.needs_data, precision, device, stream, processes=ranks.here())
+    )
+    note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
+    if dry_run:
+        pipe = open_pipeline(source, choice, precision, device)
+        result = forecast_job(pipe, source, chosen, given, generation)
+        emit(result) if as_json else print(forecast_text(result))
+        return
+    assert output is not None
+    from attar.save import check_destination, linear_bytes, save_compressed
+    from attar.text_encoder import plan_text_encoders, text_encoder_bytes
+    from attar.workspace import Workspace
+
+    target = Path(os.path.realpath(output))
+    place = workspace or Path(f"{target}.work")
+    check_destination(target, overwrite, place, source)
+    work = Workspace(place)
+    if ranks.size() > 1:
+        note(f"{ranks.size()} processes: {conductor.division(chosen)}")
+    pipe = open_pipeline(source, choice, precision, device)
+    plans = {
+        n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
+    }
+    text = text_encoder_bytes(pipe, plan_text_encoders(pipe, chosen), source)
+    progress = RichProgress() if ranks.is_first() else SilentProgress()
+    pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, progress)
+    if not ranks.is_first():
+        return
+    dense, packed = linear_bytes(pipe, plans)
+    save_compressed(pipe, target, source, plans, work)
+    summary = {
+        "output": str(output),
+        "workspace": str(place),
+        "recipe": chosen.name,
+        "bits": chosen.bits,
+        "linear_bytes_bf16": dense,
+        "linear_bytes_packed": packed,
+        "linear_ratio": round(dense / packed, 3),
+        "text_encoder_bytes": text,
+        "seconds": {k: round(v, 1) for k, v in pipe.attar_compression.seconds.items()},
+        "block_errors": {
+            name: [[b["error_before"], b["error_after"]] for b in part["blocks"]]
+            for name, part in pipe.attar_compression.components.items()
+        },
+    }
+    if as_json:
+        emit(summary)
+    else:
+        sizes = f"{dense / 1e6:.1f} → {packed / 1e6:.1f} MB ({dense / packed:.2f}×)"
+        print(f"{output}: {chosen.name} {chosen.bits}, block linears {sizes}")
+        for name, (before, after) in text.items():
+            print(f"{name}: {before / 1e6:.1f} → {after / 1e6:.1f} MB in its files")
+        following = shlex.join(["attar", "compare", model, str(output), "-o", f"{target.name}-report"])
+        print(f"resume data in {place} can be deleted; next: {following}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Argument(help="one or more sentences")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=named_path,
+            metavar="FILE",
+            help="an .mp4 file (numbered for several prompts)",
+        ),
+    ] = Path("out.mp4"),
+    seed: NoiseSeed = 0,
+    steps: Steps = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="classifier-free guidance scale")] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="of the file (default: the model's)")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Generate videos with any pipeline, compressed or not."""
+    from attar.evaluate.generate import generate as make
+    from attar.evaluate.video import save_video, to_frames
+    from attar.models.source import find_source, load_pipeline
+    from attar.progress import RichProgress
+    from attar.runtime.backend import backend_description
+    from attar.runtime.layers import packed_layers
+
+    if output.suffix != ".mp4":
+        raise AttarError("the output is not an .mp4 file", where=str(output), fix="Name it something.mp4")
+    check_writable(output.parent)
+    source = find_source(model)
+    pipe = load_pipeline(source, dtype=torch_dtype(dtype), device=device)
+    if any(packed_layers(part) for part in (pipe.components.values()) if hasattr(part, "named_modules")):
+        print(f"backend {backend_description(pipe.device)}", file=sys.stderr)
+    call = source.call_arguments(
+        num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, num_frames=frames
+    )
+    total = int(call.get("num_inference_steps", 50)) * len(prompt)
+    with RichProgress().task("generate", total) as advance:
+        made = make(pipe, prompt, seed=seed, call=call, step=lambda done: advance(done))
+    written = []
+    for i, (sentence, clip) in enumerate(zip(prompt, to_frames(made.videos), strict=True)):
+        path = output if len(prompt) == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
+        meta = {"prompt": sentence, "seed": seed + i, "model": source.name, **{k: v for k, v in call.items()}}
+        save_video(clip, path, fps or source.fps, max(1, 192 // clip.shape[2]), meta)
+        written.append(
+            {"file": str(path), "prompt": sentence, "seed": seed + i, "seconds": round(made.seconds[i], 2)}
+        )
+    if as_json:
+        emit(written)
+    else:
+        for row in written:
+            print(f"{row['file']}: {row['prompt']} (seed {row['seed']}, {row['seconds']} s)")
+
+
+@app.command()
+def compare(
+    reference: Annotated[
+        str, typer.Argument(help="the original: a built-in name, a diffusers folder, or a hub id")
+    ],
+    compressed: Annotated[str, typer.Argument(help="the folder that `attar compress` wrote")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=named_path,
+            metavar="FOLDER",
+            help="folder of the report; one that is there is replaced",
+        ),
+    ] = Path("report"),
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="how many prompts at most")] = 8,
+    seed: NoiseSeed = 1000,
+    steps: Steps = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Videos side by side from the same noise, with every figure, as one HTML page."""
+    from attar.calibration.prompts import GENERAL_PROMPTS
+    from attar.evaluate.compare import compare as run
+    from attar.models.source import find_source, read_prompts
+    from attar.progress import RichProgress
+
+    original, small = find_source(reference), find_source(compressed)
+    assert original.folder is not None
+    check_writable(output)
+    own = original.folder / "evaluation_prompts.txt"
+    chosen = (
+        read_prompts(prompts) if prompts else read_prompts(own) if own.is_file() else list(GENERAL_PROMPTS)
+    )
+    data = run(
+        original, small, chosen[:count], output, seed=seed,
+        overrides={"num_inference_steps": steps}, dtype=torch_dtype(dtype), device=device, progress=RichProgress(),
+    )  # fmt: skip
+    if as_json:
+        print((output / "report.json").read_text(encoding="utf-8"), end="")
+    else:
+        values = [pair.psnr for pair in data.pairs if pair.psnr is not None]
+        print(f"{output / 'index.html'}: {len(data.pairs)} pairs, PSNR {sum(values) / len(values):.2f} dB")
