@@ -194,6 +194,7 @@ COMPETITORS = (
     Competitor("attar attar-ptq W8A8, compiled", "attar", attar("attar-ptq", 8, 8), BF16, compiled=True),
     Competitor("attar rtn W8A8, compiled", "attar", attar("rtn", 8, 8), BF16, compiled=True),
     Competitor("attar rtn W4A16", "attar", attar("rtn", 4, 16), BF16),
+    Competitor("attar attar-ptq W4A16", "attar", attar("attar-ptq", 4, 16), BF16),
     Competitor("torchao int8 dynamic", "torchao", INT8_DYNAMIC, BF16),
     Competitor("torchao int8 dynamic, compiled", "torchao", INT8_DYNAMIC, BF16, compiled=True),
     Competitor("torchao int8 weight-only", "torchao", torchao(lambda q: q.Int8WeightOnlyConfig()), BF16),
