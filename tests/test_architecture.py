@@ -157,7 +157,7 @@ def test_verbs_do_not_know_each_other():
         ("counts", {"models"}),
         ("hardware", set()),
         ("latency", {"quantize", "runtime", "forecast.counts", "forecast.hardware"}),
-        ("measure", {"forecast.counts", "forecast.hardware"}),
+        ("measure", {"runtime", "forecast.counts", "forecast.hardware"}),
     ],
 )
 def test_the_forecast_counts_without_plumbing(name, allowed):
