@@ -9,8 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Index of torch's CPU builds, for Linux without an NVIDIA GPU, where pip would else fetch the CUDA build; see README.
 TORCH_INDEX ?=
-# A third of the recipe's epochs, so that the demo takes minutes on two cores; DEMO_ARGS= runs it whole.
-DEMO_ARGS ?= --set reconstruct.epochs=5
+# About half of the recipe's epochs, so that the demo takes minutes on two cores; DEMO_ARGS= runs it whole.
+DEMO_ARGS ?= --set reconstruct.epochs=8
 COMPARE_ARGS ?=
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
