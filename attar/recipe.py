@@ -245,20 +245,25 @@ def load_recipe(
 
 
 def changed_settings(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (value, value in the published recipe of that name), bits aside. {} for a recipe of one's own."""
+    """Dotted key -> (value, value in the published recipe of that name). {} for a recipe of one's own.
+
+    Bits and the text encoder, which a user chooses apart from the recipe, and what describes a recipe are left out.
+    """
     if recipe.name not in recipe_names():
         return {}
-    used, published = (_flat(r.model_dump()) for r in (recipe, load_recipe(recipe.name)))
-    unsaid = {"quantize.weights", "quantize.acts"}
-    keys = [key for key in {**published, **used} if key not in unsaid and used.get(key) != published.get(key)]
+    unsaid: Any = {
+        "quantize": {"weights", "acts"},
+        **dict.fromkeys(("name", "summary", "notes", "paper", "text_encoder"), True),
+    }
+    used, published = (_flat(r.model_dump(exclude=unsaid)) for r in (recipe, load_recipe(recipe.name)))
+    keys = [key for key in {**published, **used} if used.get(key) != published.get(key)]
     return {key: (used.get(key), published.get(key)) for key in keys}
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
-        found |= inner or {f"{prefix}{key}": value}
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 

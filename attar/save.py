@@ -40,6 +40,9 @@ _COPIED = (
     "calibration_prompts.txt",
     "evaluation_prompts.txt",
     "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
 )
 
 
@@ -234,20 +237,21 @@ def _card(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
         pipeline_tag="text-to-video" if video else "text-to-image",
         fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
-        call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), license=_license(source),
+        call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), **_license(source),
         example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
     )  # fmt: skip
 
 
-def _license(source: Source) -> str | None:
-    """The licence that the source's own model card names in its front matter."""
+def _license(source: Source) -> dict[str, Any]:
+    """What the source's own model card says of its licence in its front matter."""
     path = None if source.folder is None else source.folder / "README.md"
     if path is None or not path.is_file():
-        return None
+        return {}
     start, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
         front = None if start.strip() else yaml.safe_load(rest.partition("\n---")[0])
     except yaml.YAMLError:
-        return None  # a card that people wrote by hand; nothing depends on it
-    found = front.get("license") if isinstance(front, dict) else None
-    return found if isinstance(found, str) else None
+        return {}  # a card that people wrote by hand; nothing depends on it
+    front = front if isinstance(front, dict) else {}
+    keys = ("license", "license_name", "license_link")
+    return {key: front[key] for key in keys if isinstance(front.get(key), str)}

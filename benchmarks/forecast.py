@@ -132,8 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = load(RESULTS, "blocks")
-    for tokens in args.tokens:
-        results["blocks"][f"{args.shape}, {tokens} tokens"] = measure(args.shape, tokens, args.rounds)
+    made = {f"{args.shape}, {n} tokens": measure(args.shape, n, args.rounds) for n in args.tokens}
+    results["blocks"].update(made)
     results["environment"] = {
         "processor": processor(),
         "threads": args.threads,
@@ -142,7 +142,7 @@ def main() -> None:
     }
     save(RESULTS, results)
     print(table(results))
-    ratios = [row["ratio"] for rows in results["blocks"].values() for row in rows.values()]
+    ratios = [row["ratio"] for rows in made.values() for row in rows.values()]
     raise SystemExit(0 if all(abs(ratio - 1) <= TOLERANCE for ratio in ratios) else 1)
 
 

@@ -104,12 +104,16 @@ def test_the_command_and_the_interface_give_the_same_model(saved, wan_folder):
 def test_the_card_inherits_the_licence_and_the_call(commands, wan_folder, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(wan_folder, source)
-    (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: a-name\n---\n# A model\n")
     settings = json.loads((source / "generation.json").read_text())
     (source / "generation.json").write_text(json.dumps({**settings, "guidance_scale": 4.5}))
     assert commands.run("compress", source, "-o", tmp_path / "small", "--recipe", "rtn") == 0
     card = (tmp_path / "small" / "README.md").read_text()
-    assert "\nlicense: mit\n" in card and "guidance_scale=4.5" in card and "published recipe" not in card
+    assert (
+        "\nlicense: other\nlicense_name: a-name\n" in card
+        and "guidance_scale=4.5" in card
+        and "published recipe" not in card
+    )
 
 
 def test_loading_in_bfloat16(saved):

@@ -8,7 +8,7 @@ from attar.calibration.prompts import GENERAL_PROMPTS
 from attar.conductor import calibration_prompts
 from attar.errors import AttarError
 from attar.models.source import Source
-from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe, recipe_names
+from attar.recipe import DEFAULT_RECIPE, Recipe, changed_settings, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -98,3 +98,14 @@ def test_where_calibration_prompts_come_from():
     with pytest.raises(AttarError, match="the recipe traces 4 prompts, the model brings 3"):
         calibration_prompts(load_recipe("s2q-vdit", {"trace.prompts": 4}), own, None)
     assert len(set(GENERAL_PROMPTS)) == len(GENERAL_PROMPTS) >= Recipe(name="x").trace.prompts
+
+
+def test_changed_settings_are_those_of_the_method():
+    changes = {"quantize.roles": {"ffn.down": {"weights": 8}}, "reconstruct.epochs": 3, "quantize.weights": 3}
+    changed = changed_settings(load_recipe("s2q-vdit", {**changes, "text_encoder.weights": 8}))
+    assert changed == {"reconstruct.epochs": (3, 15), "quantize.roles.ffn.down.weights": (8, None)}
+    described = {**load_recipe("rtn").model_dump(), "summary": "other words"}
+    assert changed_settings(load_recipe(described)) == {}
+    assert (
+        changed_settings(load_recipe({**described, "name": "mine"}, {"quantize.rotation": "hadamard"})) == {}
+    )

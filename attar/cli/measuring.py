@@ -78,7 +78,9 @@ def bench(
     text_tokens: Annotated[int | None, typer.Option(min=1, help="length of the text")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="rounds, in which dense and packed take turns")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
-    backend: Annotated[str | None, typer.Option(help="reference or cpu (default: the fastest)")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="reference, cpu or triton (default: the fastest)")
+    ] = None,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="of the dense blocks that are compared with")] = "bfloat16",
     as_json: Json = False,
@@ -93,7 +95,8 @@ def bench(
     from attar.runtime.backend import use_backend
 
     if (model is None) == (shape is None):
-        raise AttarError("nothing to measure is named", fix="Give a model, or --shape")
+        what = "nothing to measure is named" if model is None else "a model and a shape are named"
+        raise AttarError(what, fix="Give a model, or --shape")
     bits = without_none({"quantize.weights": weights, "quantize.acts": acts})
     chosen = load_recipe(recipe, {**assignments(set_), **bits})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -45,6 +45,8 @@ class ModelCard:
     pipeline_tag: str = "text-to-video"
     library_name: str = "diffusers"
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     tags: list[str] = field(default_factory=list)
     example_prompt: str = "a red fox runs through snow"
     fps: float = 16
@@ -71,8 +73,8 @@ def model_card(info: ModelCard | Mapping[str, Any]) -> str:
     if on_hub:
         front |= {"base_model": base, "base_model_relation": "quantized"}
     front |= {"pipeline_tag": card.pipeline_tag, "library_name": card.library_name}
-    if card.license:
-        front["license"] = card.license
+    named = {key: getattr(card, key) for key in ("license", "license_name", "license_link")}
+    front |= {key: value for key, value in named.items() if value}
     front["tags"] = list(dict.fromkeys(["attar", "quantized", card.bits.lower(), card.recipe, *card.tags]))
     sizes = [
         (part, before, after, format_bytes(before), format_bytes(after))

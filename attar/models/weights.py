@@ -42,7 +42,8 @@ class ResidentWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        first = next(model.parameters(), None)
+        self.device = torch.device("cpu") if first is None else first.device
 
     @contextmanager
     def opened(self, module: nn.Module) -> Iterator[None]:

@@ -128,7 +128,8 @@ def plan_layers(
         raise AttarError(
             "an override matches no layer", where=sorted(unmatched)[0], fix=f"Roles here: {', '.join(roles)}"
         )
-    if group_size is not None and all(plan.act_bits is not None for plan in plans if not plan.skipped):
+    planned = [plan for plan in plans if not plan.skipped]
+    if group_size is not None and planned and all(plan.act_bits is not None for plan in planned):
         raise AttarError(
             "groups are for layers with floating-point activations, and there is none",
             where="group_size",

@@ -166,7 +166,7 @@ def _check_layers(
             if not any(key.startswith(f"{name}.transforms.{i}.") for key in tensors):
                 raise AttarError(f"transform {i} of {name!r} is missing", where=where, fix=_DAMAGED)
         (codes_dtype, codes), (scale_dtype, scale) = (tensors[f"{name}.{part}"] for part in wanted[:2])
-        if (codes_dtype, scale_dtype) != (torch.uint8, torch.float32) or codes[0] != scale[0]:
+        if (codes_dtype, scale_dtype) != (torch.uint8, torch.float32) or codes[:1] != scale[:1]:
             raise AttarError(f"codes and scales of {name!r} do not match", where=where, fix=_DAMAGED)
     for key, (dtype, _) in tensors.items():
         layer, part = _owner(key, layers)
@@ -211,7 +211,8 @@ def _verify_copies(root: Path) -> None:
             raise AttarError("a file is missing", where=name, fix=_DAMAGED)
     for name, digest in file_checksums(root, promised).items():
         if digest != promised[name]:
-            raise AttarError("the file is not as attar copied it", where=name, fix=_DAMAGED)
+            fix = f"{_DAMAGED}; if it was changed on purpose, remove its line from `copied` in {EVIDENCE}"
+            raise AttarError("the file is not as attar copied it", where=name, fix=fix)
 
 
 def _quantization_config(folder: Path) -> Mapping[str, Any] | None:

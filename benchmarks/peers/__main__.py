@@ -48,6 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
+    if args.only and "speed" in args.part and args.results == RESULTS:
+        parser.error("a part of the competitors would replace the speeds of all: give another --results")
     chosen = [c for c in COMPETITORS if not args.only or any(part in c.name for part in args.only)]
     if "quality" in args.part:
         run_quality(args, chosen)
