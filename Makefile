@@ -13,6 +13,7 @@ TORCH_INDEX ?=
 DEMO_ARGS ?= --set reconstruct.epochs=8
 COMPARE_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests; 0 runs them in this one, as a debugger wants it.
 TEST_PROCESSES ?= 2
 QUALITY_ARGS ?=
 
