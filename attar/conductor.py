@@ -248,9 +248,8 @@ def plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 def check_finite(name: str, part: nn.Module) -> None:
     """Raises AttarError for the first weight of a component that is not finite; streamed ones are read once for it."""
     for key, parameter in weights_of(part).tensors():
-        small = (
-            parameter.is_floating_point() and parameter.element_size() == 1
-        )  # torch has no test of 8-bit floats
+        # torch has no test of 8-bit floats
+        small = parameter.is_floating_point() and parameter.element_size() == 1
         if not bool(torch.isfinite(parameter.float() if small else parameter).all()):
             raise AttarError(
                 "a weight is not finite", where=f"{name}.{key}", fix="Check the model before compressing"

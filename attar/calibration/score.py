@@ -25,9 +25,8 @@ from attar.models.families import FAMILIES
 from attar.models.tree import map_tensors
 from attar.models.weights import weights_of
 
-_BOTH_NORMS = (
-    1024  # channels: the Frobenius norm needs the d×d Gram matrix, which costs more than the rest above
-)
+# channels: the Frobenius norm needs the d×d Gram matrix, which costs more than the rest above
+_BOTH_NORMS = 1024
 FEATURES = ("latent", "block0_input", "last_hidden", "model_output")
 
 
