@@ -29,12 +29,12 @@ from attar.models.adapter import ModelAdapter
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.progress import Progress, SilentProgress
-from attar.quantize.plan import LayerPlan, check_rotations, plan_layers
+from attar.quantize.plan import LayerPlan, check_rotations
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.layers import packed_layers
 from attar.runtime.transformers_integration import mark_text_encoder
-from attar.settings import transform_settings
+from attar.settings import plan_for, transform_settings
 from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
@@ -161,10 +161,7 @@ def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         )
     adapter = ModelAdapter.of(transformer)
     inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
-    bits = recipe.quantize
-    plan = plan_layers(
-        inside, adapter.outside_linears(), bits.weights, bits.acts, bits.roles, bits.group_size
-    )
+    plan = plan_for(recipe, inside, adapter.outside_linears())
     check_rotations(plan, transform_settings(recipe))
     if all(layer.skipped for layer in plan):
         raise AttarError(

@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
 from attar.errors import AttarError
+from attar.quantize.tables import check_weight_format
+from attar.runtime.formats import check_format
 
 
 class _Stage(BaseModel):
@@ -64,6 +66,19 @@ class Select(_Stage):
         return _one_of(value, FEATURES)
 
 
+class LowRank(_Stage):
+    """A branch of low rank in high precision beside each quantized product."""
+
+    rank: int = Field(default=32, ge=1)
+    start: Literal["weight", "error"] = Field(
+        default="weight", description="of the weight itself (SVDQuant), or of what rounding loses (LoftQ)"
+    )
+    iterations: int = Field(default=1, ge=0, description="times that it is taken anew; the best is kept")
+    metric: Literal["weight", "output"] = Field(
+        default="weight", description="squared error of the weight, or of the output on calibration samples"
+    )
+
+
 class Quantize(_Stage):
     """Bits by role, equivalent transforms, and which of their parameters exist."""
 
@@ -73,11 +88,14 @@ class Quantize(_Stage):
     acts: int = Field(
         default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
     )
+    weight_format: str = Field(default="int", description="of the weights' numbers, see docs/recipes.md")
+    act_format: Literal["int", "fp8"] = Field(default="int", description="of the activations' numbers")
     group_size: int | None = Field(
         default=None,
         ge=1,
         description="input channels to a scale in weight-only layers; null for one per channel",
     )
+    low_rank: LowRank | None = Field(default=None, description="a branch beside the quantized product")
     roles: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
@@ -102,6 +120,16 @@ class Quantize(_Stage):
         if not (2 <= value <= 8 or (value == 16 and info.field_name == "acts")):
             raise ValueError("choose between 2 and 8 bits" + (", or 16" if info.field_name == "acts" else ""))
         return value
+
+    @model_validator(mode="after")
+    def _formats_have_these_bits(self) -> Quantize:
+        try:
+            check_weight_format(self.weight_format, self.weights)
+            if self.acts != 16:
+                check_format(self.act_format, self.acts)
+        except AttarError as error:
+            raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
+        return self
 
     @model_validator(mode="after")
     def _stretch_needs_factors(self) -> Quantize:
@@ -188,11 +216,16 @@ class Recipe(_Stage):
     def needs_data(self) -> bool:
         """Whether calibration samples are used at all."""
         learned = self.reconstruct is not None and self.reconstruct.epochs > 0
-        return learned or self.quantize.scale or self.rounding.method == "gptq"
+        branch = self.quantize.low_rank
+        measured = branch is not None and branch.metric == "output"
+        return learned or measured or self.quantize.scale or self.rounding.method == "gptq"
 
     @property
     def bits(self) -> str:
-        return f"W{self.quantize.weights}A{self.quantize.acts}"
+        kinds = {self.quantize.weight_format, self.quantize.act_format} - {"int"}
+        return f"W{self.quantize.weights}A{self.quantize.acts}" + "".join(
+            f"-{kind}" for kind in sorted(kinds)
+        )
 
     def to_yaml(self) -> str:
         """Every key with its value, and as a comment what it means."""

@@ -207,7 +207,7 @@ def linear_bytes(pipe: Any, plans: dict[str, list[LayerPlan]]) -> tuple[int, int
                 )
         for layer in packed_layers(transformer).values():
             packed += sum(t.numel() * t.element_size() for t in layer.buffers())
-            packed += 2 * layer.bias.numel() if layer.bias is not None else 0
+            packed += sum(2 * parameter.numel() for parameter in layer.parameters())
     return dense, packed
 
 

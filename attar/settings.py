@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from attar.quantize.block import BlockSettings
 from attar.quantize.initialize import TransformSettings
+from attar.quantize.low_rank import LowRankSettings
+from attar.quantize.plan import LayerPlan, NamedLinear, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 
@@ -12,6 +16,17 @@ def transform_settings(recipe: Recipe) -> TransformSettings:
     """Of the equivalent transforms of one layer."""
     q = recipe.quantize
     return TransformSettings(q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order)
+
+
+def plan_for(
+    recipe: Recipe, inside: Iterable[NamedLinear], outside: Iterable[NamedLinear]
+) -> list[LayerPlan]:
+    """The plan of every linear layer, in blocks and outside of them (see `plan_layers`)."""
+    q = recipe.quantize
+    return plan_layers(
+        inside, outside, q.weights, q.acts, q.roles, q.group_size, q.weight_format, q.act_format,
+        0 if q.low_rank is None else q.low_rank.rank,
+    )  # fmt: skip
 
 
 def block_settings(recipe: Recipe) -> BlockSettings:
@@ -28,5 +43,6 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         clip_start=q.clip_start, stats_ema=q.stats_ema, learning=learning,
         train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
         train_clip=r is not None and r.train_clip,
+        low_rank=None if q.low_rank is None else LowRankSettings(**q.low_rank.model_dump()),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
     )  # fmt: skip

@@ -25,9 +25,8 @@ from attar.forecast.counts import Counts, Operation, count_transformer
 from attar.forecast.hardware import Hardware
 from attar.forecast.latency import predict_latency, quantized_counts
 from attar.forecast.measure import measure_cpu
-from attar.quantize.plan import plan_layers
 from attar.recipe import Recipe, load_recipe
-from attar.settings import transform_settings
+from attar.settings import plan_for, transform_settings
 from benchmarks.store import FOLDER, load, processor, save
 
 RESULTS = FOLDER / "forecast.json"
@@ -49,8 +48,7 @@ class Subject:
         """Seconds."""
         counts = self.counts
         if self.recipe is not None:
-            bits = self.recipe.quantize
-            plans = plan_layers(self.block.linears, [], bits.weights, bits.acts, bits.roles, bits.group_size)
+            plans = plan_for(self.recipe, self.block.linears, [])
             counts = quantized_counts(counts, plans, transform_settings(self.recipe), hardware)
             hardware = hardware.running_packed()
         return predict_latency(counts, hardware)["total"]

@@ -25,7 +25,7 @@ from attar import __version__
 from attar.forecast.architecture import find_architecture
 from attar.models.adapter import ModelAdapter
 from attar.runtime import PackedLinear, backend_description
-from attar.runtime.reference import integer_range
+from attar.runtime.formats import integer_range
 from benchmarks.peers.competitors import BF16, INT8_DYNAMIC, Competitor, Task, attar, plain, torchao
 from benchmarks.peers.quality import linear_bytes
 from benchmarks.peers.speed import Ready, in_turns, measure_speed

@@ -36,7 +36,7 @@ ALLOWED = {
     "calibration": {"models", "losses", "ranks"},
     "quantize": {"models", "losses", "ranks", "runtime"},
     "evaluate": {"models", "runtime", "progress"},
-    "recipe": {"calibration"},
+    "recipe": {"calibration", "quantize", "runtime"},
     "workspace": {"ranks"},
     "identity": {"models"},
     "progress": set(),

@@ -19,10 +19,9 @@ from attar.models.adapter import Block, Linear, ModelAdapter
 from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
 from attar.quantize.block import quantize_block
-from attar.quantize.plan import plan_layers
 from attar.recipe import Recipe
 from attar.runtime import use_fast_attention
-from attar.settings import block_settings
+from attar.settings import block_settings, plan_for
 
 IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel")
 LAYER_KEYS = ("num_layers", "num_single_layers")  # of a transformer's config: blocks of each kind
@@ -93,8 +92,7 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     module = copy.deepcopy(block.dense)
     use_fast_attention(module)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
-    bits = recipe.quantize
-    plans = plan_layers(block.linears, [], bits.weights, bits.acts, bits.roles, bits.group_size)
+    plans = plan_for(recipe, block.linears, [])
 
     def run(call: BlockCall) -> dict[str, Tensor]:
         return run_block(module, call, block.outputs)

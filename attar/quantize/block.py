@@ -20,6 +20,7 @@ from attar.quantize.initialize import (
     collect_input_stats,
 )
 from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module
+from attar.quantize.low_rank import LowRankSettings, start_branch
 from attar.quantize.plan import LayerPlan
 from attar.quantize.reconstruct import (
     Loss,
@@ -52,6 +53,7 @@ class BlockSettings:
     train_clip: bool = True
     gptq_damping: float | None = None
     gptq_block: int = 128
+    low_rank: LowRankSettings | None = None
 
     def treatment(self, plan: LayerPlan) -> list[str]:
         """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
@@ -63,6 +65,7 @@ class BlockSettings:
             steps.reverse()
         steps += [
             ("weight clipping", self.weight_clip),
+            (f"low-rank branch ({plan.low_rank})", plan.low_rank > 0),
             ("activation clipping", self.act_clip and plan.act_bits is not None),
             ("nearest", self.gptq_damping is None),
             ("gptq", self.gptq_damping is not None),
@@ -112,6 +115,8 @@ def quantize_block(
                 "a weight is not finite", where=plans[name].name, fix="Check the model before compressing"
             )
     layers = _wrap(module, plans, linears, run, calls, settings, seed)
+    if settings.low_rank is not None:
+        _start_branches(layers, plans, run, calls, settings.low_rank)
     if calls:
         outcome.error_before = _mean_relative_error(run, calls, targets)
     if settings.learning is not None:
@@ -172,11 +177,24 @@ def _wrap(
         layer = QuantizedLinear(
             linear, plan.weight_bits or 0, plan.act_bits, transforms, group_size=plan.group_size,
             weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
-            clip_start=settings.clip_start,
+            clip_start=settings.clip_start, weight_format=plan.weight_format, act_format=plan.act_format,
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
     return layers
+
+
+def _start_branches(
+    layers: Mapping[str, QuantizedLinear],
+    plans: Mapping[str, LayerPlan],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    settings: LowRankSettings,
+) -> None:
+    chosen = {name: layer for name, layer in layers.items() if plans[name].low_rank}
+    moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
+    for name, layer in chosen.items():
+        start_branch(layer, settings, moments.pop(name, None))
 
 
 def _gptq_codes(
@@ -198,11 +216,14 @@ def _gptq_codes(
         weight, scale = layer.baked_weight(clipped=True)
         bits, damping = layer.weight_bits, settings.gptq_damping
         try:
-            codes.append(gptq(weight, hessian, scale, bits, damping, settings.gptq_block).cpu())
+            found = gptq(
+                weight, hessian, scale, bits, damping, settings.gptq_block, layer.number, layer.levels
+            )
+            codes.append(found.cpu())
         except AttarError as error:
             raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
-    found = zip(calibrated, ranks.collected(codes), strict=True)
-    return {name: code.to(calibrated[name].weight.device) for name, code in found}
+    everyone = zip(calibrated, ranks.collected(codes), strict=True)
+    return {name: code.to(calibrated[name].weight.device) for name, code in everyone}
 
 
 def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Parameter]]:

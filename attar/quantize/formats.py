@@ -1,8 +1,9 @@
-"""Symmetric uniform fake quantization with straight-through gradients, for weights and activations.
+"""Symmetric fake quantization with straight-through gradients, for weights and activations.
 
-Values are those of `attar.runtime.reference`, bit for bit: fake ≡ dequantize ∘ quantize. Gradients
-(S²Q-VDiT's base, as in FlatQuant): identity through round, identity inside and zero outside the clipping
-range, and the step size Δ stays a differentiable function of the clipping factors and the tensor's extremes.
+`number` is a format of `attar.runtime.formats`: int, fp8, or a table with its `levels`. Values are those of
+`attar.runtime.reference`, bit for bit: fake ≡ dequantize ∘ quantize. Gradients (S²Q-VDiT's base, as in FlatQuant):
+identity through round, identity inside and zero outside the clipping range, and the step size Δ stays a differentiable
+function of the clipping factors and the tensor's extremes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.quantize.compiled import FakeQuantizeRows, compiled_for
-from attar.runtime.reference import MIN_ABSMAX, integer_range, quantize, symmetric_scale, wide
+from attar.runtime.formats import decode, encode, integer_range, wide
+from attar.runtime.reference import MIN_ABSMAX, symmetric_scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -28,38 +30,55 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (steps + (steps.round() - steps).detach()) * scale
 
 
-def fake_quantize_tokens(x: Tensor, bits: int, clip: Tensor | None = None) -> Tensor:
+def fake_quantize_tokens(x: Tensor, bits: int, clip: Tensor | None = None, number: str = "int") -> Tensor:
     """Dynamic fake quantization of activations, one Δ for each token.
 
     x: (..., d). clip: learned factors (f_lo, f_hi) of the layer, shape (2,), or None for the full range.
     """
-    return _fake_quantize_range(wide(x), clip, bits)
+    return _fake_quantize_range(wide(x), clip, bits, number)
 
 
 def fake_quantize_weight(
-    weight: Tensor, bits: int, clip: Tensor | None = None, group_size: int | None = None
+    weight: Tensor,
+    bits: int,
+    clip: Tensor | None = None,
+    group_size: int | None = None,
+    number: str = "int",
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Fake quantization of a weight, one Δ for each output channel or each group of input channels.
 
     weight: (out, in). clip: learned factors (f_lo, f_hi), shape (2, out, groups), groups = 1 per output
-    channel, or None. Returns (out, in).
+    channel, or None. levels: (1 or out, 1 or groups, 2^bits) of a table. Returns (out, in).
     """
     grouped = _grouped(wide(weight), group_size)
-    return _fake_quantize_range(grouped, clip, bits).view(weight.shape)
+    return _fake_quantize_range(grouped, clip, bits, number, levels).view(weight.shape)
 
 
 def quantize_weight(
-    weight: Tensor, bits: int, clip: Tensor | None = None, group_size: int | None = None
+    weight: Tensor,
+    bits: int,
+    clip: Tensor | None = None,
+    group_size: int | None = None,
+    number: str = "int",
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes (out, in) and scales (out, groups) that `fake_quantize_weight` stands for."""
     grouped = _grouped(wide(weight), group_size)
-    clamped, scale = _clamp_and_scale(grouped, clip, bits)
-    return quantize(clamped, scale, bits).view(weight.shape), scale.squeeze(-1)
+    clamped, absmax = _clamp(grouped, clip)
+    scale = symmetric_scale(absmax, bits, number)
+    return encode(clamped / scale, number, bits, levels).view(weight.shape), scale.squeeze(-1)
 
 
-def clip_weight(weight: Tensor, bits: int, clip: Tensor | None, group_size: int | None = None) -> Tensor:
+def clip_weight(weight: Tensor, clip: Tensor | None, group_size: int | None = None) -> Tensor:
     """The weight (out, in) after clamping to its learned range, before rounding."""
-    return _clamp_and_scale(_grouped(wide(weight), group_size), clip, bits)[0].view(weight.shape)
+    return _clamp(_grouped(wide(weight), group_size), clip)[0].view(weight.shape)
+
+
+def weight_steps(weight: Tensor, clip: Tensor | None, group_size: int | None = None) -> Tensor:
+    """The clamped weight divided by the largest magnitude of its row or group: (out, groups, in/groups) in [-1, 1]."""
+    clamped, absmax = _clamp(_grouped(wide(weight), group_size), clip)
+    return clamped / absmax.clamp(min=MIN_ABSMAX)
 
 
 def group_count(in_features: int, group_size: int | None) -> int:
@@ -79,21 +98,40 @@ def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
     return weight.reshape(weight.shape[0], groups, -1)  # (out, in) -> (out, groups, in/groups)
 
 
-def _clamp_and_scale(grouped: Tensor, clip: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+def _clamp(grouped: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(clamped to the learned range, its largest magnitude (out, groups, 1))."""
     smallest, largest = grouped.aminmax(dim=-1, keepdim=True)
     if clip is not None:
         smallest, largest = smallest * clip[0].unsqueeze(-1), largest * clip[1].unsqueeze(-1)
-    return grouped.clamp(smallest, largest), symmetric_scale(torch.maximum(smallest.abs(), largest), bits)
+    return grouped.clamp(smallest, largest), torch.maximum(smallest.abs(), largest)
 
 
-def _fake_quantize_range(x: Tensor, clip: Tensor | None, bits: int) -> Tensor:
+def _fake_quantize_range(
+    x: Tensor, clip: Tensor | None, bits: int, number: str = "int", levels: Tensor | None = None
+) -> Tensor:
     """x (..., d). clip: (f_lo, f_hi) of all rows (2,), or of each row (2, ...); None for the full range."""
+    if number != "int":
+        clamped, absmax = _clamp(x, clip)
+        scale = symmetric_scale(absmax, bits, number)
+        return _RoundToNumber.apply(clamped / scale, number, bits, levels) * scale
     integer_range(bits)
     factors = x.new_ones(2) if clip is None else clip
     if factors.shape in ((2,), (2, *x.shape[:-1])) and compiled_for(x, factors):
         return FakeQuantizeRows.apply(x, factors, bits)
     low, high = factors.unbind(0) if factors.ndim == 1 else factors.unsqueeze(-1).unbind(0)
     return _FakeQuantizeRange.apply(x, low, high, bits)
+
+
+class _RoundToNumber(torch.autograd.Function):
+    """The numbers of a format that lie nearest; the gradient passes as if nothing was rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Tensor, number: str, bits: int, levels: Tensor | None) -> Tensor:
+        return decode(encode(steps, number, bits, levels), number, bits, levels).to(steps.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return grad, None, None, None
 
 
 class _FakeQuantizeRange(torch.autograd.Function):

@@ -16,11 +16,14 @@ from attar.quantize.formats import (
     fake_quantize_weight,
     group_count,
     quantize_weight,
+    weight_steps,
 )
+from attar.quantize.tables import check_weight_format, fit_levels, number_of
 from attar.quantize.transforms import LearnedTransform, Matrices
+from attar.runtime.formats import check_format, decode, integer_range, wide
 from attar.runtime.layers import PackedLinear
-from attar.runtime.reference import dequantize, integer_range, quantize_tokens, wide
-from attar.runtime.transforms import Transform, transform_weight
+from attar.runtime.reference import quantize_tokens
+from attar.runtime.transforms import Transform, restore_weight, transform_weight
 
 
 @dataclass
@@ -30,6 +33,7 @@ class _Frozen:
     scale: Tensor  # (out, groups) float32
     weight: Tensor  # (out, in), codes · scale
     act_clip: Tensor | None  # (2,)
+    branch: tuple[Tensor, Tensor] | None  # (rank, in) and (out, rank), in the dtype of the model
 
 
 class QuantizedLinear(nn.Module):
@@ -40,6 +44,8 @@ class QuantizedLinear(nn.Module):
     transforms: learnable transforms in the order in which they act on x.
     group_size: None for one scale per output channel, else scales per group of input channels (weight-only).
     weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
+    weight_format: "int", "fp8" or a table (tables.py), which is fitted to the weight as the transforms start.
+    act_format: "int" or "fp8". A low-rank branch beside the quantized product comes from `set_branch`.
     The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
     the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
     layer of `bake()` does.
@@ -57,11 +63,13 @@ class QuantizedLinear(nn.Module):
         weight_clip: bool = True,
         act_clip: bool = True,
         clip_start: float = 4.0,
+        weight_format: str = "int",
+        act_format: str = "int",
     ) -> None:
         super().__init__()
-        integer_range(weight_bits)
+        check_weight_format(weight_format, weight_bits)
         if act_bits is not None:
-            integer_range(act_bits)
+            check_format(act_format, act_bits)
             if group_size is not None:
                 raise AttarError(
                     "group scales cannot be combined with activation quantization",
@@ -69,6 +77,7 @@ class QuantizedLinear(nn.Module):
                 )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
+        self.number, self.act_format = number_of(weight_format), act_format
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         device = linear.weight.device
@@ -81,8 +90,49 @@ class QuantizedLinear(nn.Module):
         if act_clip and act_bits is not None:
             self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
         self.weight_quant, self.act_quant = True, act_bits is not None
+        self.branch_in = self.branch_out = None
+        self.levels = None
         self._frozen: _Frozen | None = None
         self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
+        if self.number == "table":
+            with torch.no_grad():
+                steps = weight_steps(self.transformed_weight(), self._weight_clip(), group_size)
+            self.levels = fit_levels(weight_format, steps, weight_bits)
+
+    # ----------------------------------------------------------------------------------- low-rank branch
+
+    @torch.no_grad()
+    def transformed_weight(self) -> Tensor:
+        """W̃ (out, in) with the transforms as they are now, without the branch, before rounding."""
+        return self._transformed_weight([transform.matrices() for transform in self.transforms])  # type: ignore[operator]
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What the weight quantizer, as it is now, makes of a weight in the transformed basis."""
+        return self._fake(weight)
+
+    @torch.no_grad()
+    def to_original(self, rows: Tensor) -> Tensor:
+        """Rows (n, in) that act on transformed inputs, as rows that do the same to inputs as they come."""
+        baked = [transform.bake() for transform in self.transforms]  # type: ignore[operator]
+        return restore_weight(baked, rows).to(rows.dtype)
+
+    def set_branch(self, down: Tensor, up: Tensor) -> None:
+        """Puts the branch y += (x Aᵀ) Bᵀ beside the layer; what is quantized from now on is W - B A.
+
+        down A: (rank, in), up B: (out, rank), on the layer's input as it comes. They are kept in the dtype of the
+        weight, in which they will be deployed.
+        """
+        rank = down.shape[0]
+        if down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
+            raise AttarError(
+                f"a branch of {tuple(down.shape)} and {tuple(up.shape)} does not fit {self.in_features} -> "
+                f"{self.out_features}"
+            )
+        self.branch_in, self.branch_out = (
+            nn.Parameter(t.detach().to(self.weight.dtype), requires_grad=False) for t in (down, up)
+        )
+        self._cache = None
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -92,8 +142,8 @@ class QuantizedLinear(nn.Module):
         matrices, weight = self._evaluated()
         y = self._transform(x, matrices)
         if self.act_quant and self.act_bits is not None:
-            y = fake_quantize_tokens(y, self.act_bits, self._act_clip())
-        return self._linear(y, weight, x.dtype)
+            y = fake_quantize_tokens(y, self.act_bits, self._act_clip(), self.act_format)
+        return self._linear(y, weight, x)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x̃ = x T: what the quantizer sees, and what GPTQ's Hessian is made of."""
@@ -126,12 +176,20 @@ class QuantizedLinear(nn.Module):
 
     def _evaluate(self) -> tuple[list[Matrices], Tensor]:
         matrices = [transform.matrices() for transform in self.transforms]  # type: ignore[operator]
+        weight = self._transformed_weight(matrices)
+        return matrices, self._fake(weight) if self.weight_quant else weight
+
+    def _fake(self, weight: Tensor) -> Tensor:
+        clip = self._weight_clip()
+        return fake_quantize_weight(weight, self.weight_bits, clip, self.group_size, self.number, self.levels)
+
+    def _transformed_weight(self, matrices: list[Matrices]) -> Tensor:
         weight = wide(self.weight)
+        if self.branch_in is not None and self.branch_out is not None:
+            weight = weight - wide(self.branch_out) @ wide(self.branch_in)
         for transform, m in zip(self.transforms, matrices, strict=True):
             weight = transform.weight_side(weight, m)  # type: ignore[operator]
-        if self.weight_quant:
-            weight = fake_quantize_weight(weight, self.weight_bits, self._weight_clip(), self.group_size)
-        return matrices, weight
+        return weight
 
     def _transform(self, x: Tensor, matrices: list[Matrices]) -> Tensor:
         x = wide(x)
@@ -139,9 +197,13 @@ class QuantizedLinear(nn.Module):
             x = transform(x, m)
         return x
 
-    def _linear(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def _linear(self, y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """The quantized input y times the weight, and the branch on the input x as it came; in x's dtype."""
         bias = None if self.bias is None else self.bias.to(weight.dtype)
-        return F.linear(x, weight, bias).to(dtype)
+        z = F.linear(y, weight, bias).to(x.dtype)
+        if self.branch_in is None or self.branch_out is None:
+            return z
+        return z + F.linear(F.linear(x, self.branch_in.to(x.dtype)), self.branch_out.to(x.dtype))
 
     def _weight_clip(self) -> Tensor | None:
         return None if self.weight_clip_logit is None else self.weight_clip_logit.sigmoid()
@@ -159,10 +221,17 @@ class QuantizedLinear(nn.Module):
         clamps W̃ to its learned range. These are GPTQ's arguments: its scales must stay those of the clipping.
         """
         transforms = self._baked_transforms()
-        weight = transform_weight(transforms, self.weight).float()
+        weight: Tensor = self.weight
+        if self.branch_in is not None and self.branch_out is not None:
+            weight = weight.double() - self.branch_out.double() @ self.branch_in.double()
+        weight = transform_weight(transforms, weight).float()
         clip = self._weight_clip()
-        scale = quantize_weight(weight, self.weight_bits, clip, self.group_size)[1]
-        return (clip_weight(weight, self.weight_bits, clip, self.group_size) if clipped else weight), scale
+        scale = self._quantize(weight)[1]
+        return (clip_weight(weight, clip, self.group_size) if clipped else weight), scale
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        clip = self._weight_clip()
+        return quantize_weight(weight, self.weight_bits, clip, self.group_size, self.number, self.levels)
 
     @torch.no_grad()
     def freeze(self, codes: Tensor | None = None) -> None:
@@ -173,16 +242,20 @@ class QuantizedLinear(nn.Module):
         """
         weight, scale = self.baked_weight()
         if codes is None:
-            codes = quantize_weight(weight, self.weight_bits, self._weight_clip(), self.group_size)[0]
+            codes = self._quantize(weight)[0]
         low, high = integer_range(self.weight_bits)
         if codes.shape != weight.shape or bool((codes < low).any()) or bool((codes > high).any()):
             raise AttarError(
                 f"codes of shape {tuple(codes.shape)} do not fit {self.weight_bits} bits "
                 f"of {tuple(weight.shape)}"
             )
-        fake = dequantize(codes.unflatten(1, (scale.shape[1], -1)), scale.unsqueeze(-1)).flatten(1)
+        numbers = decode(codes.unflatten(1, (scale.shape[1], -1)), self.number, self.weight_bits, self.levels)
+        fake = (numbers * scale.unsqueeze(-1)).flatten(1)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
-        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip())
+        branch = None
+        if self.branch_in is not None and self.branch_out is not None:
+            branch = (self.branch_in, self.branch_out)
+        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), branch)
         self._cache = None
 
     def unfreeze(self) -> None:
@@ -213,6 +286,10 @@ class QuantizedLinear(nn.Module):
             transforms=frozen.transforms,
             group_size=self.group_size,
             compute_dtype=self.weight.dtype,
+            weight_format=self.number,
+            act_format=self.act_format if self.act_bits is not None else "int",
+            levels=self.levels,
+            branch=frozen.branch,
         )
 
     def _baked_transforms(self) -> list[Transform]:
@@ -223,8 +300,9 @@ class QuantizedLinear(nn.Module):
     def _forward_frozen(self, x: Tensor, frozen: _Frozen) -> Tensor:
         y = self.transform_input(x)
         if self.act_bits is not None:
-            y = dequantize(*quantize_tokens(y, self.act_bits, frozen.act_clip))
-        return self._linear(y, frozen.weight.to(y.dtype), x.dtype)
+            codes, scale = quantize_tokens(y, self.act_bits, frozen.act_clip, self.act_format)
+            y = decode(codes, self.act_format, self.act_bits) * scale
+        return self._linear(y, frozen.weight.to(y.dtype), x)
 
     def extra_repr(self) -> str:
         acts = "float" if self.act_bits is None else f"{self.act_bits} bits"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -12,7 +12,9 @@ from torch import nn
 from attar.errors import AttarError
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
+from attar.quantize.tables import check_weight_format, number_of
 from attar.quantize.transforms import check_rotation, kronecker_factors
+from attar.runtime.formats import check_format
 from attar.runtime.hadamard import base_order
 from attar.runtime.packing import packed_width
 
@@ -39,6 +41,8 @@ class LayerPlan:
     weight_bits: 2..8, or None when the layer is left as it is. act_bits: 2..8, or None for floating-point
     activations. reason: why the layer is treated differently from the default, or None. group_size: input
     channels to a scale, only for floating-point activations; None for one scale per output channel.
+    weight_format, act_format: of the numbers, see tables.py and attar.runtime.formats. low_rank: rank of a branch in
+    high precision beside the product, 0 for none.
     plain: rounded to nearest, with no transforms, no clipping and no GPTQ, since there is no use in calibrating it.
     """
 
@@ -52,6 +56,9 @@ class LayerPlan:
     bias: bool
     group_size: int | None = None
     plain: bool = False
+    weight_format: str = "int"
+    act_format: str = "int"
+    low_rank: int = 0
 
     @property
     def skipped(self) -> bool:
@@ -62,9 +69,9 @@ class LayerPlan:
         """ "kept", "W4A6", "W4A16", or "W4A16g64" with a scale for 64 input channels."""
         if self.skipped:
             return "kept"
-        return f"W{self.weight_bits}A{self.act_bits or KEEP}" + (
-            f"g{self.group_size}" if self.group_size else ""
-        )
+        groups = f"g{self.group_size}" if self.group_size else ""
+        kinds = {self.weight_format, self.act_format} - {"int"}
+        return f"W{self.weight_bits}A{self.act_bits or KEEP}{groups}{''.join(f'-{kind}' for kind in sorted(kinds))}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,9 @@ def plan_layers(
     acts: int | None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     group_size: int | None = None,
+    weight_format: str = "int",
+    act_format: str = "int",
+    low_rank: int = 0,
 ) -> list[LayerPlan]:
     """The plan of every linear layer of a transformer, in the order given.
 
@@ -96,6 +106,7 @@ def plan_layers(
     weights: 2..8, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
     group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
     scale per output channel, and its reason says so.
+    weight_format, act_format: of all planned layers. low_rank: of those that are not plain.
     overrides: {pattern: {"weights": bits, "acts": bits, "skip": bool}}; a pattern is a role or a dotted
     name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
     Raises AttarError for bits out of range, unknown keys, patterns that match no layer, and groups that no layer has.
@@ -122,7 +133,8 @@ def plan_layers(
                 unmatched.discard(pattern)
                 chosen.update(options)
                 last = pattern
-        plans.append(_plan(linear, inside, weights, acts, chosen, last, group_size))
+        plan = _plan(linear, inside, weights, acts, chosen, last, group_size)
+        plans.append(_with_formats(plan, weight_format, act_format, low_rank))
     if unmatched:
         roles = sorted({plan.role for plan in plans})
         raise AttarError(
@@ -136,6 +148,27 @@ def plan_layers(
             fix="Leave it out, or keep activations at 16 bits",
         )
     return plans
+
+
+def _with_formats(plan: LayerPlan, weight_format: str, act_format: str, low_rank: int) -> LayerPlan:
+    if plan.weight_bits is None:
+        return plan
+    try:
+        check_weight_format(weight_format, plan.weight_bits)
+        if plan.act_bits is not None:
+            check_format(act_format, plan.act_bits)
+        if not plan.plain and low_rank > min(plan.in_features, plan.out_features):
+            raise AttarError(
+                f"a branch of rank {low_rank} is no smaller than the layer", fix="Choose a smaller rank"
+            )
+    except AttarError as error:
+        raise AttarError(error.what, where=plan.name, fix=error.fix) from error
+    return replace(
+        plan,
+        weight_format=weight_format,
+        act_format="int" if plan.act_bits is None else act_format,
+        low_rank=0 if plan.plain else low_rank,
+    )
 
 
 def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -> None:
@@ -222,8 +255,11 @@ def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
     if plan.weight_bits is None:
         return Forecast(dense, dense)
     packed = out * packed_width(d, plan.weight_bits) + 4 * out * group_count(d, plan.group_size) + bias
+    if number_of(plan.weight_format) == "table":
+        packed += 2 << plan.weight_bits  # one for the layer
     if plan.plain:
         return Forecast(dense, packed)
+    packed += 2 * plan.low_rank * (d + out)
     packed += 4 * d if transforms.scale else 0
     if transforms.rotation == "kronecker":
         packed += 4 * sum(size**2 for size in kronecker_factors(d))

@@ -11,7 +11,8 @@ from torch import Tensor
 from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
-from attar.runtime.reference import integer_range, quantize, wide
+from attar.runtime.formats import decode, encode, wide
+from attar.runtime.reference import quantize
 
 
 class HessianAccumulator:
@@ -77,13 +78,21 @@ def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damping: float = 0.01, block: int = 128
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    bits: int,
+    damping: float = 0.01,
+    block: int = 128,
+    number: str = "int",
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Codes that compensate each column's rounding error in the columns still to come (GPTQ).
 
     weight: (out, in), transformed (and clipped). hessian: (in, in), of the transformed inputs. scale:
     (out, groups), frozen: recomputing scales here would undo what the clipping learned. damping: share of
-    the mean diagonal added to it. block: columns whose updates are applied at once to the rest.
+    the mean diagonal added to it. block: columns whose updates are applied at once to the rest. number, levels: the
+    format (attar.runtime.formats) and, of a table, its numbers (1 or out, 1 or groups, 2^bits).
     Inputs that were never active (a zero on the diagonal) are rounded to nearest.
     Returns codes (out, in), int8 (int16 above 8 bits). Raises AttarError when the Hessian is not finite or
     stays indefinite in float64 at 1000 times the damping.
@@ -93,20 +102,22 @@ def gptq(
         raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {columns} input channels")
     scales = _column_scales(scale, weight).to(weight.dtype)
     factor = _inverse_factor(hessian, damping).to(weight.dtype)  # upper triangular, (in, in)
-    codes = torch.empty_like(weight)
-    low, high = integer_range(bits)
+    codes = torch.empty_like(weight, dtype=torch.int8 if bits <= 8 else torch.int16)
+    width = columns // scale.shape[1]
     for start in range(0, columns, block):
         end = min(start + block, columns)
         errors = torch.empty_like(weight[:, start:end])
         for i in range(start, end):
-            column = weight[:, i]
-            code = (column / scales[:, i]).round().clamp(low, high)
-            codes[:, i] = code
-            error = (column - code * scales[:, i]) / factor[i, i]
+            column, step = weight[:, i], scales[:, i]
+            own = None if levels is None else levels[:, i // width % levels.shape[1]]  # (1 or out, 2^bits)
+            code = encode((column / step)[:, None], number, bits, own)
+            codes[:, i : i + 1] = code
+            rounded = decode(code, number, bits, own)[:, 0].to(weight.dtype) * step
+            error = (column - rounded) / factor[i, i]
             weight[:, i:end].addr_(error, factor[i, i:end], alpha=-1)
             errors[:, i - start] = error
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return codes.to(torch.int8 if bits <= 8 else torch.int16)
+    return codes
 
 
 def _column_scales(scale: Tensor, weight: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ class Backend:
     device: str  # type of the devices that it runs on
     describe: Callable[[], str]
     load: Callable[[], Kernels]
+    # of (weights, activations) that have kernels; None: floating point
+    formats: frozenset[tuple[str, str | None]] = frozenset({("int", "int"), ("int", None)})
     emulated: Callable[[], bool] = lambda: False
 
     def runs_on(self, device: str) -> bool:

@@ -7,6 +7,8 @@
      "layers": {"blocks.0.attn1.to_q": 0, ...},
      "modules_to_not_convert": ["proj_out", ...]}
 
+A scheme whose numbers are no integers, or that has a low-rank branch, says so in further fields, which format version 2
+brought: "weight_format", "act_format", "levels", "low_rank". Without them a checkpoint is still one of version 1.
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
@@ -22,10 +24,11 @@ from torch import nn
 from attar.errors import AttarError
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
+from attar.runtime.scheme import LATER
 from attar.runtime.transforms import transform_class
 
 QUANT_METHOD = "attar"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -63,10 +66,11 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
         if scheme not in schemes:
             schemes.append(scheme)
         index[name] = schemes.index(scheme)
+    later = any(field in scheme for scheme in schemes for field in LATER)
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if later else 1,
         "attar_version": attar_version(),
         "recipe": recipe,
         "schemes": schemes,
@@ -96,13 +100,15 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
     if config["quant_method"] != QUANT_METHOD:
         raise AttarError(f"quant_method is {config['quant_method']!r}, not {QUANT_METHOD!r}", where=where)
     for position, scheme in enumerate(config["schemes"]):
-        if not isinstance(scheme, Mapping) or set(scheme) != set(_SCHEME_FIELDS):
+        later = LATER if found > 1 else {}
+        if not isinstance(scheme, Mapping) or not set(_SCHEME_FIELDS) <= set(scheme) <= {
+            *_SCHEME_FIELDS,
+            *later,
+        }:
             raise AttarError(f"scheme {position} is not one that this attar knows", where=where, fix=update)
-        for field, kinds in _SCHEME_FIELDS.items():
-            if type(scheme[field]) not in kinds:
-                raise AttarError(
-                    f"scheme {position} has {field} = {scheme[field]!r}", where=where, fix=update
-                )
+        for field, value in scheme.items():
+            if type(value) not in {**_SCHEME_FIELDS, **later}[field]:
+                raise AttarError(f"scheme {position} has {field} = {value!r}", where=where, fix=update)
         packed_width(1, scheme["weight_bits"])
         for transform in scheme["transforms"]:
             transform_class(transform)

@@ -73,8 +73,8 @@ class AttarQuantizer(DiffusersQuantizer):
         self._buffers = {
             f"{name}.{buffer}"
             for name, layer in packed_layers(model).items()
-            for buffer in layer.state_dict()
-        } - {f"{name}.bias" for name in packed_layers(model)}
+            for buffer, _ in layer.named_buffers()
+        }
 
     def check_if_quantized_param(
         self,

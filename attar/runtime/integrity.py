@@ -194,7 +194,11 @@ def _has_part(scheme: Mapping[str, Any], part: str) -> bool:
     if part.startswith("transforms."):
         index = part.split(".")[1]
         return index.isdecimal() and int(index) < len(scheme["transforms"])
-    return part in ("codes", "weight_scale", "bias") or (part == "act_clip" and scheme["act_clip"])
+    if part in ("low_rank_in", "low_rank_out"):
+        return bool(scheme.get("low_rank"))
+    if part in ("act_clip", "levels"):
+        return bool(scheme.get(part))
+    return part in ("codes", "weight_scale", "bias")
 
 
 def _verify_copies(root: Path) -> None:

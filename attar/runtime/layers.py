@@ -8,26 +8,32 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.runtime.float32 import KeepsBufferDtype
+from attar.runtime.formats import check_levels
 from attar.runtime.ops import dequantized, packed_linear
 from attar.runtime.packing import pack, packed_width, unpack
-from attar.runtime.reference import integer_range
+from attar.runtime.scheme import LATER, check_formats, check_scheme, later_fields, levels_of, table_shape
 from attar.runtime.transforms import Transform, as_module_list, restore_weight, transform_from_config
 
 
 class PackedLinear(KeepsBufferDtype, nn.Linear):
-    """A linear layer that keeps its weight as packed integer codes.
+    """A linear layer that keeps its weight as packed codes.
 
     x (..., in) -> transforms -> per-token quantization -> integer matmul -> scales and bias -> (..., out),
-    in x.dtype. With `act_bits` None activations stay floating point and the weight is dequantized to x.dtype.
+    in x.dtype. With `act_bits` None activations stay floating point and the weight is dequantized to x.dtype. Where
+    `weight_format` or `act_format` are not integers (formats.py) the product is one of floating-point numbers.
+    With a low-rank branch, y = … + (x Aᵀ) Bᵀ, on the input as it comes and in its dtype.
 
     Buffers: `codes` uint8 (out, ceil(in·bits/8)); `weight_scale` float32 (out, 1), or (out, in/group_size);
     `act_clip` float32 (2,) = (f_lo, f_hi) or None; `transforms`, the activation side of the equivalent
-    transforms, float32. `bias` is a Parameter in the dtype of the model, or None. There is no `weight`
-    Parameter: the property gives the dequantized weight in the original basis, in the dtype of the model.
+    transforms, float32; `levels` float16 (1, 1, 2^bits), (out, 1, 2^bits) or (out, groups, 2^bits), the tables of
+    the format "table", or None. `bias`, `low_rank_in` A (rank, in) and `low_rank_out` B (out, rank) are Parameters in
+    the dtype of the model, or None. There is no `weight` Parameter: the property gives the dequantized weight in the
+    original basis, with the branch, in the dtype of the model.
 
     Gradients flow to the input (straight-through), so adapters beside or before the layer can be trained.
     """
@@ -36,6 +42,9 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     codes: Tensor
     weight_scale: Tensor
     act_clip: Tensor | None
+    levels: Tensor | None
+    low_rank_in: nn.Parameter | None
+    low_rank_out: nn.Parameter | None
 
     def __init__(
         self,
@@ -48,14 +57,20 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         act_clip: bool = False,
         group_size: int | None = None,
         transforms: Iterable[Transform] = (),
+        weight_format: str = "int",
+        act_format: str = "int",
+        levels: str | None = None,
+        low_rank: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """An empty layer to load a checkpoint into; `from_codes` makes one with content."""
         nn.Module.__init__(self)
-        _check_scheme(weight_bits, act_bits, act_clip, group_size, in_features)
+        check_scheme(weight_bits, act_bits, act_clip, group_size, in_features)
+        check_formats(weight_format, weight_bits, act_format, act_bits, levels, low_rank)
         self.in_features, self.out_features = in_features, out_features
         self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
+        self.weight_format, self.act_format, self.low_rank = weight_format, act_format, low_rank
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = 1 if group_size is None else in_features // group_size
         width = packed_width(in_features, weight_bits)
@@ -65,9 +80,23 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         )
         clip = torch.ones(2, dtype=torch.float32, device=device) if act_clip else None
         self.register_buffer("act_clip", clip)
+        tables = None if levels is None else table_shape(levels, out_features, groups)
+        table = (
+            None
+            if tables is None
+            else torch.zeros(*tables, 1 << weight_bits, dtype=torch.float16, device=device)
+        )
+        self.register_buffer("levels", table)
         self.transforms = as_module_list(transforms)
-        empty = torch.zeros(out_features, dtype=self.compute_dtype, device=device) if bias else None
-        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        shapes = {"bias": (out_features,)} if bias else {}
+        if low_rank:
+            shapes |= {"low_rank_in": (low_rank, in_features), "low_rank_out": (out_features, low_rank)}
+        for name in ("bias", "low_rank_in", "low_rank_out"):
+            empty = None
+            if name in shapes:
+                zeros = torch.zeros(shapes[name], dtype=self.compute_dtype, device=device)
+                empty = nn.Parameter(zeros, requires_grad=False)
+            self.register_parameter(name, empty)
 
     @classmethod
     def from_codes(
@@ -81,16 +110,27 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         transforms: Iterable[Transform] = (),
         group_size: int | None = None,
         compute_dtype: torch.dtype | None = None,
+        weight_format: str = "int",
+        act_format: str = "int",
+        levels: Tensor | None = None,
+        branch: tuple[Tensor, Tensor] | None = None,
     ) -> PackedLinear:
         """A layer from integer codes (out, in) and scales (out, 1) or (out, in/group_size).
 
-        codes · scale is the weight in the transformed basis, W̃ = W T^{-T}. `compute_dtype`, the dtype of the
-        model, defaults to the bias's, else float32.
+        The numbers that the codes stand for (formats.py) times the scale are the weight in the transformed basis,
+        W̃ = W T^{-T}; for integers that is codes · scale. `compute_dtype`, the dtype of the model, defaults to the
+        bias's, else float32. levels: (1 or out, 1 or groups, 2^bits) of the format "table". branch: (A (rank, in),
+        B (out, rank)), on the layer's input.
         Raises AttarError for codes out of range, scales that are not finite and positive, wrong shapes.
         """
         if codes.ndim != 2 or codes.is_floating_point():
             raise AttarError(f"codes must be an integer matrix, found {codes.dtype} {tuple(codes.shape)}")
         out_features, in_features = codes.shape
+        if levels is not None:
+            if levels.ndim != 3:
+                raise AttarError(f"levels has shape {tuple(levels.shape)}, expected rows, groups and entries")
+            check_levels(levels, bits)
+        own = None if levels is None else levels_of(levels)
         layer = cls(
             in_features,
             out_features,
@@ -100,6 +140,10 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             act_clip=act_clip is not None,
             group_size=group_size,
             transforms=copy.deepcopy(list(transforms)),  # q, k and v may be baked from one transform
+            weight_format=weight_format,
+            act_format=act_format,
+            levels=own,
+            low_rank=0 if branch is None else branch[0].shape[0],
             device="meta",
             dtype=compute_dtype or (bias.dtype if bias is not None else torch.float32),
         )
@@ -117,11 +161,15 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             if clip.shape != (2,) or not bool(torch.isfinite(clip).all()):
                 raise AttarError("act_clip must be two finite factors (f_lo, f_hi)")
             layer.act_clip = clip
-        if bias is not None:
-            if bias.shape != (out_features,):
-                raise AttarError(f"bias has shape {tuple(bias.shape)}, expected {(out_features,)}")
-            bias = bias.detach().to(device=codes.device, dtype=layer.compute_dtype, copy=True)
-            layer.bias = nn.Parameter(bias, requires_grad=False)
+        if levels is not None:
+            layer.levels = _like("levels", levels, layer.levels, codes.device)
+        floats = {"bias": bias}
+        if branch is not None:
+            floats |= {"low_rank_in": branch[0], "low_rank_out": branch[1]}
+        for name, tensor in floats.items():
+            if tensor is not None:
+                value = _like(name, tensor, getattr(layer, name), codes.device)
+                setattr(layer, name, nn.Parameter(value, requires_grad=False))
         for transform in layer.transforms:
             transform.to(codes.device)
         return layer
@@ -146,18 +194,23 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             act_clip=scheme["act_clip"],
             group_size=scheme["group_size"],
             transforms=[transform_from_config(t, in_features, device) for t in scheme["transforms"]],
+            **{key: scheme[key] for key in LATER if key in scheme},
             device=device,
             dtype=dtype,
         )
 
     def scheme(self) -> dict[str, Any]:
-        """How the layer is quantized, as JSON-able values: with the widths, all that loading needs."""
+        """How the layer is quantized, as JSON-able values: with the widths, all that loading needs.
+
+        Fields that the first version of the format did not have are left out where the layer does not need them.
+        """
         return {
             "weight_bits": self.weight_bits,
             "act_bits": self.act_bits,
             "act_clip": self.act_clip is not None,
             "group_size": self.group_size,
             "transforms": [transform.config() for transform in self._chain()],
+            **later_fields(self.weight_format, self.act_format, self.levels, self.low_rank),
         }
 
     def forward(self, input: Tensor) -> Tensor:
@@ -174,8 +227,10 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         return unpack(self.codes, self.weight_bits, self.in_features)
 
     def dequantized(self) -> Tensor:
-        """codes · scale: the weight in the transformed basis, float32 (out, in)."""
-        return dequantized(self.codes, self.weight_scale, self.weight_bits, self.in_features)
+        """The codes' numbers times the scale: the weight in the transformed basis, float32 (out, in)."""
+        return dequantized(
+            self.codes, self.weight_scale, self.weight_bits, self.in_features, self.weight_format, self.levels
+        )
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -183,6 +238,8 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         weight = self.dequantized()
         if len(self.transforms):
             weight = restore_weight(self._chain(), weight)
+        if self.low_rank_in is not None and self.low_rank_out is not None:
+            weight = weight + self.low_rank_out.to(weight.dtype) @ self.low_rank_in.to(weight.dtype)
         return weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
 
     def settle(self, name: str) -> None:
@@ -191,22 +248,31 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         Raises AttarError, with the layer's name, when a float32 buffer was cast, and for scales that are not finite.
         """
         for buffer, tensor in self.named_buffers():
-            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            kept = torch.float16 if buffer == "levels" else torch.float32
+            if tensor.is_floating_point() and tensor.dtype != kept:
                 raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
+        if self.levels is not None and not self.levels.is_meta:
+            try:
+                check_levels(self.levels, self.weight_bits)
+            except AttarError as error:
+                raise AttarError(error.what, where=name) from error
         scale = self.weight_scale
         if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise AttarError("the weight scales are not finite and positive", where=name)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-            self.compute_dtype = self.bias.dtype
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
+            self.compute_dtype = parameter.dtype
 
     def extra_repr(self) -> str:
         acts = "float" if self.act_bits is None else f"{self.act_bits} bits per token"
+        acts += "" if self.act_format == "int" else f" ({self.act_format})"
+        kind = "" if self.weight_format == "int" else f" ({self.weight_format})"
+        branch = f", low_rank={self.low_rank}" if self.low_rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, "
-            f"weight={self.weight_bits} bits per {'row' if self.group_size is None else self.group_size}, "
-            f"activation={acts}"
+            f"weight={self.weight_bits} bits{kind} per {'row' if self.group_size is None else self.group_size}, "
+            f"activation={acts}{branch}"
         )
 
     def _chain(self) -> list[Transform]:
@@ -215,7 +281,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     def _run(self, x: Tensor) -> Tensor:
         chain = self._chain()
         with _full_precision(x.device):  # autocast would round the integers and the scales
-            return packed_linear(
+            y = packed_linear(
                 x,
                 self.codes,
                 self.weight_scale,
@@ -225,7 +291,13 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
                 self.act_bits,
                 [transform.kind for transform in chain],
                 [operand for transform in chain for operand in transform(None)],
+                self.weight_format,
+                self.act_format,
+                self.levels,
             )
+            if self.low_rank_in is None or self.low_rank_out is None:
+                return y
+            return y + F.linear(F.linear(x, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Without a weight Parameter, a layer with no bias would forget the dtype that its model was cast to.
@@ -270,25 +342,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def _check_scheme(
-    weight_bits: int, act_bits: int | None, act_clip: bool, group_size: int | None, in_features: int
-) -> None:
-    packed_width(in_features, weight_bits)
-    if act_bits is None:
-        if act_clip:
-            raise AttarError("activation clipping needs activation quantization", fix="Set act_bits")
-    else:
-        if act_bits > 8:
-            raise AttarError(f"cannot run {act_bits}-bit activations", fix="Choose between 2 and 8 bits")
-        integer_range(act_bits)
-    if group_size is not None:
-        if group_size < 1 or in_features % group_size:
-            raise AttarError(f"group size {group_size} does not divide the input width {in_features}")
-        if act_bits is not None:
-            raise AttarError(
-                "group scales cannot be combined with activation quantization",
-                fix="Use one scale per output channel, or keep the activations in floating point",
-            )
+def _like(name: str, value: Tensor, empty: Any, device: torch.device) -> Tensor:
+    """A copy of `value` in the type of the empty tensor that it fills."""
+    if value.shape != empty.shape:
+        raise AttarError(f"{name} has shape {tuple(value.shape)}, expected {tuple(empty.shape)}")
+    return value.detach().to(device=device, dtype=empty.dtype, copy=True)
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.runtime.backend import BACKENDS, DTYPES, MAX_IN_FEATURES, backend_name, forced_backend
+from attar.runtime.formats import decode
 from attar.runtime.packing import packed_width, unpack
-from attar.runtime.reference import dequantize, integer_linear, quantize_tokens
+from attar.runtime.reference import floating_linear, integer_linear, quantize_tokens
 from attar.runtime.transforms import TRANSFORMS
 
 _NAME = "attar::packed_linear"
@@ -23,7 +24,8 @@ _NAME = "attar::packed_linear"
 torch.library.define(
     _NAME,
     "(Tensor x, Tensor codes, Tensor weight_scale, Tensor? bias, Tensor? act_clip, int weight_bits, "
-    "int? act_bits, str[] transforms, Tensor[] operands) -> Tensor",
+    "int? act_bits, str[] transforms, Tensor[] operands, str weight_format='int', str act_format='int', "
+    "Tensor? levels=None) -> Tensor",
 )
 
 
@@ -37,29 +39,45 @@ def packed_linear(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    weight_format: str = "int",
+    act_format: str = "int",
+    levels: Tensor | None = None,
 ) -> Tensor:
     """x (..., in) -> (..., out) in x.dtype, as `PackedLinear` says; runs the operator.
 
     codes uint8 (out, packed width); weight_scale float32 (out, 1), or (out, groups) with `act_bits` None; bias
     (out,); act_clip float32 (2,). `transforms` are kinds, and `operands` their tensors one after another
-    (`Transform.operands`). No gradient: `PackedLinear` has a straight-through one.
+    (`Transform.operands`). weight_format, act_format: of the codes (formats.py); levels: float16
+    (1 or out, 1 or groups, 2^bits), of the format "table". No gradient: `PackedLinear` has a straight-through one.
     Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved.
     """
-    tensors = [t for t in (codes, weight_scale, bias, act_clip, *operands) if t is not None]
+    tensors = [t for t in (codes, weight_scale, bias, act_clip, levels, *operands) if t is not None]
     if any(t.device != x.device for t in tensors):
         raise AttarError("the tensors of a packed layer and its input are not on one device")
     return torch.ops.attar.packed_linear(
-        x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands
-    )
+        x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
+        weight_format, act_format, levels,
+    )  # fmt: skip
 
 
-def dequantized(codes: Tensor, weight_scale: Tensor, bits: int, in_features: int) -> Tensor:
-    """Packed codes (out, width) and scales (out, groups) -> codes · scale, float32 (out, in)."""
-    integers = unpack(codes, bits, in_features)
-    groups = weight_scale.shape[1]
-    if groups == 1:
-        return dequantize(integers, weight_scale)
-    return dequantize(integers.unflatten(1, (groups, -1)), weight_scale[..., None]).flatten(1)
+def dequantized(
+    codes: Tensor,
+    weight_scale: Tensor,
+    bits: int,
+    in_features: int,
+    weight_format: str = "int",
+    levels: Tensor | None = None,
+) -> Tensor:
+    """Packed codes (out, width) and scales (out, groups) -> their numbers times the scales, float32 (out, in)."""
+    numbers = _numbers(codes, weight_scale.shape[1], bits, in_features, weight_format, levels)
+    return (numbers * weight_scale[..., None]).flatten(1)
+
+
+def _numbers(
+    codes: Tensor, groups: int, bits: int, in_features: int, weight_format: str, levels: Tensor | None
+) -> Tensor:
+    """What packed codes (out, width) stand for before their scales, float32 (out, groups, in/groups)."""
+    return decode(unpack(codes, bits, in_features).unflatten(1, (groups, -1)), weight_format, bits, levels)
 
 
 def _fake(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
@@ -76,15 +94,22 @@ def _reference(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    weight_format: str = "int",
+    act_format: str = "int",
+    levels: Tensor | None = None,
 ) -> Tensor:
     backend_name(x.device)  # a backend that is forced, and cannot run here, is an error
     y = x
     for kind, own in _steps(transforms, operands):
         y = TRANSFORMS[kind].activation_side(y, *own)
     if act_bits is None:
-        weight = dequantized(codes, weight_scale, weight_bits, x.shape[-1]).to(x.dtype)
+        weight = dequantized(codes, weight_scale, weight_bits, x.shape[-1], weight_format, levels).to(x.dtype)
         return F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
-    quantized = quantize_tokens(y, act_bits, act_clip)
+    quantized = quantize_tokens(y, act_bits, act_clip, act_format)
+    if (weight_format, act_format) != ("int", "int"):
+        numbers = decode(quantized[0], act_format, act_bits)
+        weight = _numbers(codes, 1, weight_bits, x.shape[-1], weight_format, levels)
+        return floating_linear(numbers, quantized[1], weight.flatten(1), weight_scale, bias, x.dtype)
     weight = unpack(codes, weight_bits, x.shape[-1]), weight_scale
     return integer_linear(*quantized, *weight, bias, x.dtype, bits_x=act_bits, bits_w=weight_bits)
 
@@ -99,16 +124,25 @@ def _fast(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    weight_format: str = "int",
+    act_format: str = "int",
+    levels: Tensor | None = None,
 ) -> Tensor:
     name = backend_name(x.device)
+    formats = (weight_format, None if act_bits is None else act_format)
     supported = x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_IN_FEATURES
-    if name == "reference" or not supported:
+    if name == "reference" or not supported or formats not in BACKENDS[name].formats:
         if forced_backend() == name != "reference":
+            numbers = f"{weight_format} weights with {formats[1] or 'floating-point'} activations"
+            shape = f"{x.dtype} input of width {x.shape[-1]}"
             raise AttarError(
-                f"the {name} kernels take no {x.dtype} input of width {x.shape[-1]}",
-                fix="Use float32, bfloat16 or float16, or the backend 'reference'",
+                f"the {name} kernels take no {numbers if supported else shape}",
+                fix="Use float32, bfloat16 or float16, and integers, or the backend 'reference'",
             )
-        return _reference(x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands)
+        return _reference(
+            x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
+            weight_format, act_format, levels,
+        )  # fmt: skip
     _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
     kernels = BACKENDS[name].load()
     steps = _steps(transforms, operands)

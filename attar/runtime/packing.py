@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attar.errors import AttarError
-from attar.runtime.reference import integer_range
+from attar.runtime.formats import integer_range
 
 
 def packed_width(in_features: int, bits: int) -> int:

@@ -1,9 +1,10 @@
-"""Symmetric uniform quantization in plain PyTorch: the exact definition that every faster backend must match.
+"""Symmetric quantization in plain PyTorch: the exact definition that every faster backend must match.
 
     delta = max|x| / (2^(N-1) - 1),   q = clamp(round(x / delta), -2^(N-1), 2^(N-1) - 1),   x_hat = delta * q
 
-Rounding is half to even. Scales and codes are computed in float32 whatever the dtype of the model (float64
-tensors stay float64), because a bfloat16 scale alone costs more than an 8-bit rounding step.
+for integers; other number formats (formats.py) have another largest number and other numbers to round to. Rounding is
+half to even. Scales and codes are computed in float32 whatever the dtype of the model (float64 tensors stay float64),
+because a bfloat16 scale alone costs more than an 8-bit rounding step.
 """
 
 from __future__ import annotations
@@ -12,32 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attar.errors import AttarError
+from attar.runtime.formats import encode, largest, wide
 
 MIN_ABSMAX = 1e-5  # an all-zero row or token gets this range instead of a division by zero
 _EXACT_FLOAT32 = 2**24  # integers up to here, and their sums, are exact in float32
 
 
-def integer_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest code of `bits`-bit two's complement: (-2^(N-1), 2^(N-1) - 1)."""
-    if not 2 <= bits <= 16:
-        raise AttarError(f"cannot quantize to {bits} bits", fix="Choose between 2 and 16 bits")
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-
-
-def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
+def symmetric_scale(absmax: Tensor, bits: int, number: str = "int") -> Tensor:
     """Step size Δ of the symmetric quantizer for the range [-absmax, absmax]: float32, shaped like `absmax`.
 
-    `absmax` is raised to 1e-5, so that constant-zero rows keep a finite positive scale. NaN passes through.
+    number: the format of the codes. `absmax` is raised to 1e-5, so that rows of zeros keep a finite positive scale.
+    NaN passes through.
     """
-    return wide(absmax).clamp(min=MIN_ABSMAX) / integer_range(bits)[1]
+    return wide(absmax).clamp(min=MIN_ABSMAX) / largest(number, bits)
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes of `x` for a scale that broadcasts against it: int8, or int16 above 8 bits."""
-    low, high = integer_range(bits)
-    codes = torch.round(wide(x) / scale).clamp(low, high)
-    return codes.to(torch.int8 if bits <= 8 else torch.int16)
+    return encode(wide(x) / scale, "int", bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -46,24 +39,24 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize_tokens(
-    x: Tensor, bits: int, clip: Tensor | tuple[float, float] | None = None
+    x: Tensor, bits: int, clip: Tensor | tuple[float, float] | None = None, number: str = "int"
 ) -> tuple[Tensor, Tensor]:
     """Dynamic per-token quantization of activations x (..., d) -> codes (..., d), scale (..., 1).
 
     `clip` = (f_lo, f_hi) are the learned clipping factors of a layer: a token is clamped to
-    [f_lo · min, f_hi · max] and Δ = max(|f_lo · min|, f_hi · max) / (2^(N-1) - 1).
+    [f_lo · min, f_hi · max] and Δ = max(|f_lo · min|, f_hi · max) / (2^(N-1) - 1). number: the format, int or fp8.
     A token with NaN or infinity gets a non-finite scale, hence a NaN result; other tokens are untouched.
     """
     x = wide(x)
     if clip is None:
-        scale = symmetric_scale(x.abs().amax(-1, keepdim=True), bits)
+        scale = symmetric_scale(x.abs().amax(-1, keepdim=True), bits, number)
     else:
         low_factor, high_factor = clip[0], clip[1]
         low = x.amin(-1, keepdim=True) * low_factor
         high = x.amax(-1, keepdim=True) * high_factor
-        scale = symmetric_scale(torch.maximum(low.abs(), high), bits)
+        scale = symmetric_scale(torch.maximum(low.abs(), high), bits, number)
         x = torch.minimum(torch.maximum(x, low), high)
-    return quantize(x, scale, bits), scale
+    return encode(x / scale, number, bits), scale
 
 
 def integer_matmul(codes_x: Tensor, codes_w: Tensor, bits_x: int = 8, bits_w: int = 8) -> Tensor:
@@ -72,8 +65,8 @@ def integer_matmul(codes_x: Tensor, codes_w: Tensor, bits_x: int = 8, bits_w: in
     Floating-point units do integer arithmetic without error while every partial sum stays below 2^24
     (float32) or 2^53 (float64), and BLAS is much faster than torch's integer matmul.
     """
-    largest = codes_w.shape[-1] << (bits_x - 1 + bits_w - 1)
-    dtype = torch.float32 if largest <= _EXACT_FLOAT32 else torch.float64
+    bound = codes_w.shape[-1] << (bits_x - 1 + bits_w - 1)
+    dtype = torch.float32 if bound <= _EXACT_FLOAT32 else torch.float64
     return F.linear(codes_x.to(dtype), codes_w.to(dtype))
 
 
@@ -101,6 +94,19 @@ def integer_linear(
     return y.to(out_dtype)
 
 
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or unchanged when it is float64."""
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
+def floating_linear(
+    numbers_x: Tensor,
+    scale_x: Tensor,
+    numbers_w: Tensor,
+    scale_w: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As `integer_linear`, for the numbers of other formats: products and sums are rounded to float32 (or float64).
+
+    numbers_x (..., in), numbers_w (out, in): decoded, not yet scaled. Scales and bias as there.
+    """
+    wide_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    y = F.linear(numbers_x.to(wide_dtype), numbers_w.to(wide_dtype))
+    y = y * scale_x.to(wide_dtype) * scale_w.to(wide_dtype).reshape(-1)
+    return (y if bias is None else y + bias.to(wide_dtype)).to(out_dtype)

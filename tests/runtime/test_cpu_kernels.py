@@ -11,9 +11,9 @@ from support.layers import DTYPES, assert_same, bits, both, generator, make, see
 from attar.errors import AttarError
 from attar.runtime import PackedLinear, use_backend
 from attar.runtime.cpu.library import library
+from attar.runtime.formats import integer_range
 from attar.runtime.ops import dequantized
 from attar.runtime.packing import pack
-from attar.runtime.reference import integer_range
 from attar.runtime.transforms import ChannelScale, Dense, Hadamard, Kronecker
 
 try:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attar.errors import AttarError
+from attar.runtime.formats import integer_range
 from attar.runtime.packing import pack, packed_width, unpack
-from attar.runtime.reference import integer_range
 
 
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31 - 1))

@@ -14,8 +14,9 @@ from support.layers import DTYPES, assert_same, bits, both, generator, make, see
 
 from attar.errors import AttarError
 from attar.runtime import PackedLinear, backend_description, backend_name, use_backend
+from attar.runtime.formats import integer_range
 from attar.runtime.packing import pack
-from attar.runtime.reference import integer_range, quantize_tokens
+from attar.runtime.reference import quantize_tokens
 from attar.runtime.transforms import ChannelScale, Dense, Hadamard, Kronecker
 from attar.runtime.triton import kernels
 from attar.runtime.triton.available import interpreting

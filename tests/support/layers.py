@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from hypothesis import strategies as st
 
 from attar.runtime import PackedLinear, use_backend
-from attar.runtime.reference import integer_range
+from attar.runtime.formats import integer_range
 from attar.runtime.transforms import ChannelScale, Hadamard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

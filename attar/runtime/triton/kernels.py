@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from attar.runtime.reference import integer_range
+from attar.runtime.formats import integer_range
 from attar.runtime.triton.codes import BLOCK, columns, padded_columns, planes
 from attar.runtime.triton.matmul import integer_matmul, weight_only_matmul
 from attar.runtime.triton.quantize import quantize_rows

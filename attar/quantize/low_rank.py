@@ -1,0 +1,90 @@
+"""A low-rank branch in high precision beside a quantized weight: W ≈ B A + Q(W - B A)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attar.errors import AttarError
+from attar.quantize.linear import QuantizedLinear
+from attar.runtime.formats import wide
+
+
+@dataclass(frozen=True)
+class LowRankSettings:
+    """How a branch starts.
+
+    rank: of B A. start: "weight" takes the leading part of W itself and quantizes the rest (SVDQuant, arXiv
+    2411.05007); "error" quantizes W first and takes the leading part of what is lost (LoftQ, arXiv 2310.08659).
+    iterations: times that the branch is taken anew from W - Q(W - B A); the best of all is kept. metric: what "leading"
+    and "best" mean, "weight": the squared error of the weight; "output": that of the layer's output on the calibration
+    inputs, whose optimum is the SVD of the error times the square root of their second moment.
+    """
+
+    rank: int = 32
+    start: str = "weight"
+    iterations: int = 1
+    metric: str = "weight"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.iterations < 0:
+            raise AttarError(f"a branch cannot have rank {self.rank} and {self.iterations} iterations")
+        if self.start not in ("weight", "error") or self.metric not in ("weight", "output"):
+            raise AttarError(f"a branch knows no start {self.start!r} with the metric {self.metric!r}")
+
+
+@torch.no_grad()
+def start_branch(
+    layer: QuantizedLinear, settings: LowRankSettings, moment: Tensor | None = None
+) -> list[float]:
+    """Gives the layer its branch; returns the relative squared error of every candidate, in the order of iterations.
+
+    moment: (in, in), the mean of x̃ᵀx̃ over the layer's transformed inputs, for the metric "output".
+    Everything is computed in the transformed basis, in which the layer quantizes, with the quantizer as it is now.
+    Raises AttarError when the rank exceeds the layer's width, or there is no moment.
+    """
+    weight = layer.transformed_weight()  # (out, in)
+    if settings.rank > min(weight.shape):
+        raise AttarError(f"a branch of rank {settings.rank} does not fit {tuple(weight.shape)}")
+    root, back = _whitening(settings, moment)
+    size = _norm(weight if root is None else weight @ root)
+    candidates: list[tuple[float, Tensor, Tensor]] = []
+    rest = weight if settings.start == "weight" else weight - layer.rounded(weight)
+    for _ in range(1 + settings.iterations):
+        up, down = _leading(rest, settings.rank, root, back)
+        quantized = layer.rounded(weight - up @ down)
+        error = weight - quantized - up @ down
+        candidates.append((_norm(error if root is None else error @ root) / size, up, down))
+        rest = weight - quantized
+    _, up, down = min(candidates, key=lambda found: found[0])
+    layer.set_branch(layer.to_original(down), up)
+    return [error for error, _, _ in candidates]
+
+
+def _leading(matrix: Tensor, rank: int, root: Tensor | None, back: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B (out, rank), A (rank, in)), the best approximation of that rank."""
+    left, values, right = torch.linalg.svd(matrix if root is None else matrix @ root, full_matrices=False)
+    share = values[:rank].sqrt()
+    up, down = left[:, :rank] * share, share[:, None] * right[:rank]
+    return up, down if back is None else down @ back
+
+
+def _whitening(settings: LowRankSettings, moment: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(C^{1/2}, C^{-1/2}) of the inputs' second moment, (None, None) for the metric "weight".
+
+    Directions below a millionth of the largest one count as if they had that much.
+    """
+    if settings.metric == "weight":
+        return None, None
+    if moment is None:
+        raise AttarError("a branch with the metric 'output' needs calibration inputs")
+    values, vectors = torch.linalg.eigh(moment.double())
+    roots = values.clamp(min=values.max().item() * 1e-6).sqrt()
+    root, back = ((vectors * r) @ vectors.T for r in (roots, 1 / roots))
+    return wide(root.float()), wide(back.float())
+
+
+def _norm(matrix: Tensor) -> float:
+    return matrix.double().square().sum().item()
