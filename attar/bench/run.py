@@ -19,7 +19,7 @@ from attar.bench.parts import parts_of, timing_parts
 from attar.bench.subject import BenchBlock
 from attar.bench.timing import faster, interleave
 from attar.evaluate.size import folder_bytes
-from attar.runtime.backend import backend_description
+from attar.runtime.describe import describe_backend
 from attar.runtime.layers import packed_layers
 
 BASELINE, PACKED = "dense", "packed"
@@ -106,7 +106,7 @@ def bench_model(
         name: sum(row["count"] * row["weight_bytes"][name] for row in measured) for name in (BASELINE, PACKED)
     }
     return {
-        "backend": backend_description(device),
+        "backend": describe_backend([packed for _, packed in pairs], device),
         "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "rounds": rounds,

@@ -208,16 +208,16 @@ def generate(
     from attar.evaluate.video import save_video, to_frames
     from attar.models.source import find_source, load_pipeline
     from attar.progress import RichProgress
-    from attar.runtime.backend import backend_description
-    from attar.runtime.layers import packed_layers
+    from attar.runtime.describe import describe_backend
 
     if output.suffix != ".mp4":
         raise AttarError("the output is not an .mp4 file", where=str(output), fix="Name it something.mp4")
     check_writable(output.parent)
     source = find_source(model)
     pipe = load_pipeline(source, dtype=torch_dtype(dtype), device=device)
-    if any(packed_layers(part) for part in (pipe.components.values()) if hasattr(part, "named_modules")):
-        print(f"backend {backend_description(pipe.device)}", file=sys.stderr)
+    backend = describe_backend(pipe.components.values(), pipe.device)
+    if backend is not None:
+        print(f"backend {backend}", file=sys.stderr)
     call = source.call_arguments(
         num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, num_frames=frames
     )

@@ -35,8 +35,7 @@ from attar.models.tree import map_tensors
 from attar.models.zoo.clips import parse_prompt
 from attar.models.zoo.judges import DigitReader, judge
 from attar.progress import Progress
-from attar.runtime.backend import backend_description
-from attar.runtime.layers import packed_layers
+from attar.runtime.describe import describe_backend
 
 ERROR_POINTS = 25  # denoising steps at which both denoisers are fed the same input
 
@@ -195,13 +194,9 @@ def _facts(source: Source, bits: str, pipe: Any, made: Generated) -> ModelFacts:
     return ModelFacts(
         name=source.name.rstrip("/").split("/")[-1], bits=bits, parts=model_size(source.folder),
         recipe=record["recipe"]["name"] if record else None,
-        backend=backend_description(pipe.device) if pipe is not None and _is_packed(pipe) else None,
+        backend=None if pipe is None else describe_backend(pipe.components.values(), pipe.device),
         seconds_per_video=seconds, hardware=_hardware(),
     )  # fmt: skip
-
-
-def _is_packed(pipe: Any) -> bool:
-    return any(isinstance(part, nn.Module) and packed_layers(part) for part in pipe.components.values())
 
 
 def _bits(source: Source, pipe: Any) -> str:

@@ -41,12 +41,17 @@ def _seconds(operation: Operation, hardware: Hardware) -> float:
 
 
 def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
-    """The arithmetic that a planned linear runs in: "int4", "int8", or the model's own.
+    """The arithmetic that a planned linear runs in: "int4", "int8", "fp8", or the model's own.
 
-    Weights without quantized activations are expanded and multiplied in the model's format. Integers use the smallest
-    container that the hardware multiplies and that holds both factors: 6-bit activations run as 8-bit ones.
+    Weights without quantized activations are expanded and multiplied in the model's format, and so are factors of two
+    kinds. Integers use the smallest container that the hardware multiplies and that holds both factors: 6-bit
+    activations run as 8-bit ones.
     """
     if plan.weight_bits is None or plan.act_bits is None:
+        return dense
+    if (plan.weight_format, plan.act_format) == ("fp8", "fp8"):
+        return "fp8" if "fp8" in hardware.rates else dense
+    if (plan.weight_format, plan.act_format) != ("int", "int"):
         return dense
     if max(plan.weight_bits, plan.act_bits) <= 4 and "int4" in hardware.rates:
         return "int4"
@@ -61,7 +66,7 @@ def quantized_counts(
     Planned linears read packed weights, and integer activations where these are quantized. Before each such linear
     comes a "transform": its channel scale and rotation, and the quantization of rows, one pass that reads the input
     and writes its codes, or its values where they stay in floating point. Each linear has its own, since each learns
-    its own transforms; plain ones have none.
+    its own transforms; plain ones have none. A low-rank branch is two more products, in the model's format.
     """
     known = {plan.name: plan for plan in plans if not plan.skipped}
     found: list[Operation] = []
@@ -80,7 +85,9 @@ def quantized_counts(
         if plan.act_bits is not None or transformed:
             written = inputs
             if plan.act_bits is not None:
-                bits = {"int4": 0.5, "int8": 1.0}.get(format, inputs / max(1.0, operation.rows * width))
+                bits = {"int4": 0.5, "int8": 1.0, "fp8": 1.0}.get(
+                    format, inputs / max(1.0, operation.rows * width)
+                )
                 written = operation.rows * (width * bits + 4)
             found.append(
                 replace(
@@ -90,7 +97,20 @@ def quantized_counts(
             )  # fmt: skip
             inputs = written
         found.append(replace(operation, format=format, read=inputs + packed, weights=packed))
+        if plan.low_rank:
+            found.append(_branch(operation, plan, calls))
     return Counts(tuple(found), counts.blocks)
+
+
+def _branch(operation: Operation, plan: LayerPlan, calls: float) -> Operation:
+    """Both products of a low-rank branch, which reads the input as it comes and adds to the output."""
+    size = 4 if operation.format == "fp32" else 2
+    weights = calls * size * plan.low_rank * (plan.in_features + plan.out_features)
+    return replace(
+        operation, role="low-rank branch", weights=weights,
+        flops=2.0 * operation.rows * plan.low_rank * (plan.in_features + plan.out_features),
+        read=operation.read - operation.weights + operation.written + weights,
+    )  # fmt: skip
 
 
 def _dense_bytes(plan: LayerPlan, operation: Operation) -> float:

@@ -13,10 +13,12 @@ from attar.runtime.backend import BACKENDS, backend_description
 def verdict(result: Mapping[str, Any], plans: Sequence[LayerPlan]) -> list[str]:
     """Sentences that hold for this plan, the most important first."""
     acting = [p for p in plans if p.weight_bits is not None and p.act_bits is not None]
+    integers = [p for p in acting if (p.weight_format, p.act_format) == ("int", "int")]
     candidates = (
         _weight_only(result, acting) or _attention(result),
-        _no_gain(result, acting),
-        _containers(result, acting),
+        _no_gain(result, integers),
+        _formats(result, acting),
+        _containers(result, integers),
         _fit(result),
         _backend(result),
     )
@@ -66,6 +68,19 @@ def _no_gain(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str | No
             f"their own costs more than the linears gain; only kernels that fuse them come near {bound:.2f}×."
         )
     return None
+
+
+def _formats(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str | None:
+    rates = result["hardware"]["rates"]
+    kinds = {(p.weight_format, p.act_format) for p in acting} - {("int", "int")}
+    kinds -= {("fp8", "fp8")} if "fp8" in rates else set()
+    if not kinds:
+        return None
+    named = " and ".join(f"{weights} weights with {acts} activations" for weights, acts in sorted(kinds))
+    return (
+        f"{result['hardware']['title']} has no arithmetic for {named}: such linears are multiplied in the model's own "
+        "format, which saves memory and no time."
+    )
 
 
 def _containers(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str | None:
