@@ -8,6 +8,7 @@ force one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _REFERENCE = (
 )
 
 
+INTEGERS: frozenset[tuple[str, str | None]] = frozenset({("int", "int"), ("int", None)})
+FLOAT8: frozenset[tuple[str, str | None]] = frozenset({("fp8", "fp8"), ("fp8", None)})
 Step = tuple[str, Sequence[Tensor]]  # the kind of a transform and its operands
 
 
@@ -54,12 +57,19 @@ class Kernels(Protocol):
         act_bits: int,
         steps: Sequence[Step],
         out_dtype: torch.dtype,
+        number: str = "int",
     ) -> Tensor:
-        """Transforms, quantization of rows, integer product, scales and bias."""
+        """Transforms, quantization of rows, product, scales and bias. number: the format of both factors."""
         ...
 
     def weight_only(
-        self, x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+        self,
+        x: Tensor,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        number: str = "int",
     ) -> Tensor:
         """The product with the dequantized weight, in x's type."""
         ...
@@ -78,7 +88,7 @@ class Backend:
     describe: Callable[[], str]
     load: Callable[[], Kernels]
     # of (weights, activations) that have kernels; None: floating point
-    formats: frozenset[tuple[str, str | None]] = frozenset({("int", "int"), ("int", None)})
+    formats: Callable[[], frozenset[tuple[str, str | None]]] = lambda: INTEGERS
     emulated: Callable[[], bool] = lambda: False
 
     def runs_on(self, device: str) -> bool:
@@ -93,6 +103,14 @@ def _describe_cpu() -> str:
     )
 
 
+@functools.cache
+def _triton_formats() -> frozenset[tuple[str, str | None]]:
+    """Float8 where the tensor cores have it: compute capability 8.9 and above. (All GPUs of a machine are alike.)"""
+    if interpreting() or torch.cuda.get_device_capability() >= (8, 9):
+        return INTEGERS | FLOAT8
+    return INTEGERS
+
+
 def _load_triton() -> Kernels:
     from attar.runtime.triton.kernels import KERNELS  # not before it is needed: it imports Triton
 
@@ -101,7 +119,9 @@ def _load_triton() -> Kernels:
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend("cpu", "cpu", _describe_cpu, library),
-    "triton": Backend("triton", "cuda", describe_triton, _load_triton, emulated=interpreting),
+    "triton": Backend(
+        "triton", "cuda", describe_triton, _load_triton, emulated=interpreting, formats=_triton_formats
+    ),
 }
 _forced: list[str] = []
 

@@ -24,7 +24,7 @@ def describe_backend(parts: Iterable[Any], device: torch.device | str) -> str | 
     text, name = backend_description(device), backend_name(device)
     if name == "reference":
         return text
-    lacking = Counter(_numbers(layer) for layer in layers if _formats(layer) not in BACKENDS[name].formats)
+    lacking = Counter(_numbers(layer) for layer in layers if _formats(layer) not in BACKENDS[name].formats())
     if not lacking:
         return text
     kinds = ", ".join(f"{count} with {numbers}" for numbers, count in sorted(lacking.items()))

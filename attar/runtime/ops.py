@@ -131,7 +131,7 @@ def _fast(
     name = backend_name(x.device)
     formats = (weight_format, None if act_bits is None else act_format)
     supported = x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_IN_FEATURES
-    if name == "reference" or not supported or formats not in BACKENDS[name].formats:
+    if name == "reference" or not supported or formats not in BACKENDS[name].formats():
         if forced_backend() == name != "reference":
             numbers = f"{weight_format} weights with {formats[1] or 'floating-point'} activations"
             shape = f"{x.dtype} input of width {x.shape[-1]}"
@@ -151,10 +151,12 @@ def _fast(
     for kind, own in steps[: len(steps) - fused]:
         rows = TRANSFORMS[kind].activation_side(rows, *own)
     if act_bits is None:
-        y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits)
+        y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits, weight_format)
     else:
         last = steps[len(steps) - fused :]
-        y = kernels.linear(rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype)
+        y = kernels.linear(
+            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype, act_format
+        )
     return y.view(*x.shape[:-1], codes.shape[0])
 
 

@@ -57,6 +57,19 @@ def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, ins
     assert re.search(rf"{instruction}\S*\.f32\.bf16\.bf16", code)
 
 
+@pytest.mark.parametrize("capability, instruction", [(89, "mma.sync"), (90, "wgmma"), (120, "mma.sync")])
+def test_float8_runs_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
+    from attar.runtime.triton.kernels import FLOATING, INTEGER
+
+    code = compiler.compiled_product(capability, INTEGER[0], 8, float8=True).asm["ptx"]
+    assert re.search(rf"{instruction}\S*\.f32\.e4m3\.e4m3", code) and "fma.rn.f32" not in code
+    code = compiler.compiled_product(capability, FLOATING[0], 8, weight_only=True, float8=True).asm["ptx"]
+    assert re.search(rf"{instruction}\S*\.f32\.bf16\.bf16", code)
+    code = compiler.compiled_quantize(capability, 8, FP8=True, MOST=448.0).asm["ptx"]
+    assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f32", code) and "div.rn.f32" in code
+    compiler.compiled_rotation(capability, 12, 128, 8, FP8=True, MOST=448.0)
+
+
 def test_rows_are_quantized_with_the_rounding_of_the_reference(compiler):
     code = compiler.compiled_quantize(90).asm["ptx"]
     assert "div.rn.f32" in code and not re.search(r"div\.(full|approx)|fma\.rn\.f32", code)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import DTYPES, assert_same, bits, both, generator, make, seeds, wan_block
+from support.layers import DTYPES, assert_same, bits, both, generator, make, make_float8, seeds, wan_block
 
 from attar.errors import AttarError
 from attar.runtime import PackedLinear, backend_description, backend_name, use_backend
-from attar.runtime.formats import integer_range
+from attar.runtime.formats import decode, integer_range
 from attar.runtime.packing import pack
 from attar.runtime.reference import quantize_tokens
 from attar.runtime.transforms import ChannelScale, Dense, Hadamard, Kronecker
@@ -225,6 +225,68 @@ def test_codes_of_activations_lie_in_planes(weight_bits):
     expected, scale = quantize_tokens(x, 6)
     assert torch.equal(row[:, :203], expected) and not row[:, 203:].any()
     assert torch.equal(step.cpu(), scale[:, 0])
+
+
+@given(
+    seeds,
+    st.integers(1, 40),
+    st.integers(1, 90),
+    st.integers(1, 300),
+    st.sampled_from(DTYPES),
+    st.sampled_from(CLIPS),
+)
+@settings(deadline=None, max_examples=15)
+def test_float8_products(seed, rows, out_features, in_features, dtype, clip):
+    """Codes are those of the reference; sums in float32 may be in another order."""
+    scale = ChannelScale(torch.rand(in_features, generator=generator(seed)) + 0.5)
+    layer = make_float8(out_features, in_features, seed=seed, clip=clip, chain=[scale]).to(dtype)
+    x = torch.randn(rows, in_features, generator=generator(seed)).to(dtype)
+    y, expected = compare(layer, x)
+    size = expected.abs().max().item()
+    rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(y, expected, rtol=rounding, atol=rounding * size)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_float8_codes_of_rows(clip):
+    x = torch.randn(9, 203, generator=generator(1)) * torch.logspace(-9, 9, 9)[:, None]
+    x[1], x[2, 7], x[3, 5] = 0, float("nan"), float("inf")
+    x[4, :20] = torch.linspace(0, 1, 20) * x[4].abs().max() / 448 / 64  # the smallest numbers, and below them
+    clip = None if clip is None else torch.tensor(clip, device=DEVICE)
+    codes, step = kernels.quantize(x.to(DEVICE), clip, 8, 8, number="fp8")
+    expected, scale = quantize_tokens(x, 8, None if clip is None else clip.cpu(), "fp8")
+    finite = [0, 1, 4, 5, 6, 7, 8]
+    numbers = codes.cpu()[finite, 0, :203].view(torch.float8_e4m3fn).float()  # zero may have either sign
+    assert torch.equal(numbers, decode(expected[finite], "fp8", 8)) and not codes[:, :, 203:].any()
+    assert torch.equal(step.cpu()[finite], scale[finite, 0])
+    y, expected = compare(make_float8(24, 203, clip=None if clip is None else clip.cpu()), x)
+    assert torch.equal(y.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("width", [192, 512])
+def test_float8_codes_of_rotated_rows(width):
+    rotation = Hadamard.random(width, generator(width))
+    layer = make_float8(40, width, chain=[rotation])
+    x = torch.randn(21, width, generator=generator(3))
+    y, expected = compare(layer, x)
+    difference = (y - expected).abs().amax(1) / expected.abs().amax(1)
+    assert float(difference.max()) < 5e-2 and float((difference < 1e-5).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("config", [kernels.INTEGER[0], kernels.INTEGER[-1]])
+def test_float8_in_every_kind_of_tile(config, monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda problem, candidates, run, device: config)
+    for width in (512, 277):
+        layer = make_float8(config.outputs + 5, width)
+        y, expected = compare(layer, torch.randn(config.rows + 3, width, generator=generator(7)))
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_weights_are_those_of_the_reference(dtype):
+    layer = make_float8(33, 72, acts=False, bias=False).to(dtype)
+    y, expected = compare(layer, torch.eye(72).to(dtype))
+    assert torch.equal(y, expected) and torch.equal(y.T, layer.weight.cpu())
 
 
 def test_views_and_empty_batches():

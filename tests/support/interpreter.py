@@ -1,7 +1,8 @@
 """Triton's interpreter, mended where it does other than a GPU.
 
-It cuts float32 to bfloat16 where a GPU rounds to nearest, and multiplies the bits of bfloat16 numbers as if they were
-integers (triton 3.9). Kernels that are right on a GPU would fail, so both are done here as a GPU does them.
+It cuts float32 to bfloat16 where a GPU rounds to nearest, rounds it to float8 without a carry into the exponent, and
+multiplies the bits of bfloat16 numbers as if they were integers (triton 3.9). Kernels that are right on a GPU would
+fail, so these are done here as a GPU does them.
 """
 
 import numpy as np
@@ -11,8 +12,9 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def mend() -> None:
-    """Replaces the two operations in this process."""
+    """Replaces these operations in this process."""
     trunc, dot = InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot
+    convert = InterpreterBuilder.create_fp_to_fp
 
     def create_fp_trunc(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
@@ -23,9 +25,20 @@ def mend() -> None:
         if a.dtype.scalar == tl.bfloat16:
             wide = (TensorHandle(from_bfloat16(x.data), tl.float32) for x in (a, b))
             return dot(self, *wide, d, *rest)
+        if a.dtype.scalar == tl.float8e4nv:
+            wide = (TensorHandle(from_float8(x.data), tl.float32) for x in (a, b))
+            return dot(self, *wide, d, *rest)
         return dot(self, a, b, d, *rest)
 
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+            return TensorHandle(to_float8(src.data), tl.float8e4nv)
+        if src.dtype.scalar == tl.float8e4nv and dst_type.scalar == tl.float32:
+            return TensorHandle(from_float8(src.data), tl.float32)
+        return convert(self, src, dst_type, rounding_mode)
+
     InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot = create_fp_trunc, create_dot
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -35,3 +48,14 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16).float().numpy()
+
+
+def to_float8(x: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of float8 numbers (e4m3fn), uint8."""
+    return torch.from_numpy(np.ascontiguousarray(x)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def from_float8(bits: np.ndarray) -> np.ndarray:
+    return (
+        torch.from_numpy(np.ascontiguousarray(bits).view(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+    )

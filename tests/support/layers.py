@@ -40,6 +40,21 @@ def make(
     return PackedLinear.from_codes(codes, scale, weight_bits, bias, act_bits, clip, chain, group_size)
 
 
+def make_float8(out_features, in_features, acts=True, *, seed=0, bias=True, clip=None, chain=()):
+    """A layer of float8 weights, all 254 finite numbers among them, with float8 or floating-point activations."""
+    patterns = torch.randint(
+        0, 256, (out_features, in_features), generator=generator(seed), dtype=torch.uint8
+    )
+    patterns[(patterns & 127) == 127] = 0  # NaN
+    codes = (patterns ^ 0x80).view(torch.int8)
+    scale = torch.rand(out_features, 1, generator=generator(seed + 1)) * 0.01 + 1e-3
+    bias = torch.randn(out_features, generator=generator(seed + 2)) if bias else None
+    act_bits, act_format = (8, "fp8") if acts else (None, "int")
+    return PackedLinear.from_codes(
+        codes, scale, 8, bias, act_bits, clip, chain, weight_format="fp8", act_format=act_format
+    )
+
+
 def both(layer, x, backend="cpu"):
     """What the layer gives on a backend, and on the reference."""
     with torch.no_grad(), use_backend("reference"):

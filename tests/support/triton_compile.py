@@ -6,7 +6,7 @@ from triton.compiler import ASTSource
 
 from attar.runtime.triton.codes import BLOCK, planes
 from attar.runtime.triton.kernels import EXACT, plane_depth, rows_of_base
-from attar.runtime.triton.matmul import integer_matmul, weight_only_matmul
+from attar.runtime.triton.matmul import float8_matmul, integer_matmul, weight_only_matmul
 from attar.runtime.triton.quantize import quantize_rows
 from attar.runtime.triton.rotate import quantize_rotated_rows
 
@@ -41,7 +41,7 @@ def compiled_quantize(capability, bits=4, dtype="bf16", **fixed):
         "codes_ptr": "i8",
         "step_ptr": "fp32",
     }
-    constants = {"MOST": 127.0, "PLANES": planes(bits), "BLOCK": 1024, **fixed}
+    constants = {"MOST": 127.0, "PLANES": planes(bits), "BLOCK": 1024, "FP8": False, **fixed}
     pointers = {name: f"*{kind}" for name, kind in pointers.items()}
     return compiled(quantize_rows, pointers, constants, capability, num_warps=4)
 
@@ -58,23 +58,23 @@ def compiled_rotation(capability, order, across, bits=4, dtype="bf16", **fixed):
     pointers = {name: f"*{kind}" for name, kind in pointers.items()} | {"norm": "fp32"}
     constants = {
         "ORDER": order, "MOST": 127.0, "PLANES": planes(bits), "L": rows_of_base(order), "R": across,
-        "LOG_R": across.bit_length() - 1, "BLOCK": BLOCK, **fixed,
+        "LOG_R": across.bit_length() - 1, "BLOCK": BLOCK, "FP8": False, **fixed,
     }  # fmt: skip
     warps = 8 if order * across > 4096 else 4
     return compiled(quantize_rotated_rows, pointers, constants, capability, num_warps=warps)
 
 
-def compiled_product(capability, config, bits, dtype="bf16", weight_only=False, **fixed):
+def compiled_product(capability, config, bits, dtype="bf16", weight_only=False, float8=False, **fixed):
     """fixed: arguments that Triton makes constants, as it does with None and with 1."""
     pointers = {"codes_ptr": "u8", "scale_ptr": "fp32", "bias_ptr": dtype, "y_ptr": dtype}
     pointers |= {"x_ptr": dtype} if weight_only else {"x_ptr": "i8", "step_ptr": "fp32"}
     constants = {
         "BITS": bits, "PLANES": planes(bits), "WHOLE": True, "GROUP": 8,
         "BLOCK_M": config.rows, "BLOCK_N": config.outputs, "BLOCK_K": plane_depth(config, bits, not weight_only),
-        **fixed,
+        **({"FP8": float8} if weight_only else {}), **fixed,
     }  # fmt: skip
     return compiled(
-        weight_only_matmul if weight_only else integer_matmul,
+        weight_only_matmul if weight_only else float8_matmul if float8 else integer_matmul,
         {name: f"*{kind}" for name, kind in pointers.items()},
         constants,
         capability,

@@ -98,6 +98,7 @@ class Library:
         act_bits: int,
         steps: Sequence[tuple[str, Sequence[Tensor]]],
         out_dtype: torch.dtype,
+        number: str = "int",
     ) -> Tensor:
         """x (m, in), in one of DTYPES, -> transforms -> codes -> integer product -> (m, out) in `out_dtype`.
 
@@ -127,7 +128,13 @@ class Library:
         return y
 
     def weight_only(
-        self, x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+        self,
+        x: Tensor,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        number: str = "int",
     ) -> Tensor:
         """x (m, in) times the weight, of which one panel of outputs at a time is in floating point."""
         outputs, width = codes.shape[0], x.shape[1]

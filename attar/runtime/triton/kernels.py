@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from attar.runtime.formats import integer_range
+from attar.runtime.formats import largest
 from attar.runtime.triton.codes import BLOCK, columns, padded_columns, planes
-from attar.runtime.triton.matmul import integer_matmul, weight_only_matmul
+from attar.runtime.triton.matmul import float8_matmul, integer_matmul, weight_only_matmul
 from attar.runtime.triton.quantize import quantize_rows
 from attar.runtime.triton.rotate import quantize_rotated_rows
 from attar.runtime.triton.tune import Config, Problem, bucket, choose
@@ -66,19 +66,27 @@ class TritonKernels:
         act_bits: int,
         steps: Sequence[Step],
         out_dtype: torch.dtype,
+        number: str = "int",
     ) -> Tensor:
-        """x (m, in) -> channel scale -> codes -> integer product -> (m, out) in `out_dtype`."""
+        """x (m, in) -> channel scale -> codes -> product of integers or float8 -> (m, out) in `out_dtype`."""
         y = x.new_empty(x.shape[0], codes.shape[0], dtype=out_dtype)
         if y.numel():
             with _on(x.device):
-                quantized, step = quantize(x, clip, act_bits, weight_bits, steps)
+                quantized, step = quantize(x, clip, act_bits, weight_bits, steps, number)
                 codes = codes.contiguous()
                 tensors = (quantized, step, codes, _float32(weight_scale), _contiguous(bias), y)
-                _product(integer_matmul, INTEGER, tensors, codes, x.shape[1], weight_bits)
+                kernel = float8_matmul if number == "fp8" else integer_matmul
+                _product(kernel, INTEGER, tensors, codes, x.shape[1], weight_bits)
         return y
 
     def weight_only(
-        self, x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+        self,
+        x: Tensor,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        number: str = "int",
     ) -> Tensor:
         """x (m, in) times the weight, which is dequantized tile by tile -> (m, out) in x.dtype."""
         y = x.new_empty(x.shape[0], codes.shape[0])
@@ -87,7 +95,7 @@ class TritonKernels:
                 codes = codes.contiguous()
                 tensors = (in_planes(x, bits), codes, _float32(weight_scale), _contiguous(bias), y)
                 groups = weight_scale.shape[1]
-                more = {"groups": groups, "group_size": x.shape[1] // groups}
+                more = {"groups": groups, "group_size": x.shape[1] // groups, "FP8": number == "fp8"}
                 _product(weight_only_matmul, FLOATING, tensors, codes, x.shape[1], bits, **more)
         return y
 
@@ -96,18 +104,23 @@ KERNELS = TritonKernels()
 
 
 def quantize(
-    x: Tensor, clip: Tensor | None, act_bits: int, weight_bits: int, steps: Sequence[Step] = ()
+    x: Tensor,
+    clip: Tensor | None,
+    act_bits: int,
+    weight_bits: int,
+    steps: Sequence[Step] = (),
+    number: str = "int",
 ) -> tuple[Tensor, Tensor]:
     """x (m, in) -> codes int8 (m, planes of `weight_bits`, columns), zeros at the end of a plane, and steps (m,).
 
-    steps: transforms that `TritonKernels.fusable` counts.
+    steps: transforms that `TritonKernels.fusable` counts. number: "int", or "fp8", whose bit patterns the codes are.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     m, width = x.shape
     count, length = planes(weight_bits), padded_columns(width, weight_bits)
     quantized = torch.empty(m, count, length, dtype=torch.int8, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    most = float(integer_range(act_bits)[1])
+    most, fp8 = largest(number, act_bits), number == "fp8"
     operands = dict(steps)
     channel = _float32(operands["channel_scale"][0]) if "channel_scale" in operands else None
     sizes = (width, length, x.stride(0), count * length)
@@ -118,13 +131,14 @@ def quantize(
         rotated(
             x, channel, signs, base, _float32(clip), quantized, step, *sizes, width**-0.5,
             ORDER=order, MOST=most, PLANES=count, L=rows_of_base(order), R=across, LOG_R=across.bit_length() - 1,
-            BLOCK=BLOCK, num_warps=8 if width > _CHUNK else 4, **EXACT,
+            BLOCK=BLOCK, FP8=fp8, num_warps=8 if width > _CHUNK else 4, **EXACT,
         )  # fmt: skip
         return quantized, step
     plain: Any = quantize_rows[(m,)]
     plain(
         x, channel, _float32(clip), quantized, step, *sizes,
-        MOST=most, PLANES=count, BLOCK=min(triton.next_power_of_2(length), _CHUNK // count), num_warps=4, **EXACT,
+        MOST=most, PLANES=count, BLOCK=min(triton.next_power_of_2(length), _CHUNK // count), FP8=fp8,
+        num_warps=4, **EXACT,
     )  # fmt: skip
     return quantized, step
 

@@ -1,4 +1,4 @@
-"""Products of activations with packed weights: integers exactly, or with weights that are dequantized on the way.
+"""Products of activations with packed weights: integers (exact), float8, or weights that are dequantized on the way.
 
 A program computes a tile of the transposed output, weights times activations: Hopper's tensor cores take their left
 operand from registers, where unpacking leaves the weights, and the right one from shared memory, where the
@@ -61,10 +61,45 @@ def integer_matmul(
 
 
 @triton.jit
+def load_float8(rows, column, row_bytes, WHOLE: tl.constexpr):
+    """Numbers of packed rows (n, 1) at columns (1, j): their bytes are the bit patterns. 0 beyond the row's end."""
+    if WHOLE:
+        return tl.load(rows + column).to(tl.float8e4nv, bitcast=True)
+    return tl.load(rows + column, mask=column < row_bytes, other=0).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def float8_matmul(
+    x_ptr, step_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, m, n, columns, plane_stride, row_bytes,
+    BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x, bit patterns (m, 1, plane_stride), · patterns (n, row_bytes)ᵀ -> sum · step · scale + bias in y (m, n)."""
+    first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    row = first_row + tl.arange(0, BLOCK_M)
+    output = first_output + tl.arange(0, BLOCK_N)
+    x_rows = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[None, :] * plane_stride
+    w_rows = codes_ptr + tl.minimum(output, n - 1).to(tl.int64)[:, None] * row_bytes
+    within = tl.arange(0, BLOCK_K)
+
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, columns, BLOCK_K):
+        column = start + within
+        w = load_float8(w_rows, column[None, :], row_bytes, WHOLE)
+        x = tl.load(x_rows + column[:, None]).to(tl.float8e4nv, bitcast=True)
+        # Hopper adds such products in 14 bits; every 128 of them the sum is carried over to float32.
+        total = tl.dot(w, x, total, max_num_imprecise_acc=128)
+
+    y = total * tl.load(step_ptr + row, mask=row < m, other=0.0)[None, :]
+    y = y * tl.load(scale_ptr + output, mask=output < n, other=0.0)[:, None]
+    store_outputs(y, bias_ptr, y_ptr, row, output, m, n)
+
+
+@triton.jit
 def weight_only_matmul(
     x_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, m, n, columns, plane_stride, row_bytes, groups, group_size,
     BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """x (m, PLANES, plane_stride) in floating point · (codes · scale)ᵀ + bias -> y (m, n), summed in float32.
 
@@ -81,11 +116,14 @@ def weight_only_matmul(
     for start in range(0, columns, BLOCK_K):
         column = start + within
         for plane in tl.static_range(PLANES):
-            w = load_codes(
-                codes_ptr + some * row_bytes, column[None, :], row_bytes, plane, PLANES, BITS, WHOLE
-            )
+            w_rows = codes_ptr + some * row_bytes
+            if FP8:
+                w = load_float8(w_rows, column[None, :], row_bytes, WHOLE).to(tl.float32)
+            else:
+                w = load_codes(w_rows, column[None, :], row_bytes, plane, PLANES, BITS, WHOLE)
+                w = (w >> (8 - BITS)).to(tl.float32)
             group = tl.minimum((column * PLANES + plane) // group_size, groups - 1)[None, :]
-            w = (w >> (8 - BITS)).to(tl.float32) * tl.load(scale_ptr + some * groups + group)
+            w = w * tl.load(scale_ptr + some * groups + group)
             x = tl.load(x_rows + (plane * plane_stride + column)[:, None])
             total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
     store_outputs(total, bias_ptr, y_ptr, row, output, m, n)

@@ -1,4 +1,7 @@
-"""Rows of activations -> integer codes and step sizes, operation for operation those of reference.py, in one launch."""
+"""Rows of activations -> codes and step sizes, operation for operation those of reference.py, in one launch.
+
+Codes are integers, or with FP8 the bit patterns of float8 numbers (e4m3), in bytes of the same type.
+"""
 
 import triton
 import triton.language as tl
@@ -34,12 +37,16 @@ def step_size(low, high, magnitude, clip_ptr, MOST: tl.constexpr):
 
 
 @triton.jit
-def encode(x, low, high, step, MOST: tl.constexpr, CLIP: tl.constexpr):
-    """float32 -> int8 codes."""
+def encode(x, low, high, step, MOST: tl.constexpr, CLIP: tl.constexpr, FP8: tl.constexpr):
+    """float32 -> codes in int8."""
     if CLIP:
         x = tl.where(x < low, low, x)
         x = tl.where(x > high, high, x)
     x = tl.div_rn(x, step + tl.zeros_like(x))
+    if FP8:  # NaN stays one
+        x = tl.where(x < -MOST, -MOST * 1.0, x)
+        x = tl.where(x > MOST, MOST * 1.0, x)
+        return x.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.int8, bitcast=True)
     x = tl.where(x < -MOST - 1, -MOST - 1.0, x)
     x = tl.where(x > MOST, MOST * 1.0, x)
     x = tl.where(x == x, x, 0.0)
@@ -60,7 +67,7 @@ def load_chunk(x_ptr, channel_ptr, place, width):
 @triton.jit
 def quantize_rows(
     x_ptr, channel_ptr, clip_ptr, codes_ptr, step_ptr, width, columns, x_stride, codes_stride,
-    MOST: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    MOST: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """One row for a program: x (m, width) -> codes int8 (m, PLANES, columns), zeros behind each plane, step (m,).
 
@@ -88,6 +95,6 @@ def quantize_rows(
 
     for start in range(0, columns, BLOCK):
         x, inside = load_chunk(x_ptr, channel_ptr, (start + column) * PLANES + plane, width)
-        codes = tl.where(inside, encode(x, low, high, step, MOST, CLIP), 0)
+        codes = tl.where(inside, encode(x, low, high, step, MOST, CLIP, FP8), 0)
         place = start + column
         tl.store(codes_ptr + plane * columns + place, codes, mask=place < columns)

@@ -18,7 +18,7 @@ def butterfly(x, STRIDE: tl.constexpr, L: tl.constexpr, R: tl.constexpr):
 def quantize_rotated_rows(
     x_ptr, channel_ptr, signs_ptr, base_ptr, clip_ptr, codes_ptr, step_ptr, width, columns, x_stride, codes_stride,
     norm, ORDER: tl.constexpr, MOST: tl.constexpr, PLANES: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    LOG_R: tl.constexpr, BLOCK: tl.constexpr,
+    LOG_R: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """One row for a program: x (m, ORDER · R), as transforms.Hadamard of one block turns it, -> as quantize_rows.
 
@@ -46,7 +46,7 @@ def quantize_rotated_rows(
     low, high, step = step_size(low, high, high, clip_ptr, MOST)
     tl.store(step_ptr + row, step)
 
-    codes = encode(x, low, high, step, MOST, clip_ptr is not None)
+    codes = encode(x, low, high, step, MOST, clip_ptr is not None, FP8)
     codes = tl.permute(tl.reshape(codes, [L, R // PLANES, PLANES]), [2, 0, 1])
     plane = tl.arange(0, PLANES)[:, None, None]
     down, across = tl.arange(0, L)[None, :, None], tl.arange(0, R // PLANES)[None, None, :]
