@@ -40,6 +40,7 @@ COMPETITORS = (
     Competitor("attar rtn W8A8", "attar", attar("rtn", 8, 8), BF16),
     Competitor("attar rtn W4A8", "attar", attar("rtn", 4, 8), BF16),
     Competitor("attar rtn W4A16", "attar", attar("rtn", 4, 16), BF16),
+    Competitor("attar fp8", "attar", attar("fp8", 8, 8), BF16),
     Competitor("attar hadamard W4A8", "attar", attar("hadamard", 4, 8), BF16),
     Competitor("torchao int8 dynamic", "torchao", INT8_DYNAMIC, BF16, compiled=True),
     Competitor("torchao fp8 dynamic", "torchao", FP8, BF16, compiled=True),
@@ -95,9 +96,10 @@ def _prepare(competitor: Competitor, size: tuple[int, int], tokens: int, device:
     x = torch.randn(tokens, size[0], device=device, dtype=competitor.dtype)
 
     def compress(recipe: str, weights: int, acts: int) -> nn.Module:
-        if recipe != "rtn":
+        if recipe not in ("rtn", "fp8"):
             raise ValueError("transforms are measured in whole blocks")
-        return OneLinear(random_packed(linear, weights, None if acts == 16 else acts))
+        number = "fp8" if recipe == "fp8" else "int"
+        return OneLinear(random_packed(linear, weights, None if acts == 16 else acts, number))
 
     with torch.no_grad():
         module = competitor.make(Task(OneLinear(linear), [{"x": x}], compress))
@@ -106,13 +108,14 @@ def _prepare(competitor: Competitor, size: tuple[int, int], tokens: int, device:
         return Ready(captured(lambda: module(x), device), linear_bytes(module))
 
 
-def random_packed(linear: nn.Linear, weights: int, acts: int | None) -> PackedLinear:
-    """A packed layer of the linear's size: what the codes are does not change its speed."""
-    low, high = integer_range(weights)
+def random_packed(linear: nn.Linear, weights: int, acts: int | None, number: str = "int") -> PackedLinear:
+    """A packed layer of the linear's size: what the codes are does not change its speed. number: of both factors."""
+    low, high = integer_range(weights) if number == "int" else (0, 126)  # no NaN
     codes = torch.randint(low, high + 1, tuple(linear.weight.shape), dtype=torch.int8)
     scale = torch.full((codes.shape[0], 1), 1e-2)
     bias = None if linear.bias is None else linear.bias.detach().cpu()
-    return PackedLinear.from_codes(codes, scale, weights, bias, acts).to(linear.weight.device)
+    formats = {"weight_format": number, "act_format": "int" if acts is None else number}
+    return PackedLinear.from_codes(codes, scale, weights, bias, acts, **formats).to(linear.weight.device)
 
 
 @torch.no_grad()

@@ -322,10 +322,10 @@ def test_tampered_copies(refuses, small, tmp_path, file):
 def test_a_checkpoint_of_a_newer_format(refuses, small, tmp_path):
     file = small / "transformer" / "config.json"
     config = json.loads(file.read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 99
     file.write_text(json.dumps(config))
     message = refuses("generate", small, "a dog", "-o", tmp_path / "x.mp4")
-    assert "format version 2" in message and "Update attar" in message
+    assert "format version 99" in message and "Update attar" in message
 
 
 def test_damaged_evidence(refuses, wan_folder, small, tmp_path):

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attar.errors import AttarError
+from attar.runtime.formats import integer_range
 from attar.runtime.reference import (
     dequantize,
     integer_linear,
     integer_matmul,
-    integer_range,
     quantize,
     quantize_tokens,
     symmetric_scale,
