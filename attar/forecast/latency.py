@@ -11,6 +11,7 @@ from attar.forecast.hardware import Hardware
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan
+from attar.quantize.tables import table_bytes
 from attar.quantize.transforms import kronecker_factors
 from attar.runtime.packing import packed_width
 
@@ -78,7 +79,10 @@ def quantized_counts(
         width = plan.in_features
         calls = operation.weights / max(1.0, _dense_bytes(plan, operation))
         row = packed_width(width, plan.weight_bits) + 4 * group_count(width, plan.group_size)
-        packed = calls * plan.out_features * row
+        tables = table_bytes(
+            plan.weight_format, plan.weight_bits, plan.out_features, group_count(width, plan.group_size)
+        )
+        packed = calls * (plan.out_features * row + tables)
         inputs = operation.read - operation.weights
         format = execution_format(plan, hardware, operation.format)
         transformed = not plan.plain and (transforms.scale or transforms.rotation != "none")

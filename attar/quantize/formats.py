@@ -81,6 +81,11 @@ def weight_steps(weight: Tensor, clip: Tensor | None, group_size: int | None = N
     return clamped / absmax.clamp(min=MIN_ABSMAX)
 
 
+def weight_magnitudes(weight: Tensor, clip: Tensor | None, group_size: int | None) -> Tensor:
+    """What `weight_steps` divides by: the largest magnitude of each row or group of the clamped weight, (out, groups, 1)."""
+    return _clamp(_grouped(wide(weight), group_size), clip)[1].clamp(min=MIN_ABSMAX)
+
+
 def group_count(in_features: int, group_size: int | None) -> int:
     """How many scales each row has. Raises AttarError when the groups do not divide the row."""
     if group_size is None:

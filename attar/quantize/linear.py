@@ -16,6 +16,7 @@ from attar.quantize.formats import (
     fake_quantize_weight,
     group_count,
     quantize_weight,
+    weight_magnitudes,
     weight_steps,
 )
 from attar.quantize.tables import check_weight_format, fit_levels, number_of
@@ -96,8 +97,10 @@ class QuantizedLinear(nn.Module):
         self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
         if self.number == "table":
             with torch.no_grad():
-                steps = weight_steps(self.transformed_weight(), self._weight_clip(), group_size)
-            self.levels = fit_levels(weight_format, steps, weight_bits)
+                start = self.transformed_weight(), self._weight_clip(), group_size
+                self.levels = fit_levels(
+                    weight_format, weight_steps(*start), weight_bits, weight_magnitudes(*start)
+                )
 
     # ----------------------------------------------------------------------------------- low-rank branch
 

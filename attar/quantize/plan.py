@@ -12,7 +12,7 @@ from torch import nn
 from attar.errors import AttarError
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.tables import check_weight_format, number_of
+from attar.quantize.tables import check_weight_format, table_bytes
 from attar.quantize.transforms import check_rotation, kronecker_factors
 from attar.runtime.formats import check_format
 from attar.runtime.hadamard import base_order
@@ -255,8 +255,7 @@ def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
     if plan.weight_bits is None:
         return Forecast(dense, dense)
     packed = out * packed_width(d, plan.weight_bits) + 4 * out * group_count(d, plan.group_size) + bias
-    if number_of(plan.weight_format) == "table":
-        packed += 2 << plan.weight_bits  # one for the layer
+    packed += table_bytes(plan.weight_format, plan.weight_bits, out, group_count(d, plan.group_size))
     if plan.plain:
         return Forecast(dense, packed)
     packed += 2 * plan.low_rank * (d + out)

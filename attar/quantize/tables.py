@@ -3,6 +3,8 @@
     fp4     e2m1: ±{0, .5, 1, 1.5, 2, 3, 4, 6} / 6
     nf4     quantiles of the normal distribution (QLoRA, arXiv 2305.14314)
     power   sign(k)·|k / q|^(1/a), uniform after x -> sign(x)|x|^a; one exponent a for the layer (PowerQuant, NUPES)
+    twin_log  a logarithmic grid for each sign of each row (LRQ-DiT), see twin_log.py; twin_log_released: with the
+            offsets of the released code, in absolute units
 
 A table is made once, from the weights that the layer starts with, and stays while scales and clipping are learned. Its
 numbers are exact in half precision, in which they are stored.
@@ -12,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.quantize.twin_log import twin_log_levels
 from attar.runtime.formats import decode, encode
 
 EXPONENTS = tuple(round(0.2 + 0.05 * i, 2) for i in range(27))  # 0.2 … 1.5
@@ -24,19 +28,34 @@ EXPONENTS = tuple(round(0.2 + 0.05 * i, 2) for i in range(27))  # 0.2 … 1.5
 
 @dataclass(frozen=True)
 class TableFormat:
-    """bits: those that it has. fit: steps (out, groups, n) in [-1, 1] -> levels (1 or out, 1 or groups, 2^bits)."""
+    """bits: those that it has. fit: steps (out, groups, n) in [-1, 1] -> levels (1 or out, 1 or groups, 2^bits).
+
+    by_row: each row and group has a table of its own. absolute: `fit` is given the weights, not divided by anything.
+    """
 
     bits: tuple[int, ...]
     fit: Callable[[Tensor, int], Tensor]
+    by_row: bool = False
+    absolute: bool = False
 
 
-def fit_levels(name: str, steps: Tensor, bits: int) -> Tensor:
+def fit_levels(name: str, steps: Tensor, bits: int, largest: Tensor | None = None) -> Tensor:
     """The levels of the table format `name` for weights that were divided by their largest magnitude, float16.
 
-    steps: (out, groups, n). Raises AttarError for an unknown format, or bits that it does not have.
+    steps: (out, groups, n). largest: those magnitudes (out, groups, 1), by default 1. Raises AttarError for an unknown
+    format, or bits that it does not have.
     """
     check_weight_format(name, bits)
-    return TABLES[name].fit(steps, bits).to(device=steps.device, dtype=torch.float16)
+    table = TABLES[name]
+    numbers = steps * largest if table.absolute and largest is not None else steps
+    return table.fit(numbers, bits).to(device=steps.device, dtype=torch.float16)
+
+
+def table_bytes(name: str, bits: int, rows: int, groups: int) -> int:
+    """What the levels of a layer with so many rows and groups weigh; 0 for formats that are not tables."""
+    if name not in TABLES:
+        return 0
+    return (2 << bits) * (rows * groups if TABLES[name].by_row else 1)
 
 
 def number_of(name: str) -> str:
@@ -97,5 +116,9 @@ TABLES: dict[str, TableFormat] = {
     "fp4": TableFormat((4,), _fp4),
     "nf4": TableFormat((4,), _nf4),
     "power": TableFormat((2, 3, 4, 5, 6, 7, 8), _power),
+    "twin_log": TableFormat((3, 4, 5, 6, 7, 8), twin_log_levels, by_row=True, absolute=True),
+    "twin_log_released": TableFormat(
+        (3, 4, 5, 6, 7, 8), partial(twin_log_levels, released=True), by_row=True, absolute=True
+    ),
 }
 WEIGHT_FORMATS = ("int", "fp8", *TABLES)
