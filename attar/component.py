@@ -242,6 +242,7 @@ class ComponentJob:
             "stopped": None if learning is None else learning.stopped,
             "attention": masses,
         }
+        result |= {"rotations": outcome.rotations} if outcome.rotations else {}
         # the next block's inputs first: a block that is on disk always has its successor's inputs beside it
         if full and self.adapter.segment_of(block)[-1] is not block:
             write_boundary(

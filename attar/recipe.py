@@ -102,7 +102,12 @@ class Quantize(_Stage):
     )
     scale: bool = Field(default=True, description="channel scale c, started by SmoothQuant's rule")
     alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of that rule")
-    rotation: Literal["none", "hadamard", "kronecker", "orthogonal"] = "kronecker"
+    rotation: Literal["none", "hadamard", "kronecker", "orthogonal", "adaptive"] = "kronecker"
+    rotation_threshold: float = Field(
+        default=1.0,
+        ge=0,
+        description="of an adaptive one: root mean square of inputs that get the dual rotation",
+    )
     affine: bool = Field(default=False, description="let a Kronecker rotation stretch as well")
     rotation_init: Literal["auto", "hadamard", "random_orthogonal", "identity"] = "auto"
     order: Literal["scale_then_rotate", "rotate_then_scale"] = "scale_then_rotate"
@@ -218,6 +223,7 @@ class Recipe(_Stage):
         learned = self.reconstruct is not None and self.reconstruct.epochs > 0
         branch = self.quantize.low_rank
         measured = branch is not None and branch.metric == "output"
+        measured |= self.quantize.rotation == "adaptive"
         return learned or measured or self.quantize.scale or self.rounding.method == "gptq"
 
     @property

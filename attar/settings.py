@@ -15,7 +15,9 @@ from attar.recipe import Recipe
 def transform_settings(recipe: Recipe) -> TransformSettings:
     """Of the equivalent transforms of one layer."""
     q = recipe.quantize
-    return TransformSettings(q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order)
+    return TransformSettings(
+        q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order, q.rotation_threshold
+    )
 
 
 def plan_for(

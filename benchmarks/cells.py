@@ -55,7 +55,7 @@ class Study:
 # Settings that are younger than the first cells: at these values a recipe does what it did before it had them.
 LATER = {
     "select": {"neighbour": "next", "normalise": "min_max"},
-    "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int"},
+    "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int", "rotation_threshold": 1.0},
     "reconstruct": {"lambda_over": "joint"},
 }
 

@@ -10,9 +10,10 @@ from attar.forecast.counts import Counts, Operation
 from attar.forecast.hardware import Hardware
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import LayerPlan
+from attar.quantize.plan import SALIENT_SHARE, LayerPlan
 from attar.quantize.tables import table_bytes
 from attar.quantize.transforms import kronecker_factors
+from attar.runtime.block_rotations import block_width
 from attar.runtime.packing import packed_width
 
 PARTS: tuple[str, ...] = ("linear", "attention", "transform", "rest")
@@ -96,7 +97,7 @@ def quantized_counts(
             found.append(
                 replace(
                     operation, part="transform", role="quantize", read=inputs, written=written, weights=0.0,
-                    flops=operation.rows * _transform_flops(width, transforms),
+                    flops=operation.rows * _rotation_flops(width, transforms.rotation),
                 )
             )  # fmt: skip
             inputs = written
@@ -122,13 +123,16 @@ def _dense_bytes(plan: LayerPlan, operation: Operation) -> float:
     return size * (plan.in_features * plan.out_features + (plan.out_features if plan.bias else 0))
 
 
-def _transform_flops(width: int, transforms: TransformSettings) -> float:
-    """Of one row."""
-    if transforms.rotation == "kronecker":
+def _rotation_flops(width: int, rotation: str) -> float:
+    """Of one row; of an adaptive rotation those that are expected, as in `forecast` of plan.py."""
+    if rotation == "kronecker":
         return 2.0 * width * sum(kronecker_factors(width))
-    if transforms.rotation == "orthogonal":
+    if rotation == "orthogonal":
         return 2.0 * width * width
-    return width * math.log2(width) if transforms.rotation == "hadamard" else 0.0
+    if rotation == "adaptive":
+        dual = 4.0 * width * block_width(width)
+        return SALIENT_SHARE * dual + (1 - SALIENT_SHARE) * _rotation_flops(width, "hadamard")
+    return width * math.log2(width) if rotation == "hadamard" else 0.0
 
 
 def arithmetic_bound(before: Counts, after: Counts, hardware: Hardware) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attar import ranks
 from attar.errors import AttarError
 from attar.losses import relative_error
+from attar.quantize.adaptive import InputSample, collect_input_samples, describe
 from attar.quantize.initialize import (
     TransformSettings,
     build_rotation,
@@ -78,12 +79,14 @@ class BlockOutcome:
     """Errors are squared output errors relative to the block's own update, averaged over the calibration samples.
 
     error_before: with transforms and clipping at their start, nearest rounding. error_after: of the packed block.
+    rotations: of layers whose rotation was chosen by their input, which it is and why.
     """
 
     error_before: float | None = None
     error_after: float | None = None
     learning: ReconstructionResult | None = None
     layers: dict[str, PackedLinear] = field(default_factory=dict)
+    rotations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def quantize_block(
@@ -114,7 +117,12 @@ def quantize_block(
             raise AttarError(
                 "a weight is not finite", where=plans[name].name, fix="Check the model before compressing"
             )
-    layers = _wrap(module, plans, linears, run, calls, settings, seed)
+    samples = {}
+    if settings.transforms.rotation == "adaptive":
+        samples = _input_samples(plans, linears, run, calls)
+        threshold = settings.transforms.rotation_threshold
+        outcome.rotations = {name: describe(sample, threshold) for name, sample in samples.items()}
+    layers = _wrap(module, plans, linears, run, calls, settings, seed, samples)
     if settings.low_rank is not None:
         _start_branches(layers, plans, run, calls, settings.low_rank)
     if calls:
@@ -143,20 +151,25 @@ def _wrap(
     calls: Sequence[Any],
     settings: BlockSettings,
     seed: str,
+    samples: Mapping[str, InputSample],
 ) -> dict[str, QuantizedLinear]:
     """Puts a QuantizedLinear around every planned linear. Plain layers get neither transforms nor clipping."""
     calibrated = [name for name, plan in plans.items() if not plan.plain]
     generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in calibrated}
-    rotations = {
-        name: build_rotation(plans[name].in_features, settings.transforms, generators[name])
-        for name in calibrated
-    }
-    rotations = {name: rotation for name, rotation in rotations.items() if rotation is not None}
+    rotations = {}
+    if (
+        settings.transforms.order == "rotate_then_scale"
+    ):  # the scale needs to know what comes out of the rotation
+        for name in calibrated:
+            rotation = build_rotation(
+                plans[name].in_features, settings.transforms, generators[name], samples.get(name)
+            )
+            if rotation is not None:
+                rotations[name] = rotation
     stats: dict[str, Tensor] = {}
     if settings.transforms.scale and calibrated:
         if not calls:
             raise AttarError("channel scales need calibration samples")
-        first = rotations if settings.transforms.order == "rotate_then_scale" else None
         if settings.stats_ema is not None and ranks.size() > 1:
             raise AttarError(
                 "a running average of channel maxima depends on the order of samples, which several processes share",
@@ -164,7 +177,7 @@ def _wrap(
                 fix="Leave it out, or use one process",
             )
         inputs = {name: linears[name] for name in calibrated}
-        stats = collect_input_stats(run, calls, inputs, ema=settings.stats_ema, rotations=first)
+        stats = collect_input_stats(run, calls, inputs, ema=settings.stats_ema, rotations=rotations)
         stats = {name: ranks.max_(stats[name]) for name in calibrated}
     layers = {}
     for name, plan in plans.items():
@@ -172,8 +185,9 @@ def _wrap(
         transforms = []
         if not plan.plain:
             transforms = build_transforms(
-                linear, stats.get(name), settings.transforms, generators[name], rotations.get(name)
-            )
+                linear, stats.get(name), settings.transforms, generators[name], rotations.get(name),
+                samples.get(name),
+            )  # fmt: skip
         layer = QuantizedLinear(
             linear, plan.weight_bits or 0, plan.act_bits, transforms, group_size=plan.group_size,
             weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
@@ -182,6 +196,18 @@ def _wrap(
         replace_module(module, name, layer)
         layers[name] = layer
     return layers
+
+
+def _input_samples(
+    plans: Mapping[str, LayerPlan],
+    linears: Mapping[str, nn.Module],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+) -> dict[str, InputSample]:
+    calibrated = {name: linears[name] for name, plan in plans.items() if not plan.plain}
+    if calibrated and not calls:
+        raise AttarError("adaptive rotations need calibration samples")
+    return collect_input_samples(run, calls, calibrated)
 
 
 def _start_branches(

@@ -82,7 +82,7 @@ def weight_steps(weight: Tensor, clip: Tensor | None, group_size: int | None = N
 
 
 def weight_magnitudes(weight: Tensor, clip: Tensor | None, group_size: int | None) -> Tensor:
-    """What `weight_steps` divides by: the largest magnitude of each row or group of the clamped weight, (out, groups, 1)."""
+    """What `weight_steps` divides by, (out, groups, 1): the largest magnitudes of the clamped weight."""
     return _clamp(_grouped(wide(weight), group_size), clip)[1].clamp(min=MIN_ABSMAX)
 
 

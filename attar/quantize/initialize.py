@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
+from attar.quantize.adaptive import InputSample, adaptive_rotation
 from attar.quantize.transforms import (
     FixedHadamard,
     LearnedKronecker,
@@ -19,7 +20,7 @@ from attar.quantize.transforms import (
     smooth_scale,
 )
 
-ROTATIONS = ("none", "hadamard", "kronecker", "orthogonal")
+ROTATIONS = ("none", "hadamard", "kronecker", "orthogonal", "adaptive")
 ORDERS = ("scale_then_rotate", "rotate_then_scale")
 
 
@@ -28,7 +29,8 @@ class TransformSettings:
     """Which transforms a layer gets and how they start.
 
     scale: learn a channel scale, started by SmoothQuant's rule with `alpha`. rotation: "kronecker" (trained),
-    "orthogonal" (trained, full), "hadamard" (fixed) or "none". affine: let a Kronecker rotation stretch.
+    "orthogonal" (trained, full), "hadamard" (fixed), "adaptive" (fixed, by the layer's input, which has to reach
+    `rotation_threshold` for the dual one, see adaptive.py) or "none". affine: let a Kronecker rotation stretch.
     rotation_init: see `rotation_start`. order: "scale_then_rotate" or "rotate_then_scale".
     Raises AttarError for names that do not exist.
     """
@@ -39,6 +41,7 @@ class TransformSettings:
     affine: bool = False
     rotation_init: str = "auto"
     order: str = "scale_then_rotate"
+    rotation_threshold: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -50,9 +53,19 @@ class TransformSettings:
 
 
 def build_rotation(
-    d: int, settings: TransformSettings, generator: torch.Generator | None = None
+    d: int,
+    settings: TransformSettings,
+    generator: torch.Generator | None = None,
+    sample: InputSample | None = None,
 ) -> LearnedTransform | None:
-    """The rotation of a layer with d input channels, or None."""
+    """The rotation of a layer with d input channels, or None. sample: of its input, for the adaptive one.
+
+    Raises AttarError when an adaptive rotation has no sample.
+    """
+    if settings.rotation == "adaptive":
+        if sample is None:
+            raise AttarError("an adaptive rotation needs calibration samples")
+        return adaptive_rotation(sample, settings.rotation_threshold, generator)
     if settings.rotation == "kronecker":
         return LearnedKronecker(d, settings.affine, settings.rotation_init, generator)
     if settings.rotation == "orthogonal":
@@ -66,30 +79,36 @@ def build_transforms(
     settings: TransformSettings,
     generator: torch.Generator | None = None,
     rotation: LearnedTransform | None = None,
+    sample: InputSample | None = None,
 ) -> list[LearnedTransform]:
     """The transforms of one layer in the order in which they act.
 
     absmax: (d_in,) from `collect_input_stats`, of the layer's input, or of its *rotated* input for
-    "rotate_then_scale"; then the rotation that it was gathered with has to be given. Raises AttarError when a
+    "rotate_then_scale"; then the rotation that it was gathered with has to be given. sample: of the layer's input, for
+    an adaptive rotation. Raises AttarError when a
     scale is asked for without statistics, or a rotation comes second-hand without being given.
     """
     d, device = linear.in_features, linear.weight.device
     rotate_first = settings.order == "rotate_then_scale" and settings.scale and settings.rotation != "none"
     if rotate_first and rotation is None:
         raise AttarError("a scale behind a rotation needs the rotation that its statistics came from")
-    if rotation is None:
-        rotation = build_rotation(d, settings, generator)
-    rotations = [] if rotation is None else [rotation.to(device)]  # type: ignore[attr-defined]
-    if not settings.scale:
-        return rotations
-    if absmax is None:
+    if settings.scale and absmax is None:
         raise AttarError("a channel scale needs input statistics", fix="Run collect_input_stats first")
-    weight = linear.weight.detach().float()
-    if rotate_first:
-        with torch.no_grad():
-            weight = rotations[0].weight_side(weight, rotations[0].matrices())
-    scale = LearnedScale(smooth_scale(absmax.to(device), weight.abs().amax(0), settings.alpha)).to(device)
-    return [*rotations, scale] if rotate_first else [scale, *rotations]
+    scales = []
+    if settings.scale and absmax is not None:
+        weight = linear.weight.detach().float()
+        if rotate_first and rotation is not None:
+            with torch.no_grad():
+                rotation.to(device)  # type: ignore[attr-defined]
+                weight = rotation.weight_side(weight, rotation.matrices())
+        start = smooth_scale(absmax.to(device), weight.abs().amax(0), settings.alpha)
+        scales = [LearnedScale(start).to(device)]
+        if sample is not None and not rotate_first:
+            sample = sample.scaled(start)
+    if rotation is None:
+        rotation = build_rotation(d, settings, generator, sample)
+    rotations = [] if rotation is None else [rotation.to(device)]  # type: ignore[attr-defined]
+    return [*rotations, *scales] if rotate_first else [*scales, *rotations]
 
 
 def collect_input_stats(

@@ -9,6 +9,7 @@ with the same values, evaluated in float64.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Protocol
 
@@ -130,7 +131,7 @@ def check_rotation(d: int, kind: str) -> None:
     """Raises AttarError if no rotation of this kind (see `TransformSettings`) has the width d."""
     if kind == "kronecker" and d > 3 and kronecker_factors(d)[0] == 1:
         raise AttarError(f"a width of {d} has no two factors", fix="Use another rotation")
-    if kind == "hadamard" and d % 2:
+    if kind in ("hadamard", "adaptive") and d % 2:
         raise AttarError(f"no Hadamard rotation has the odd width {d}", fix="Use another rotation")
 
 
@@ -238,12 +239,12 @@ class LearnedOrthogonal(nn.Module):
         return runtime.Dense(cayley(self.skew.double()) @ self.start.double())
 
 
-class FixedHadamard(nn.Module):
-    """A random Hadamard rotation that is not trained: the cheapest one, and the control for a trained one."""
+class FixedRotation(nn.Module):
+    """A run-time transform that is not trained."""
 
-    def __init__(self, d: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, rotation: runtime.Transform) -> None:
         super().__init__()
-        self.rotation = runtime.Hadamard.random(d, generator)
+        self.rotation = rotation
 
     def matrices(self) -> Matrices:
         return ()
@@ -252,8 +253,15 @@ class FixedHadamard(nn.Module):
         return self.rotation(x)
 
     def weight_side(self, weight: Tensor, m: Matrices) -> Tensor:
-        return self.rotation(weight)
+        return self.rotation.weight_side(weight, wide(weight).dtype)
 
     @torch.no_grad()
-    def bake(self) -> runtime.Hadamard:
-        return runtime.Hadamard(self.rotation.signs, self.rotation.order, self.rotation.block)
+    def bake(self) -> runtime.Transform:
+        return copy.deepcopy(self.rotation)
+
+
+class FixedHadamard(FixedRotation):
+    """A random Hadamard rotation: the cheapest one, and the control for a trained one."""
+
+    def __init__(self, d: int, generator: torch.Generator | None = None) -> None:
+        super().__init__(runtime.Hadamard.random(d, generator))

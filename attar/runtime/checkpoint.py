@@ -24,7 +24,7 @@ from torch import nn
 from attar.errors import AttarError
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
-from attar.runtime.scheme import LATER
+from attar.runtime.scheme import LATER, LATER_TRANSFORMS
 from attar.runtime.transforms import transform_class
 
 QUANT_METHOD = "attar"
@@ -66,7 +66,11 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
         if scheme not in schemes:
             schemes.append(scheme)
         index[name] = schemes.index(scheme)
-    later = any(field in scheme for scheme in schemes for field in LATER)
+    later = any(
+        field in LATER or (field == "transforms" and any(t["kind"] in LATER_TRANSFORMS for t in value))
+        for scheme in schemes
+        for field, value in scheme.items()
+    )
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
     return {
         "quant_method": QUANT_METHOD,

@@ -18,6 +18,7 @@ LATER: dict[str, tuple[type, ...]] = {
     "levels": (str,),
     "low_rank": (int,),
 }
+LATER_TRANSFORMS = ("block_rotations",)
 
 
 def later_fields(weight_format: str, act_format: str, levels: Tensor | None, low_rank: int) -> dict[str, Any]:

@@ -15,46 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
-from attar.runtime.float32 import KeepsBufferDtype
+from attar.runtime.block_rotations import BlockRotations
 from attar.runtime.hadamard import base_order, hadamard_base, walsh_hadamard
 from attar.runtime.reference import wide
-
-
-class Transform(KeepsBufferDtype):
-    """x (..., d) -> x T (..., d). Subclasses give `kind`, `activation_side`, weight_side and inverse_weight_side."""
-
-    kind: str
-    arity: int  # how many tensors `activation_side` takes beside x
-
-    def operands(self) -> list[Tensor]:
-        """The tensors of the transform, in the order in which `activation_side` takes them."""
-        raise NotImplementedError
-
-    @staticmethod
-    def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
-        """x (..., d) -> x T (..., d) in float32 (float64 if x is): the definition that kernels must match."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor | None) -> Any:
-        """x T, or without an x the operands: hooks that bring a module's offloaded tensors run in a call only."""
-        return self.operands() if x is None else self.activation_side(x, *self.operands())
-
-    def config(self) -> dict[str, Any]:
-        """What `from_config` needs, beside the width, to make a transform with the same buffers' shapes."""
-        return {"kind": self.kind}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Transform:
-        """A transform of width d with placeholder buffers, to load a checkpoint into."""
-        raise NotImplementedError
-
-    def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """W (out, d) -> W T^{-T} (out, d) in `dtype`."""
-        raise NotImplementedError
-
-    def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """W̃ (out, d) -> W̃ Tᵀ (out, d) in `dtype`: undoes `weight_side`."""
-        raise NotImplementedError
+from attar.runtime.transform import Transform, check_invertible, float32, inverse, only
 
 
 class ChannelScale(Transform):
@@ -68,11 +32,11 @@ class ChannelScale(Transform):
         super().__init__()
         if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise AttarError("a channel scale must be finite and positive", where="ChannelScale")
-        self.register_buffer("scale", _float32(scale).reshape(-1))
+        self.register_buffer("scale", float32(scale).reshape(-1))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> ChannelScale:
-        _only(config, "kind")
+        only(config, "kind")
         return cls(torch.ones(d, device=device))
 
     def operands(self) -> list[Tensor]:
@@ -134,7 +98,7 @@ class Hadamard(Transform):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Hadamard:
-        _only(config, "kind", "order", "block")
+        only(config, "kind", "order", "block")
         signs = torch.ones(d, dtype=torch.int8, device=device)
         return cls(signs, config.get("order"), config.get("block"))
 
@@ -170,14 +134,14 @@ class Kronecker(Transform):
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         super().__init__()
-        _check_invertible(left, "Kronecker.left")
-        _check_invertible(right, "Kronecker.right")
-        self.register_buffer("left", _float32(left))
-        self.register_buffer("right", _float32(right))
+        check_invertible(left, "Kronecker.left")
+        check_invertible(right, "Kronecker.right")
+        self.register_buffer("left", float32(left))
+        self.register_buffer("right", float32(right))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Kronecker:
-        _only(config, "kind", "left", "right")
+        only(config, "kind", "left", "right")
         left, right = config.get("left", 0), config.get("right", 0)
         if left * right != d:
             raise AttarError(f"a Kronecker transform of {left} x {right} does not fit a layer of width {d}")
@@ -196,7 +160,7 @@ class Kronecker(Transform):
         return _apply_kronecker(x, left.to(x.dtype), right.to(x.dtype))
 
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        left, right = _inverse(self.left).T.to(dtype), _inverse(self.right).T.to(dtype)
+        left, right = inverse(self.left).T.to(dtype), inverse(self.right).T.to(dtype)
         return _apply_kronecker(weight.to(dtype), left, right)
 
     def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -212,12 +176,12 @@ class Dense(Transform):
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        _check_invertible(matrix, "Dense")
-        self.register_buffer("matrix", _float32(matrix))
+        check_invertible(matrix, "Dense")
+        self.register_buffer("matrix", float32(matrix))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Dense:
-        _only(config, "kind")
+        only(config, "kind")
         return cls(torch.eye(d, device=device))
 
     def operands(self) -> list[Tensor]:
@@ -230,13 +194,15 @@ class Dense(Transform):
         return x @ matrix.to(x.dtype)
 
     def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        return weight.to(dtype) @ _inverse(self.matrix).T.to(dtype)
+        return weight.to(dtype) @ inverse(self.matrix).T.to(dtype)
 
     def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         return weight.to(dtype) @ self.matrix.T.to(dtype)
 
 
-TRANSFORMS: dict[str, type[Transform]] = {c.kind: c for c in (ChannelScale, Hadamard, Kronecker, Dense)}
+TRANSFORMS: dict[str, type[Transform]] = {
+    c.kind: c for c in (ChannelScale, Hadamard, Kronecker, Dense, BlockRotations)
+}
 
 
 def transform_class(config: Any) -> type[Transform]:
@@ -284,35 +250,6 @@ def _rotate(x: Tensor, base: Tensor, block: int) -> Tensor:
 def _apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     y = x.reshape(-1, left.shape[0], right.shape[0]) @ right  # (n, l, r)
     return (left.T @ y).reshape(x.shape)
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    return torch.linalg.inv(matrix.to(torch.float64))
-
-
-def _float32(x: Tensor) -> Tensor:
-    # A copy: a transform must not share memory with the parameter it was baked from.
-    return x.detach().to(torch.float32, copy=True).contiguous()
-
-
-def _check_invertible(matrix: Tensor, where: str) -> None:
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise AttarError(f"a transform matrix must be square, found {tuple(matrix.shape)}", where=where)
-    if matrix.is_meta:
-        return
-    if not bool(torch.isfinite(matrix).all()):
-        raise AttarError("a transform matrix must be finite", where=where)
-    if not bool(torch.isfinite(torch.linalg.inv_ex(matrix.detach().to(torch.float64))[0]).all()):
-        raise AttarError("a transform matrix must be invertible", where=where)
-
-
-def _only(config: dict[str, Any], *fields: str) -> None:
-    unknown = sorted(set(config) - set(fields))
-    if unknown:
-        raise AttarError(
-            f"unknown field {unknown[0]!r} of transform {config.get('kind')!r}",
-            fix="Update attar, or compress the model again",
-        )
 
 
 def as_module_list(transforms: Iterable[Transform] | nn.ModuleList) -> nn.ModuleList:
