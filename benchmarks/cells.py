@@ -247,6 +247,23 @@ LEARNING = Study(
     prompts=0,
 )
 
+LRQ_DIT = Study(
+    "lrq-dit",
+    "LRQ-DiT: do logarithmic weights and rotations by layer lower the held-out block error?",
+    ((4, 6), (4, 4), (3, 6)),
+    (
+        Method("round to nearest", "rtn"),
+        Method("Hadamard (QuaRot-style)", "hadamard"),
+        Method("scaling + rotation", "smoothquant", FIXED),
+        Method("+ adaptive rotation", "lrq-dit", {"quantize.weight_format": "int"}),
+        Method("+ twin-log weights", "lrq-dit", FIXED),
+        Method("LRQ-DiT (both)", "lrq-dit"),
+        Method("LRQ-DiT + GPTQ", "lrq-dit", {"rounding.method": "gptq"}),
+        Method("attar-ptq (default)", "attar-ptq"),
+    ),
+    prompts=0,
+)
+
 ACCURACY = Study(
     "accuracy",
     "Do the compressed models still show what every held-out prompt says?",
@@ -262,6 +279,6 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING),
+        *(SELECTION, DISTILLATION, LEARNING, LRQ_DIT),
     )
 }

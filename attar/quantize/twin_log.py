@@ -1,6 +1,6 @@
 """Twin-log weights: one logarithmic grid for each sign, with an offset (LRQ-DiT, arXiv 2508.03485, "TLQ").
 
-    V = log2(|w| + η),   code = round(V / δ) - z,   |ŵ| = 2^(δ (code + z)) - η,   z = round(lo / δ)
+    V = log2(|w| + η),   code = round(V / δ - z),   |ŵ| = 2^(δ (code + z)) - η,   z = lo / δ
 
 δ and z are of each row and sign, from the range [lo, hi] of V over the row's weights of that sign, both ends cut by a
 percentile. The offset η and the percentiles of the two signs are the layer's: those of a grid with the smallest squared
@@ -8,7 +8,8 @@ error. Without an offset half of the levels lie next to zero, and the format is 
 
 Of 2^b numbers 2^(b-1) are negative, one is zero and 2^(b-1) - 1 are positive: the released code has 2^(b-1) + 1 and
 2^(b-1) levels, whose smallest are zero here and so the same one. Weights go to the nearest number, not to the nearest
-logarithm, as in every table: the error is never larger.
+logarithm, as in every table, which never has a larger error. z is no integer, as in the paper: rounding it moves the
+range by up to half a step, by an amount that depends on the unit of the weight.
 """
 
 from __future__ import annotations
@@ -96,9 +97,8 @@ class _Side:
     def levels(self, offset: float, percentile: int) -> Tensor:
         """(out, groups, count) ascending, above zero; all 0 in a row without positive numbers."""
         low, high = ((edge + offset).log2() for edge in self.ranges[percentile])
-        step = (high - low) / self.count  # δ
         codes = torch.arange(1, self.count + 1, device=low.device)
-        exponents = torch.where(step > 0, step * (codes + (low / step).round()), high)
+        exponents = low + (high - low) / self.count * codes  # δ (code + z)
         return torch.where(self.members > 0, (exponents.exp2() - offset).clamp(min=0), 0)
 
     def _quantile(self, ordered: Tensor, share: float) -> Tensor:

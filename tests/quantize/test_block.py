@@ -147,6 +147,8 @@ def test_what_cannot_be_done():
         Case().quantize(settings, data=False)
     with pytest.raises(AttarError, match=r"needs calibration|no calibration|not reached|samples"):
         Case().quantize(BlockSettings(TransformSettings(scale=False), gptq_damping=0.01), data=False)
+    with pytest.raises(AttarError, match="adaptive rotations need"):
+        Case().quantize(BlockSettings(TransformSettings(scale=False, rotation="adaptive")), data=False)
     case = Case()
     case.block.module.ffn.net[2].weight.data[0, 0] = torch.nan
     with pytest.raises(AttarError, match=r"not finite \[blocks\.0\.ffn\.net\.2\]"):

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+import attar.quantize.adaptive
 from attar.errors import AttarError
+from attar.quantize.adaptive import collect_input_samples
 from attar.quantize.initialize import (
     TransformSettings,
     build_rotation,
@@ -79,6 +81,37 @@ def test_the_scale_behind_a_rotation_balances_the_rotated_channels(model, calls)
     assert torch.allclose(stats / c, rotated_weight.abs().amax(0) * c, rtol=1e-4)
     with pytest.raises(AttarError, match="behind a rotation"):
         build_transforms(model[0], stats, settings)
+
+
+@pytest.mark.parametrize("order", ["scale_then_rotate", "rotate_then_scale"])
+@pytest.mark.parametrize("threshold", [0.0, 1e9])
+def test_adaptive_rotations_are_equivalent_and_see_the_input_as_it_comes_to_them(
+    model, calls, order, threshold, monkeypatch
+):
+    settings = TransformSettings(rotation="adaptive", order=order, rotation_threshold=threshold)
+    sample = collect_input_samples(model, calls, {"0": model[0]})["0"]
+    assert torch.equal(sample.rows, calls[0].reshape(-1, 16)) and sample.rows.shape[1] == 16
+    generator = torch.Generator().manual_seed(0)
+    rotation = build_rotation(16, settings, generator, sample) if order == "rotate_then_scale" else None
+    stats = collect_input_stats(
+        model, calls, {"0": model[0]}, rotations=None if rotation is None else {"0": rotation}
+    )["0"]
+    seen = []
+    found = attar.quantize.adaptive.dual_rotation
+    monkeypatch.setattr(
+        "attar.quantize.adaptive.dual_rotation", lambda rows, **o: seen.append(rows) or found(rows, **o)
+    )
+    transforms = build_transforms(model[0], stats, settings, generator, rotation, sample)
+    if threshold == 0 and order == "scale_then_rotate":
+        torch.testing.assert_close(seen[0], transforms[0](sample.rows, transforms[0].matrices()))
+    layer = QuantizedLinear(model[0], 4, 4, transforms)
+    set_quantizers([layer], weights=False, acts=False)
+    with torch.no_grad():
+        assert torch.allclose(layer(calls[0]), model[0](calls[0]), atol=1e-4)
+    with pytest.raises(AttarError, match="needs calibration"):
+        build_rotation(16, settings)
+    with pytest.raises(AttarError, match="not reached"):
+        collect_input_samples(model[:1], calls, {"2": model[2]})
 
 
 def test_settings_are_checked(model):

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from attar.errors import AttarError
+from attar.quantize.adaptive import InputSample
 from attar.quantize.initialize import TransformSettings, build_transforms
 from attar.quantize.linear import QuantizedLinear
-from attar.quantize.plan import Forecast, forecast, plan_layers
+from attar.quantize.plan import SALIENT_SHARE, Forecast, forecast, plan_layers
 from attar.runtime.size import packed_size
 
 
@@ -130,6 +131,33 @@ def test_forecast_is_what_the_packed_layer_weighs(rotation, scale, weights, acts
         packed = QuantizedLinear(linear, weights, acts, transforms, group_size=group).bake()
         assert found.packed == packed_size(packed)["total"]
         assert found.dense == 2 * (d * out + out * bias)
+
+
+def test_an_adaptive_rotation_is_forecast_as_a_mixture():
+    """Which rotation a layer gets shows on data only; one of either kind weighs what it weighs."""
+    linear = nn.Linear(48, 10, dtype=torch.bfloat16)
+    (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], 4, 6)
+    weights = {}
+    for threshold in (0.0, 2.0):
+        settings = TransformSettings(rotation="adaptive", rotation_threshold=threshold)
+        sample = InputSample(1.0, 3.0, torch.randn(20, 48))
+        transforms = build_transforms(linear, torch.ones(48), settings, sample=sample)
+        weights[threshold] = packed_size(QuantizedLinear(linear, 4, 6, transforms).bake())["total"]
+    expected = SALIENT_SHARE * weights[0.0] + (1 - SALIENT_SHARE) * weights[2.0]
+    assert weights[0.0] - weights[2.0] > 8 * 48 * 40
+    assert forecast(layer_plan, TransformSettings(rotation="adaptive")).packed == pytest.approx(
+        expected, abs=1
+    )
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_twin_log_tables_are_forecast_by_row(group):
+    linear = nn.Linear(48, 10)
+    (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], 3, 16, weight_format="twin_log")
+    layer = QuantizedLinear(linear, 3, None, group_size=group, weight_format="twin_log").bake()
+    settings = TransformSettings(scale=False, rotation="none")
+    found = forecast(replace(layer_plan, group_size=group), settings)
+    assert found.packed == packed_size(layer)["total"] - 2 * 10  # the bias is stored in float32 here
 
 
 def test_forecast_of_a_kept_layer_and_sums():

@@ -31,7 +31,8 @@ def test_tables_are_sorted_and_reach_their_scale(name):
     for bits in TABLES[name].bits:
         levels = fit_levels(name, random(4, 2, 64).clamp(-1, 1), bits)
         check_levels(levels, bits)
-        assert levels.abs().max() == 1 and levels.shape[-1] == 1 << bits and bool((levels == 0).any())
+        assert levels.abs().max() == pytest.approx(1, abs=1e-3) and levels.shape[-1] == 1 << bits
+        assert bool((levels == 0).any())
 
 
 def test_fp4_has_the_numbers_of_e2m1_and_nf4_those_that_are_published():
@@ -57,7 +58,7 @@ def test_the_power_format_finds_the_exponent_of_the_distribution():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(["fp8", "fp4", "nf4", "power"]),
+    st.sampled_from(["fp8", "fp4", "nf4", "power", "twin_log"]),
     st.integers(0, 9999),
     st.floats(0.4, 1),
     st.sampled_from([None, 8]),
@@ -98,7 +99,7 @@ def test_gptq_lowers_the_output_error_of_every_format(group):
     weight, mixing = random(8, 32), random(32, 32, seed=1)
     x = random(400, 32, seed=2) @ mixing
     hessian = 2 * x.T @ x / len(x)
-    for name in ("fp4", "nf4", "power"):
+    for name in ("fp4", "nf4", "power", "twin_log"):
         levels = fit_levels(name, weight_steps(weight, None, group), 4)
         codes, scale = quantize_weight(weight, 4, None, group, "table", levels)
 
@@ -124,7 +125,9 @@ def test_an_integer_table_rounds_as_integers_do():
     assert torch.equal(codes, nearest(weight, scale, 4))
 
 
-@pytest.mark.parametrize(("name", "bits"), [("fp8", 8), ("fp4", 4), ("nf4", 4), ("power", 3)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("fp8", 8), ("fp4", 4), ("nf4", 4), ("power", 3), ("twin_log", 3)]
+)
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_a_layer_learns_and_bakes_to_what_it_computed(name, bits, act_bits):
     torch.manual_seed(0)

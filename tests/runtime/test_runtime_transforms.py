@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from attar.errors import AttarError
+from attar.runtime.block_rotations import block_width
 from attar.runtime.hadamard import base_order, hadamard_base, sylvester, walsh_hadamard
 from attar.runtime.transforms import (
+    BlockRotations,
     ChannelScale,
     Dense,
     Hadamard,
@@ -28,6 +30,13 @@ def orthogonal(n, seed=0):
     return torch.linalg.qr(torch.randn(n, n, generator=generator(seed)))[0]
 
 
+def blocks(size, stages, d=96):
+    rotations = torch.stack([orthogonal(size, i) for i in range(stages * d // size)])
+    orders = [torch.randperm(d, generator=generator(i)) for i in range(stages - 1)]
+    orders = torch.stack(orders) if orders else torch.empty(0, d, dtype=torch.int32)
+    return BlockRotations(rotations.view(stages, -1, size, size), orders)
+
+
 def examples(d=96):
     left, right = orthogonal(8, 1), orthogonal(12, 2)
     affine = Kronecker(left @ torch.diag(torch.linspace(0.5, 2, 8)), right)
@@ -38,8 +47,10 @@ def examples(d=96):
         "block hadamard": [Hadamard(torch.ones(d), block=32)],
         "kronecker": [Kronecker(left, right)],
         "affine": [affine],
+        "block rotations": [blocks(8, 3)],
+        "one block rotation": [blocks(32, 1)],
         "dense": [Dense(torch.randn(d, d, generator=generator(3)) + 10 * torch.eye(d))],
-        "all": [scale, Hadamard.random(d, generator(4)), affine, Dense(orthogonal(d, 5))],
+        "all": [scale, Hadamard.random(d, generator(4)), affine, blocks(16, 2), Dense(orthogonal(d, 5))],
     }
 
 
@@ -130,6 +141,21 @@ def test_hadamard_removes_an_outlier_channel():
     assert kurtosis(x) > 100 and kurtosis(Hadamard.random(768, generator())(x)) < 5
 
 
+def test_block_rotations_are_their_matrices_one_after_the_other():
+    """Behind a permutation channel i is the one that was channel order[i]."""
+    transform, x = blocks(8, 2), torch.randn(5, 96, generator=generator(), dtype=torch.float64)
+    first, second = (torch.block_diag(*stage) for stage in transform.rotations.double())
+    expected = (x @ first)[:, transform.orders[0].long()] @ second
+    torch.testing.assert_close(transform(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "d, block", [(1536, 128), (8960, 128), (192, 96), (96, 96), (100, 100), (13824, 128), (254, 127)]
+)
+def test_blocks_have_the_largest_width_that_fits(d, block):
+    assert block_width(d) == block
+
+
 @pytest.mark.parametrize("sizes", [(8, 12), (12, 8), (1, 96), (40, 48)])
 def test_kronecker_is_the_dense_product(sizes):
     left, right = (torch.randn(n, n, generator=generator(n)) + 3 * torch.eye(n) for n in sizes)
@@ -158,6 +184,11 @@ def test_transforms_run_in_float32_and_do_not_alias():
         lambda: Hadamard(torch.full((8,), 2.0)),
         lambda: Hadamard(torch.ones(96), order=20),
         lambda: Hadamard(torch.ones(96), block=40),
+        lambda: BlockRotations(torch.eye(4).repeat(2, 2, 1, 1), torch.zeros(1, 8, dtype=torch.int32)),
+        lambda: BlockRotations(torch.eye(4).repeat(2, 2, 1, 1), torch.arange(8)[None].repeat(2, 1)),
+        lambda: BlockRotations(torch.zeros(1, 2, 4, 4), torch.empty(0, 8, dtype=torch.int32)),
+        lambda: BlockRotations(torch.eye(4), torch.empty(0, 4, dtype=torch.int32)),
+        lambda: transform_from_config({"kind": "block_rotations", "block": 3, "stages": 2}, 8),
         lambda: transform_from_config({"kind": "warp"}, 8),
         lambda: transform_from_config({"kind": "dense", "rank": 2}, 8),
         lambda: transform_from_config({"kind": "kronecker", "left": 3, "right": 3}, 8),
