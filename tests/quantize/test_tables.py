@@ -108,7 +108,7 @@ def test_gptq_lowers_the_output_error_of_every_format(group):
             return (decode(grouped, "table", 4, levels) * scale[..., None]).flatten(1)
 
         better = values(gptq(weight, hessian, scale, 4, number="table", levels=levels))
-        assert ((better - weight) @ x.T).square().sum() < 0.7 * (
+        assert ((better - weight) @ x.T).square().sum() < 0.75 * (
             (values(codes) - weight) @ x.T
         ).square().sum()
         plain = gptq(weight, torch.eye(32), scale, 4, number="table", levels=levels)
