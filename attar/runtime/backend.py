@@ -54,8 +54,9 @@ class Kernels(Protocol):
         act_bits: int,
         steps: Sequence[Step],
         out_dtype: torch.dtype,
+        gelu: str | None = None,
     ) -> Tensor:
-        """Transforms, quantization of rows, integer product, scales and bias."""
+        """Transforms, quantization of rows, integer product, scales, bias, and GELU before the only rounding."""
         ...
 
     def weight_only(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.errors import AttarError
@@ -160,14 +161,19 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             "transforms": [transform.config() for transform in self._chain()],
         }
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
+        """`gelu`, "none" or "tanh" as torch names its approximations, gives GELU of the output, computed with it.
+
+        It is GELU of the output before its rounding (`ops.packed_linear`); with gradients, of the rounded output.
+        """
         if input.shape[-1] != self.in_features:
             raise AttarError(
                 f"an input of shape {tuple(input.shape)} does not fit {self.in_features} features"
             )
         if torch.is_grad_enabled() and input.requires_grad:
-            return _StraightThrough.apply(input, self)
-        return self._run(input)
+            y = _StraightThrough.apply(input, self)
+            return y if gelu is None else F.gelu(y, approximate=gelu)
+        return self._run(input, gelu)
 
     def unpacked(self) -> Tensor:
         """The integer codes, int8 (out, in)."""
@@ -212,7 +218,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     def _chain(self) -> list[Transform]:
         return list(self.transforms)  # type: ignore[arg-type]
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, gelu: str | None = None) -> Tensor:
         chain = self._chain()
         with _full_precision(x.device):  # autocast would round the integers and the scales
             return packed_linear(
@@ -225,6 +231,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
                 self.act_bits,
                 [transform.kind for transform in chain],
                 [operand for transform in chain for operand in transform(None)],
+                gelu,
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:

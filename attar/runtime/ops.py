@@ -23,7 +23,7 @@ _NAME = "attar::packed_linear"
 torch.library.define(
     _NAME,
     "(Tensor x, Tensor codes, Tensor weight_scale, Tensor? bias, Tensor? act_clip, int weight_bits, "
-    "int? act_bits, str[] transforms, Tensor[] operands) -> Tensor",
+    "int? act_bits, str[] transforms, Tensor[] operands, str? gelu=None) -> Tensor",
 )
 
 
@@ -37,19 +37,25 @@ def packed_linear(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    gelu: str | None = None,
 ) -> Tensor:
     """x (..., in) -> (..., out) in x.dtype, as `PackedLinear` says; runs the operator.
 
     codes uint8 (out, packed width); weight_scale float32 (out, 1), or (out, groups) with `act_bits` None; bias
     (out,); act_clip float32 (2,). `transforms` are kinds, and `operands` their tensors one after another
-    (`Transform.operands`). No gradient: `PackedLinear` has a straight-through one.
-    Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved.
+    (`Transform.operands`). `gelu`, "none" or "tanh" as torch names its approximations, asks for GELU of the output:
+    of the float32 sums before they are rounded to x.dtype, or with `act_bits` None of the product in x.dtype.
+    No gradient: `PackedLinear` has a straight-through one.
+    Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved, and for another
+    `gelu`.
     """
+    if gelu not in (None, "none", "tanh"):
+        raise AttarError(f"unknown GELU {gelu!r}", fix='Choose "none" or "tanh"')
     tensors = [t for t in (codes, weight_scale, bias, act_clip, *operands) if t is not None]
     if any(t.device != x.device for t in tensors):
         raise AttarError("the tensors of a packed layer and its input are not on one device")
     return torch.ops.attar.packed_linear(
-        x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands
+        x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands, gelu
     )
 
 
@@ -76,6 +82,7 @@ def _reference(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    gelu: str | None = None,
 ) -> Tensor:
     backend_name(x.device)  # a backend that is forced, and cannot run here, is an error
     y = x
@@ -83,10 +90,11 @@ def _reference(
         y = TRANSFORMS[kind].activation_side(y, *own)
     if act_bits is None:
         weight = dequantized(codes, weight_scale, weight_bits, x.shape[-1]).to(x.dtype)
-        return F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
+        y = F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
+        return y if gelu is None else F.gelu(y, approximate=gelu)
     quantized = quantize_tokens(y, act_bits, act_clip)
     weight = unpack(codes, weight_bits, x.shape[-1]), weight_scale
-    return integer_linear(*quantized, *weight, bias, x.dtype, bits_x=act_bits, bits_w=weight_bits)
+    return integer_linear(*quantized, *weight, bias, x.dtype, act_bits, weight_bits, gelu)
 
 
 def _fast(
@@ -99,6 +107,7 @@ def _fast(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    gelu: str | None = None,
 ) -> Tensor:
     name = backend_name(x.device)
     supported = x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_IN_FEATURES
@@ -108,7 +117,9 @@ def _fast(
                 f"the {name} kernels take no {x.dtype} input of width {x.shape[-1]}",
                 fix="Use float32, bfloat16 or float16, or the backend 'reference'",
             )
-        return _reference(x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands)
+        return _reference(
+            x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands, gelu
+        )
     _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
     kernels = BACKENDS[name].load()
     steps = _steps(transforms, operands)
@@ -118,9 +129,12 @@ def _fast(
         rows = TRANSFORMS[kind].activation_side(rows, *own)
     if act_bits is None:
         y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits)
+        y = y if gelu is None else F.gelu(y, approximate=gelu)
     else:
         last = steps[len(steps) - fused :]
-        y = kernels.linear(rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype)
+        y = kernels.linear(
+            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype, gelu
+        )
     return y.view(*x.shape[:-1], codes.shape[0])
 
 

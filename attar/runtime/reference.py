@@ -86,18 +86,22 @@ def integer_linear(
     out_dtype: torch.dtype,
     bits_x: int = 8,
     bits_w: int = 8,
+    gelu: str | None = None,
 ) -> Tensor:
-    """y = (codes_x · codes_wᵀ) · scale_x · scale_wᵀ + bias.
+    """y = (codes_x · codes_wᵀ) · scale_x · scale_wᵀ + bias, or GELU of it.
 
     codes_x (..., in) with scale_x (..., 1); codes_w (out, in) with scale_w (out, 1); bias (out,) or None.
     The sum over `in` is exact; scaling is done in float32 (float64 when `out_dtype` is float64). `bits_x`
-    and `bits_w` bound the codes and so decide whether float32 can accumulate them exactly.
+    and `bits_w` bound the codes and so decide whether float32 can accumulate them exactly. `gelu` is torch's name
+    of an approximation, "none" or "tanh"; GELU is of y before it is rounded to `out_dtype`.
     """
     wide_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     y = integer_matmul(codes_x, codes_w, bits_x, bits_w).to(wide_dtype)
     y = y * scale_x.to(wide_dtype) * scale_w.to(wide_dtype).reshape(-1)
     if bias is not None:
         y = y + bias.to(wide_dtype)
+    if gelu is not None:
+        y = F.gelu(y, approximate=gelu)
     return y.to(out_dtype)
 
 

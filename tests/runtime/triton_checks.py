@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import DTYPES, assert_same, bits, both, generator, make, seeds, wan_block
+from support.layers import DTYPES, assert_same, bits, both, close_to_gelu, generator, make, seeds, wan_block
 
 from attar.errors import AttarError
 from attar.runtime import PackedLinear, backend_description, backend_name, use_backend
@@ -224,6 +225,18 @@ def test_codes_of_activations_lie_in_planes(weight_bits):
     expected, scale = quantize_tokens(x, 6)
     assert torch.equal(row[:, :203], expected) and not row[:, 203:].any()
     assert torch.equal(step.cpu(), scale[:, 0])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_computed_before_the_rounding(approximate):
+    layer = make(70, 72, 4, 8).to(DEVICE)
+    layer.weight_scale.mul_(20)
+    x = torch.randn(37, 72, generator=generator(1)).to(DEVICE)
+    for dtype in DTYPES:
+        close_to_gelu(layer.to(dtype), x.to(dtype), approximate, "triton")
+    alone = make(70, 72, 4, None, group_size=12).to(DEVICE)
+    with torch.no_grad(), use_backend("triton"):
+        assert torch.equal(alone(x, gelu=approximate), F.gelu(alone(x), approximate=approximate))
 
 
 def test_views_and_empty_batches():

@@ -66,6 +66,7 @@ class TritonKernels:
         act_bits: int,
         steps: Sequence[Step],
         out_dtype: torch.dtype,
+        gelu: str | None = None,
     ) -> Tensor:
         """x (m, in) -> channel scale -> codes -> integer product -> (m, out) in `out_dtype`."""
         y = x.new_empty(x.shape[0], codes.shape[0], dtype=out_dtype)
@@ -74,7 +75,7 @@ class TritonKernels:
                 quantized, step = quantize(x, clip, act_bits, weight_bits, steps)
                 codes = codes.contiguous()
                 tensors = (quantized, step, codes, _float32(weight_scale), _contiguous(bias), y)
-                _product(integer_matmul, INTEGER, tensors, codes, x.shape[1], weight_bits)
+                _product(integer_matmul, INTEGER, tensors, codes, x.shape[1], weight_bits, GELU=gelu)
         return y
 
     def weight_only(
@@ -168,7 +169,7 @@ def _product(
     codes: Tensor,
     width: int,
     bits: int,
-    **more: int,
+    **more: Any,
 ) -> None:
     """Runs a product of `tensors`, as the kernel takes them: activations (m, planes, columns) first, y (m, n) last."""
     x, (m, n) = tensors[0], tensors[-1].shape
