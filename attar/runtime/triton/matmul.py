@@ -47,7 +47,7 @@ def integer_matmul(
     BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """x int8 (m, PLANES, plane_stride) · codes (n, row_bytes)ᵀ -> sum · step · scale + bias, or its GELU, in y (m, n)."""
+    """x int8 (m, PLANES, plane_stride) · codes (n, row_bytes)ᵀ -> sum · step · scale + bias, then GELU, in y (m, n)."""
     first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
     row = first_row + tl.arange(0, BLOCK_M)
     output = first_output + tl.arange(0, BLOCK_N)
