@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from attar.quantize.block import BlockSettings
 from attar.quantize.initialize import TransformSettings
+from attar.quantize.plan import Forecast, LayerPlan, forecast
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 
@@ -30,3 +33,11 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         train_clip=r is not None and r.train_clip,
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
     )  # fmt: skip
+
+
+def layer_size(plan: LayerPlan, recipe: Recipe) -> Forecast:
+    """Bytes of one planned layer before and after, exactly."""
+    size = forecast(plan, transform_settings(recipe))
+    if plan.skipped or plan.act_bits is None or recipe.quantize.act_clip:
+        return size
+    return dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors

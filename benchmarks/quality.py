@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from attar.component import ComponentJob
-from attar.conductor import plan_component
 from attar.models.source import find_source
+from attar.planning import plan_component
 from attar.progress import SilentProgress
 from attar.recipe import Recipe
 from attar.workspace import Workspace
