@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         bench = None
         for recipe in args.recipes:
             for bits in args.bits:
-                for plan, budget in plans(bits).items():
+                for plan, budget in ((p, b) for p, b in plans(bits).items() if p in args.plans):
                     key = f"{recipe}|W{bits}A{ACTS}|{plan}|{seed}"
                     known = load(args.results, "cells")["cells"].get(key)
                     if seed not in SEEDS[recipe] or (known and (not args.prompts or "psnr" in known)):
@@ -140,6 +140,7 @@ def main() -> None:
     )
     parser.add_argument("--recipes", nargs="+", choices=list(SEEDS), default=list(SEEDS))
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 4])
+    parser.add_argument("--plans", nargs="+", choices=list(plans(0)), default=list(plans(0)))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=0, help="held-out videos of a cell as well")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
