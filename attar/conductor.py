@@ -262,6 +262,8 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) 
 def division(recipe: Recipe) -> str:
     """What several processes share of the work, in one line for the user."""
     if not recipe.needs_data:
+        if recipe.traced is not None:
+            return "prompts and the samples of the budget are shared"
         return "the recipe needs no data, so there is nothing to share; all do the same"
     size, learned = ranks.size(), recipe.reconstruct
     shared = "prompts and calibration samples are shared"

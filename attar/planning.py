@@ -42,19 +42,8 @@ def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
 
     Raises AttarError if it is already compressed, and for a recipe whose bits are yet to be chosen under a budget.
     """
-    if recipe.allocate is not None:
-        raise AttarError(
-            "the bits are chosen under a budget, which needs data",
-            where="allocate.budget",
-            fix="Write the plan with attar allocate first, then give it as --plan",
-        )
-    if packed_layers(transformer):
-        raise AttarError(
-            "the model is already compressed",
-            where=type(transformer).__name__,
-            fix="Start from the full-precision model",
-        )
-    adapter = ModelAdapter.of(transformer)
+    recipe.refuse_budget()
+    adapter = _adapter(transformer)
     inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
     bits = recipe.quantize
     plan = plan_layers(
@@ -88,7 +77,7 @@ def model_identity(components: Mapping[str, nn.Module]) -> dict[str, str]:
     """Component -> what plans are made for: its class, and a hash of the names and shapes of its linears."""
     found = {}
     for name, part in components.items():
-        adapter = ModelAdapter.of(part)
+        adapter = _adapter(part)
         linears = [
             *(x for block in adapter.blocks for x in adapter.linears(block)),
             *adapter.outside_linears(),
@@ -106,6 +95,16 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Mapping[str, Any]]) -
     for pattern, options in overrides.items():
         roles[pattern] = {**recipe.quantize.roles.get(pattern, {}), **options}
     return _changed(_without_budget(recipe), roles=roles)
+
+
+def _adapter(transformer: nn.Module) -> ModelAdapter:
+    if packed_layers(transformer):
+        raise AttarError(
+            "the model is already compressed",
+            where=type(transformer).__name__,
+            fix="Start from the full-precision model",
+        )
+    return ModelAdapter.of(transformer)
 
 
 def _without_budget(recipe: Recipe) -> Recipe:

@@ -228,6 +228,15 @@ class Recipe(_Stage):
             return self.trace if self.needs_data else None
         return self.trace or Trace(prompts=self.allocate.prompts)
 
+    def refuse_budget(self) -> None:
+        """Raises AttarError where the bits are yet to be chosen under a budget."""
+        if self.allocate is not None:
+            raise AttarError(
+                "the bits are chosen under a budget, which needs data",
+                where="allocate.budget",
+                fix="Write the plan with attar allocate first, then give it to attar compress as --plan",
+            )
+
     @property
     def bits(self) -> str:
         return f"W{self.quantize.weights}A{self.quantize.acts}"

@@ -90,6 +90,7 @@ def bench_blocks(
 def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     """A packed copy of the block by the recipe's bits and transforms, without learning, which decides nothing about
     speed; its attention is a packed model's."""
+    recipe.refuse_budget()
     module = copy.deepcopy(block.dense)
     use_fast_attention(module)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
