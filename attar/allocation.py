@@ -68,16 +68,14 @@ class Allocation:
 
     def summary(self) -> str:
         """One line for people."""
-        gain = (
-            10 * math.log10(self.uniform_error / self.predicted_error)
-            if self.predicted_error > 0
-            else math.inf
-        )
-        return (
+        text = (
             f"{self.budget}: {self.mean_bits:.3f} bits on average, linears {self.ratio:.4f}x of bfloat16, "
-            f"summed block error {self.predicted_error:.4f} predicted, {self.measured_error:.4f} measured, "
-            f"{abs(gain):.2f} dB {'below' if gain >= 0 else 'above'} the recipe's own bits"
+            f"summed block error {self.predicted_error:.4f} predicted, {self.measured_error:.4f} measured"
         )
+        if min(self.uniform_error, self.predicted_error) <= 0:  # nothing in the blocks is quantized
+            return text
+        loss = 10 * math.log10(self.predicted_error / self.uniform_error)
+        return f"{text}, {loss:+.2f} dB against the recipe's own bits"
 
 
 def allocate(
