@@ -47,8 +47,8 @@ class Allocation:
     linear_bytes, ratio, mean_bits: of the quantized linears. predicted_error: sum over all layers of the error that
     each causes alone; uniform_error: the same with the recipe's own bits in every layer; measured_error: sum over
     blocks with all layers of a block quantized; all before learning. bits: component -> layer -> bits, of the layers
-    that were chosen for.
-    sensitivity: component -> layer -> bits -> error. blocks: component -> [block, predicted error, measured error].
+    that were chosen for. sensitivity: component -> layer -> bits -> error. blocks: component -> [block, predicted
+    error, measured error].
     """
 
     budget: str
@@ -97,19 +97,17 @@ def allocate(
         return Allocation(**known)
     widths = sorted({*recipe.allocate.bits, recipe.quantize.weights})
     options = {bits: plan_components(components, with_widths(recipe, bits)) for bits in widths}
-    parts = {
-        name: _Component(
-            name, part, recipe, workspace, _calls(store, name, prompts, recipe.allocate.samples), seed
-        )
-        for name, part in components.items()
-    }
+    parts = {}
+    for name, part in components.items():
+        calls = _calls(store, name, prompts, recipe.allocate.samples)
+        parts[name] = _Component(name, part, recipe, workspace, calls, seed)
     measured = {
         name: part.sensitivity({bits: plans[name] for bits, plans in options.items()}, progress)
         for name, part in parts.items()
     }
     layers = _layers(options, measured, recipe)
-    found = choose_bits(layers, Budget.parse(recipe.allocate.budget))
-    chosen = {layer.name: candidate for layer, candidate in zip(layers, found, strict=True)}
+    taken = choose_bits(layers, Budget.parse(recipe.allocate.budget))
+    chosen = {layer.name: candidate for layer, candidate in zip(layers, taken, strict=True)}
     free = {layer.name for layer in layers if len(layer.candidates) > 1}
     bits = {
         name: {p.name: chosen[f"{name}.{p.name}"].bits for p in plans if f"{name}.{p.name}" in free}
@@ -118,7 +116,7 @@ def allocate(
     final = plan_components(components, _with_bits(recipe, bits))
     errors = {name: part.together(final[name], progress) for name, part in parts.items()}
     blocks = {name: _beside(name, found, chosen) for name, found in errors.items()}
-    total = totals(layers, found)
+    total = totals(layers, taken)
     result = Allocation(
         recipe.allocate.budget, total.size, round(total.ratio, 6), round(total.bits, 6), total.error,
         math.fsum(layer.uniform.error for layer in layers), math.fsum(e for f in errors.values() for _, e in f),
@@ -189,12 +187,11 @@ def _layers(options: Mapping[int, Plans], measured: Mapping[str, Sensitivity], r
             if row[0].skipped:
                 continue
             errors = measured[component].get(row[0].name, {})
-            at = {
-                p.weight_bits: Candidate(
+            at = {}  # one alone for a layer whose bits the recipe names
+            for p in row:
+                at[p.weight_bits] = Candidate(
                     p.weight_bits, layer_size(p, recipe).packed, errors.get(p.weight_bits, 0.0)
                 )
-                for p in row
-            }  # one alone for a layer whose bits the recipe names
             asked = dict(zip(options, row, strict=True))
             allowed = {asked[bits].weight_bits for bits in recipe.allocate.bits}
             own = at[asked[recipe.quantize.weights].weight_bits]
@@ -227,13 +224,8 @@ class _Component:
         calls: list[list[dict[str, Any]]],
         seed: int,
     ) -> None:
-        self.name, self.transformer, self.workspace, self.calls, self.seed = (
-            name,
-            transformer,
-            workspace,
-            calls,
-            seed,
-        )
+        self.name, self.transformer, self.seed = name, transformer, seed
+        self.workspace, self.calls = workspace, calls
         self.settings = block_settings(recipe)
         self.adapter = ModelAdapter.of(transformer)
         self.weights = weights_of(transformer)
@@ -269,12 +261,11 @@ class _Component:
         found = []
         with progress.task(f"{self.name}: check plan", len(self.adapter.blocks)) as advance:
             for block, module, run, calls, targets in self._blocks(0):
-                planned, seed = _inside(block, plans), self._seed(block)
-                error = (
-                    together(module, planned, run, calls, targets, self.settings, seed=seed)
-                    if planned
-                    else 0.0
-                )
+                planned, error = _inside(block, plans), 0.0
+                if planned:
+                    error = together(
+                        module, planned, run, calls, targets, self.settings, seed=self._seed(block)
+                    )
                 found.append((block.name, error))
                 advance(block.index + 1, block.name)
         return found
