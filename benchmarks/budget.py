@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         for recipe in args.recipes:
             for bits in args.bits:
                 for plan, budget in ((p, b) for p, b in plans(bits).items() if p in args.plans):
-                    key = f"{recipe}|W{bits}A{ACTS}|{plan}|{seed}"
+                    key = _key(recipe, bits, plan, seed)
                     known = load(args.results, "cells")["cells"].get(key)
                     if seed not in SEEDS[recipe] or (known and (not args.prompts or "psnr" in known)):
                         continue
@@ -93,31 +93,36 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(cells: dict[str, Any]) -> str:
-    """Mixed against uniform, paired over seeds."""
+    """Mixed against uniform, paired over seeds; a pair that is not there yet is a dash."""
     lines = [
-        "| recipe | bits | seeds | uniform | mixed, equal size | change | real / predicted "
-        "| equal predicted error (0dB) | its change |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recipe | bits | seeds | uniform | mixed, equal size | change | real / predicted | PSNR, uniform → mixed "
+        "| bytes at equal predicted error | change of the error |",
+        "|---" * 10 + "|",
     ]
     for recipe in SEEDS:
         for bits in sorted({int(key.split("|")[1][1:].split("A")[0]) for key in cells}):
-            seeds = [s for s in SEEDS[recipe] if all(_key(recipe, bits, p, s) in cells for p in plans(bits))]
-            if not seeds:
+            pairs, same = (_pairs(cells, recipe, bits, plan) for plan in ("mixed", "0dB"))
+            if not pairs:
                 continue
-            uniform, mixed, equal = (
-                [cells[_key(recipe, bits, plan, s)] for s in seeds] for plan in plans(bits)
-            )
-            pairs = list(zip(uniform, mixed, strict=True))
-            assert all(m["linear_bytes"] <= u["linear_bytes"] for u, m in pairs)
-            same = list(zip(uniform, equal, strict=True))
+            assert all(mixed["linear_bytes"] <= uniform["linear_bytes"] for uniform, mixed in pairs)
+            videos = [(_psnr(u), _psnr(m)) for u, m in pairs if "psnr" in u and "psnr" in m]
+            psnr = " → ".join(_mean(list(values), 2) for values in zip(*videos, strict=True))
             lines.append(
-                f"| `{recipe}` | W{bits}A{ACTS} | {len(seeds)} | {_mean([block_error(c) for c in uniform], 4)} "
-                f"| {_mean([block_error(c) for c in mixed], 4)} | {_mean([_decibels(*p) for p in pairs], 2)} dB "
-                f"| {_mean([c['together'] / c['predicted'] for c in mixed], 2)} "
-                f"| {_mean([100 * (m['linear_bytes'] / u['linear_bytes'] - 1) for u, m in same], 1)} % bytes "
+                f"| `{recipe}` | W{bits}A{ACTS} | {len(pairs)} | {_mean([block_error(u) for u, _ in pairs], 4)} "
+                f"| {_mean([block_error(m) for _, m in pairs], 4)} | {_mean([_decibels(*p) for p in pairs], 2)} dB "
+                f"| {_mean([m['together'] / m['predicted'] for _, m in pairs], 2)} | {psnr or '–'} "
+                f"| {_mean([100 * (m['linear_bytes'] / u['linear_bytes'] - 1) for u, m in same], 1)} % "
                 f"| {_mean([_decibels(*p) for p in same], 2)} dB |"
             )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("| – % ", "| – ").replace("| – dB ", "| – ")
+
+
+def _pairs(
+    cells: dict[str, Any], recipe: str, bits: int, plan: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(uniform, planned) of every seed that has both."""
+    keys = [[_key(recipe, bits, name, seed) for name in ("uniform", plan)] for seed in SEEDS[recipe]]
+    return [(cells[first], cells[second]) for first, second in keys if first in cells and second in cells]
 
 
 def _key(recipe: str, bits: int, plan: str, seed: int) -> str:
@@ -129,7 +134,13 @@ def _decibels(before: dict[str, Any], after: dict[str, Any]) -> float:
     return 10 * math.log10(block_error(after) / block_error(before))
 
 
+def _psnr(cell: dict[str, Any]) -> float:
+    return sum(cell["psnr"]) / len(cell["psnr"])
+
+
 def _mean(values: list[float], digits: int) -> str:
+    if not values:
+        return "–"
     e = mean_interval(values)
     return f"{e.mean:.{digits}f}" + ("" if e.high is None else f" ± {e.high - e.mean:.{digits}f}")
 
