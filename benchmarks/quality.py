@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from attar.component import ComponentJob
-from attar.conductor import plan_component
 from attar.models.source import find_source
+from attar.planning import plan_components
 from attar.progress import SilentProgress
 from attar.recipe import Recipe
 from attar.workspace import Workspace
@@ -43,7 +43,7 @@ RESULTS = FOLDER / "quality.json"
 def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """A freshly compressed pipeline on the bench's traces, and what its calibration reported."""
     pipe = bench.load()
-    plan = plan_component(pipe.transformer, recipe)
+    plan = plan_components({"transformer": pipe.transformer}, recipe)["transformer"]
     propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
     learned = digest(recipe) if propagates else digest(recipe, "rounding")
     started = time.process_time()  # the machine may be busy with other cells
