@@ -19,17 +19,14 @@ from typing import Any
 
 import torch
 
-from attar.allocation import RESULT, Allocation, allocate
 from attar.evaluate.statistics import mean_interval
 from attar.models.source import find_source
 from attar.planning import plan_components
-from attar.progress import SilentProgress
 from attar.recipe import Recipe, load_recipe
 from attar.save import linear_bytes
-from attar.workspace import Workspace
 from benchmarks.cells import block_error
 from benchmarks.protocol import Bench
-from benchmarks.quality import compress, environment
+from benchmarks.quality import choose_bits, compress, environment
 from benchmarks.store import FOLDER, load, save
 
 RESULTS = FOLDER / "budget.json"
@@ -42,20 +39,11 @@ def plans(bits: int) -> dict[str, str | None]:
     return {"uniform": None, "mixed": f"{bits}bits", "0dB": "0dB"}
 
 
-def choose(bench: Bench, recipe: Recipe) -> Allocation:
-    """The bench's traces are the calibration data; sensitivities are kept beside them, whatever the budget."""
-    pipe = bench.load()
-    workspace = Workspace(bench.folder / "budget" / recipe.name)
-    workspace.remove(RESULT)
-    components, prompts = {"transformer": pipe.transformer}, len(bench.prompts)
-    return allocate(components, recipe, workspace, bench.store, prompts, bench.seed, SilentProgress())
-
-
 def measure(bench: Bench, recipe: Recipe, prompts: int) -> dict[str, Any]:
     """One cell."""
     cell: dict[str, Any] = {}
     if recipe.allocate is not None:
-        found = choose(bench, recipe)
+        found = choose_bits(bench, recipe)
         cell |= {
             "mean_bits": found.mean_bits,
             "predicted": found.predicted_error,

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from attar.allocation import RESULT, Allocation, allocate
 from attar.component import ComponentJob
 from attar.models.source import find_source
 from attar.planning import plan_components
@@ -40,8 +41,20 @@ ROOT = Path(__file__).parent.parent
 RESULTS = FOLDER / "quality.json"
 
 
+def choose_bits(bench: Bench, recipe: Recipe) -> Allocation:
+    """Of a recipe with a budget. The bench's traces are the calibration data; sensitivities are kept beside them,
+    whatever the budget."""
+    measured = recipe.model_copy(update={"allocate": None})
+    workspace = Workspace(bench.folder / "budget" / digest(measured, "rounding", "reconstruct"))
+    workspace.remove(RESULT)
+    components, prompts = {"transformer": bench.load().transformer}, len(bench.prompts)
+    return allocate(components, recipe, workspace, bench.store, prompts, bench.seed, SilentProgress())
+
+
 def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """A freshly compressed pipeline on the bench's traces, and what its calibration reported."""
+    if recipe.allocate is not None:
+        recipe = choose_bits(bench, recipe).apply(recipe)
     pipe = bench.load()
     plan = plan_components({"transformer": pipe.transformer}, recipe)["transformer"]
     propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
