@@ -24,7 +24,7 @@ class Method:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self, bits: tuple[int, int]) -> Recipe:
-        """The recipe at (weights, acts) bits."""
+        """The recipe at (weights, acts) bits; "{weights}" in an override stands for the first."""
         return _resolved(self.recipe, json.dumps(self.overrides, sort_keys=True), *bits)
 
 
@@ -32,7 +32,7 @@ class Method:
 def _resolved(recipe: str, overrides: str, weights: int, acts: int) -> Recipe:
     """The recipe; kept, since tables look the same ones up again and again. overrides: JSON."""
     widths = {"quantize.weights": weights, "quantize.acts": acts}
-    return load_recipe(recipe, {**json.loads(overrides), **widths})
+    return load_recipe(recipe, {**json.loads(overrides.replace("{weights}", str(weights))), **widths})
 
 
 @dataclass(frozen=True)
@@ -275,10 +275,25 @@ ACCURACY = Study(
     prompts=200,
 )
 
+LEADERBOARD = Study(
+    "leaderboard",
+    "Which system keeps the model's videos, at which size?",
+    ((4, 6), (4, 4), (3, 6), (8, 8), (4, 8), (2, 6)),
+    (
+        Method("rtn", "rtn"),
+        Method("smoothquant", "smoothquant"),
+        Method("hadamard (QuaRot-style)", "hadamard"),
+        Method("svdquant", "svdquant"),
+        Method("s2q-vdit", "s2q-vdit"),
+        Method("attar-ptq", "attar-ptq"),
+        Method("attar-ptq, mixed bits", "attar-ptq", {"allocate": {"budget": "{weights}bits"}}),
+    ),
+)
+
 STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, LRQ_DIT),
+        *(SELECTION, DISTILLATION, LEARNING, LEADERBOARD, LRQ_DIT),
     )
 }

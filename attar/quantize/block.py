@@ -117,16 +117,12 @@ def quantize_block(
             raise AttarError(
                 "a weight is not finite", where=plans[name].name, fix="Check the model before compressing"
             )
-    samples = {}
-    if settings.transforms.rotation == "adaptive":
-        samples = _input_samples(plans, linears, run, calls)
-        threshold = settings.transforms.rotation_threshold
-        outcome.rotations = {name: describe(sample, threshold) for name, sample in samples.items()}
-    layers = _wrap(module, plans, linears, run, calls, settings, seed, samples)
-    if settings.low_rank is not None:
-        _start_branches(layers, plans, run, calls, settings.low_rank)
+    samples = _input_samples(plans, linears, run, calls, settings)
+    threshold = settings.transforms.rotation_threshold
+    outcome.rotations = {name: describe(sample, threshold) for name, sample in samples.items()}
+    layers = wrap_linears(module, plans, linears, run, calls, settings, seed, samples)
     if calls:
-        outcome.error_before = _mean_relative_error(run, calls, targets)
+        outcome.error_before = mean_relative_error(run, calls, targets)
     if settings.learning is not None:
         generator = torch.Generator().manual_seed(_number(seed, "order"))
         outcome.learning = reconstruct_block(
@@ -139,11 +135,11 @@ def quantize_block(
         replace_module(module, name, outcome.layers[name])
         del layers[name], linears[name]  # so that the weights of a block are not all there twice
     if calls:
-        outcome.error_after = _mean_relative_error(run, calls, targets)
+        outcome.error_after = mean_relative_error(run, calls, targets)
     return outcome
 
 
-def _wrap(
+def wrap_linears(
     module: nn.Module,
     plans: Mapping[str, LayerPlan],
     linears: Mapping[str, nn.Module],
@@ -151,15 +147,21 @@ def _wrap(
     calls: Sequence[Any],
     settings: BlockSettings,
     seed: str,
-    samples: Mapping[str, InputSample],
+    samples: Mapping[str, InputSample] | None = None,
 ) -> dict[str, QuantizedLinear]:
-    """Puts a QuantizedLinear around every planned linear. Plain layers get neither transforms nor clipping."""
+    """Puts a QuantizedLinear around every planned linear, and returns them.
+
+    Plain layers get neither transforms nor clipping. linears: the planned ones by name. samples: of their inputs, which
+    adaptive rotations need; by default they are collected here. Otherwise as `quantize_block`.
+    """
+    if samples is None:
+        samples = _input_samples(plans, linears, run, calls, settings)
     calibrated = [name for name, plan in plans.items() if not plan.plain]
     generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in calibrated}
     rotations = {}
     if (
         settings.transforms.order == "rotate_then_scale"
-    ):  # the scale needs to know what comes out of the rotation
+    ):  # the scale has to see what comes out of the rotation
         for name in calibrated:
             rotation = build_rotation(
                 plans[name].in_features, settings.transforms, generators[name], samples.get(name)
@@ -195,6 +197,8 @@ def _wrap(
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
+    if settings.low_rank is not None:
+        _start_branches(layers, plans, run, calls, settings.low_rank)
     return layers
 
 
@@ -203,7 +207,11 @@ def _input_samples(
     linears: Mapping[str, nn.Module],
     run: Callable[[Any], Streams],
     calls: Sequence[Any],
+    settings: BlockSettings,
 ) -> dict[str, InputSample]:
+    """Of the layers that get an adaptive rotation."""
+    if settings.transforms.rotation != "adaptive":
+        return {}
     calibrated = {name: linears[name] for name, plan in plans.items() if not plan.plain}
     if calibrated and not calls:
         raise AttarError("adaptive rotations need calibration samples")
@@ -269,9 +277,10 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
 
 
 @torch.no_grad()
-def _mean_relative_error(
+def mean_relative_error(
     run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
 ) -> float:
+    """`relative_error` over the samples of all processes."""
     errors = [
         relative_error(run(call), target, call.streams).item()
         for call, target in zip(calls, targets, strict=True)
