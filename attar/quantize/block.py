@@ -159,9 +159,7 @@ def wrap_linears(
     calibrated = [name for name, plan in plans.items() if not plan.plain]
     generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in calibrated}
     rotations = {}
-    if (
-        settings.transforms.order == "rotate_then_scale"
-    ):  # the scale has to see what comes out of the rotation
+    if settings.transforms.order == "rotate_then_scale":  # its scales are of rotated inputs
         for name in calibrated:
             rotation = build_rotation(
                 plans[name].in_features, settings.transforms, generators[name], samples.get(name)
