@@ -106,7 +106,7 @@ def allocate(
         for name, part in parts.items()
     }
     layers = _layers(options, measured, recipe)
-    taken = choose_bits(layers, Budget.parse(recipe.allocate.budget))
+    taken = choose_bits(layers, Budget.parse(recipe.allocate.budget).at(recipe.quantize.weights))
     chosen = {layer.name: candidate for layer, candidate in zip(layers, taken, strict=True)}
     free = {layer.name for layer in layers if len(layer.candidates) > 1}
     bits = {

@@ -81,11 +81,12 @@ def compress(
 
     model: a pipeline, which is changed in place, or anything that `attar.load` takes (a built-in name, a folder, a
     hub id). recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
-    "quantize.weights" and "quantize.acts". budget: "0.30x", "3.2bits" or "0.5dB", short for "allocate.budget": bits
-    for each layer by measured sensitivity. plan: a plan file with the bits of each layer instead. prompts: calibration
-    prompts; default: the model's own, else general ones. generation: arguments of the pipeline's call while tracing
-    (height, num_frames, ...). workspace: a folder; a killed run that is started again with the same arguments goes on
-    there. Without one, a temporary folder is used. seed: of noise, selection, rotations and order.
+    "quantize.weights" and "quantize.acts". budget: "0.30x", "3.2bits", "0.5dB" or "same", short for
+    "allocate.budget": bits for each layer by measured sensitivity. plan: a plan file with the bits of each layer
+    instead. prompts: calibration prompts; default: the model's own, else general ones. generation: arguments of the
+    pipeline's call while tracing (height, num_frames, ...). workspace: a folder; a killed run that is started again
+    with the same arguments goes on there. Without one, a temporary folder is used. seed: of noise, selection, rotations
+    and order.
 
     The result has the attribute `attar_compression` (a `Compression`). Raises AttarError for everything that cannot be
     done; no file is half-written then, and all that the request itself can be wrong in is found before the first

@@ -148,7 +148,7 @@ class Allocate(_Stage):
     """Bits of each layer under a budget, chosen by how much the layer's rounding changes its block's output."""
 
     budget: str = Field(
-        description="share of the linears' size (0.30x), mean bits (3.2bits), or loss (0.5dB)"
+        description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
     )
     bits: list[int] = Field(
         default=[2, 3, 4, 5, 6, 8], min_length=1, description="widths that a layer's weights may get, 2 to 8"

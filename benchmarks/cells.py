@@ -24,7 +24,7 @@ class Method:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self, bits: tuple[int, int]) -> Recipe:
-        """The recipe at (weights, acts) bits; "{weights}" in an override stands for the first."""
+        """The recipe at (weights, acts) bits."""
         return _resolved(self.recipe, json.dumps(self.overrides, sort_keys=True), *bits)
 
 
@@ -32,7 +32,7 @@ class Method:
 def _resolved(recipe: str, overrides: str, weights: int, acts: int) -> Recipe:
     """The recipe; kept, since tables look the same ones up again and again. overrides: JSON."""
     widths = {"quantize.weights": weights, "quantize.acts": acts}
-    return load_recipe(recipe, {**json.loads(overrides.replace("{weights}", str(weights))), **widths})
+    return load_recipe(recipe, {**json.loads(overrides), **widths})
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ LEADERBOARD = Study(
         Method("svdquant", "svdquant"),
         Method("s2q-vdit", "s2q-vdit"),
         Method("attar-ptq", "attar-ptq"),
-        Method("attar-ptq, mixed bits", "attar-ptq", {"allocate": {"budget": "{weights}bits"}}),
+        Method("attar-mixed", "attar-mixed"),
     ),
 )
 

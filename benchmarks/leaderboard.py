@@ -107,7 +107,7 @@ def rows_of(cells: dict[str, Any]) -> list[Row]:
 
 
 def _ratio(components: dict[str, Any], recipe: Recipe) -> float:
-    """Of a recipe with a budget of mean bits, that of these bits in all layers, which its choice does not exceed."""
+    """Where mean bits are the budget, that of these bits in all layers, which a choice does not exceed."""
     plain = recipe.model_copy(update={"allocate": None})
     sizes = [layer_size(p, plain) for p in plan_components(components, plain)["transformer"] if not p.skipped]
     return sum(s.packed for s in sizes) / sum(s.dense for s in sizes)

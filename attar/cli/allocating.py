@@ -38,7 +38,9 @@ from attar.files import check_writable, named_path
 @one_job
 def allocate(
     model: Model,
-    budget: Annotated[str, typer.Option(help="0.30x (size of the linears), 3.2bits (mean) or 0.5dB (loss)")],
+    budget: Annotated[
+        str, typer.Option(help="0.30x (size of the linears), 3.2bits (mean), 0.5dB (loss), or same")
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", parser=named_path, metavar="FILE", help="the plan, a YAML file")
     ] = Path("plan.yaml"),

@@ -76,7 +76,9 @@ def compress(
     acts: ActBits = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="bits for each layer under it: 0.30x (size), 3.2bits (mean) or 0.5dB (loss)"),
+        typer.Option(
+            help="bits for each layer under it: 0.30x (size), 3.2bits (mean), 0.5dB (loss), or same"
+        ),
     ] = None,
     plan: Annotated[
         Path | None,

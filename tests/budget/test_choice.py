@@ -25,11 +25,13 @@ WIDTHS = (2, 3, 4, 6)
         ("0.5dB", "loss", 0.5, "0.5dB"),
         ("-1db", "loss", -1, "-1dB"),
         ("0dB", "loss", 0, "0dB"),
+        ("Same", "same", 0, "same"),
     ],
 )
 def test_budgets(text, kind, value, shown):
     budget = Budget.parse(text)
     assert (budget.kind, budget.value, str(budget)) == (kind, value, shown)
+    assert budget.at(3) == (Budget("bits", 3) if kind == "same" else budget)
 
 
 @pytest.mark.parametrize(
