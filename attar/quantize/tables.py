@@ -31,7 +31,7 @@ from attar.quantize.row_tables import (
     residual_levels,
     residual_start,
 )
-from attar.runtime.formats import decode, encode
+from attar.quantize.sorted_rows import SortedRows
 
 EXPONENTS = tuple(round(0.2 + 0.05 * i, 2) for i in range(27))  # 0.2 … 1.5
 ROWS_AT_ONCE = 1 << 24  # numbers that are sorted and summed in float64 together
@@ -101,7 +101,11 @@ def check_weight_format(name: str, bits: int) -> None:
     if name in TABLES:
         has = TABLES[name].bits
     if bits not in has:
-        some = f"Choose between {has[0]} and {min(has[-1], 8)} bits" if len(has) > 1 else f"Use {has[0]} bits"
+        some = (
+            f"Choose between {min(has)} and {min(max(has), 8)} bits"
+            if len(has) > 1
+            else f"Use {min(has)} bits"
+        )
         raise AttarError(f"the weight format {name} has no {bits} bits", fix=some)
 
 
@@ -148,33 +152,38 @@ def power_levels(exponent: float | Tensor, bits: int) -> Tensor:
 
 def _power(steps: Tensor, bits: int) -> Tensor:
     """The exponent with the smallest squared error over the whole layer."""
+    errors = sum(_power_errors(rows, bits)[0].sum(1) for rows in _portions(steps))
+    return torch.tensor(EXPONENTS[int(torch.as_tensor(errors).argmin())]).view(1, 1, 1)
 
-    def error(exponent: float) -> float:
-        levels = power_levels(exponent, bits).to(torch.float16).to(steps.device)
-        return (
-            (steps - decode(encode(steps, "table", bits, levels), "table", bits, levels))
-            .square()
-            .sum()
-            .item()
-        )
 
-    return torch.tensor(min(EXPONENTS, key=error)).view(1, 1, 1)
+def _power_errors(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(squared errors (e, R) of rows (R, n), tables (e, 2^bits)) of all exponents that are searched."""
+    tables = torch.cat([power_levels(exponent, bits)[0] for exponent in EXPONENTS]).half().to(rows.device)
+    sorted_rows = SortedRows(rows)
+    return torch.stack([sorted_rows.error(t.double().expand(len(rows), -1)) for t in tables]), tables
+
+
+def _portions(steps: Tensor) -> tuple[Tensor, ...]:
+    """The rows or groups (R, n) of steps (out, groups, n), a few at a time."""
+    return steps.flatten(0, 1).split(max(1, ROWS_AT_ONCE // steps.shape[-1]))
 
 
 def _for_rows(start: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
     """Parameters of every row or group, from a start that takes rows (R, n)."""
 
     def fit(steps: Tensor, bits: int) -> Tensor:
-        rows = steps.flatten(0, 1).split(max(1, ROWS_AT_ONCE // steps.shape[-1]))
-        return torch.cat([start(some, bits) for some in rows]).unflatten(0, steps.shape[:2])
+        return torch.cat([start(rows, bits) for rows in _portions(steps)]).unflatten(0, steps.shape[:2])
 
     return fit
 
 
 def _lloyd(rows: Tensor, bits: int) -> Tensor:
     """Free levels, from the quantiles of the rows and from every other table of so many bits."""
-    others = [name for name, table in TABLES.items() if name != "lloyd" and bits in table.bits]
+    others = [name for name, t in TABLES.items() if bits in t.bits and name not in ("lloyd", "power")]
     starts = [fit_levels(name, rows[:, None], bits).flatten(0, 1) for name in others]
+    if bits in TABLES["power"].bits:  # with each row's own exponent, so that rows do not depend on each other
+        errors, tables = _power_errors(rows, bits)
+        starts.append(tables[errors.argmin(0)])
     return lloyd_start(rows, bits, starts)
 
 
