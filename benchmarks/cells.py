@@ -289,10 +289,25 @@ FORMATS = (
     _formats(4, ("nf4", "power", "residual", "lloyd"), ("power", "lloyd"), "power"),
 )
 
+LEADERBOARD = Study(
+    "leaderboard",
+    "Which system keeps the model's videos, at which size?",
+    ((4, 6), (4, 4), (3, 6), (8, 8), (4, 8), (2, 6)),
+    (
+        Method("rtn", "rtn"),
+        Method("smoothquant", "smoothquant"),
+        Method("hadamard (QuaRot-style)", "hadamard"),
+        Method("svdquant", "svdquant"),
+        Method("s2q-vdit", "s2q-vdit"),
+        Method("attar-ptq", "attar-ptq"),
+        Method("attar-mixed", "attar-mixed"),
+    ),
+)
+
 STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, *FORMATS),
+        *(SELECTION, DISTILLATION, LEARNING, LEADERBOARD, *FORMATS),
     )
 }
