@@ -23,7 +23,7 @@ from attar.budget.amount import Budget
 from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
 from attar.errors import AttarError
-from attar.quantize.tables import check_weight_format
+from attar.quantize.tables import check_trained_levels, check_weight_format, least_bits
 from attar.runtime.formats import check_format
 
 
@@ -83,13 +83,14 @@ class LowRank(_Stage):
 class Quantize(_Stage):
     """Bits by role, equivalent transforms, and which of their parameters exist."""
 
+    weight_format: str = Field(default="int", description="of the weights' numbers, see docs/recipes.md")
     weights: int = Field(
-        default=4, description="bits of block linears, 2 to 8; modulation linears get them weight-only"
+        default=4,
+        description="bits of block linears, 2 to 8 (1 in some formats); modulation linears get them weight-only",
     )
     acts: int = Field(
         default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
     )
-    weight_format: str = Field(default="int", description="of the weights' numbers, see docs/recipes.md")
     act_format: Literal["int", "fp8"] = Field(default="int", description="of the activations' numbers")
     group_size: int | None = Field(
         default=None,
@@ -123,8 +124,10 @@ class Quantize(_Stage):
     @field_validator("weights", "acts")
     @classmethod
     def _possible_bits(cls, value: int, info: Any) -> int:
-        if not (2 <= value <= 8 or (value == 16 and info.field_name == "acts")):
-            raise ValueError("choose between 2 and 8 bits" + (", or 16" if info.field_name == "acts" else ""))
+        acts = info.field_name == "acts"
+        least = 2 if acts else least_bits(info.data.get("weight_format", "int"))
+        if not (least <= value <= 8 or (value == 16 and acts)):
+            raise ValueError(f"choose between {least} and 8 bits" + (", or 16" if acts else ""))
         return value
 
     @model_validator(mode="after")
@@ -188,6 +191,8 @@ class Reconstruct(_Stage):
     train_scale: bool = True
     train_rotation: bool = True
     train_clip: bool = True
+    train_levels: bool = Field(default=False, description="also what a table format's numbers depend on")
+    level_lr: float = Field(default=1e-3, gt=0)
     loss: Literal["token_weighted", "mse"] = "token_weighted"
     lambda_min: float = Field(
         default=0.5, gt=0, description="weight of the token that receives least attention"
@@ -247,6 +252,15 @@ class Recipe(_Stage):
     reconstruct: Reconstruct | None = Reconstruct()
     rounding: Rounding = Rounding()
     text_encoder: TextEncoder | None = None
+
+    @model_validator(mode="after")
+    def _levels_can_be_trained(self) -> Recipe:
+        if self.reconstruct is not None and self.reconstruct.train_levels:
+            try:
+                check_trained_levels(self.quantize.weight_format)
+            except AttarError as error:
+                raise ValueError(f"{error.what}. {error.fix}") from error
+        return self
 
     @property
     def needs_data(self) -> bool:

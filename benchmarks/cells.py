@@ -56,7 +56,7 @@ class Study:
 LATER = {
     "select": {"neighbour": "next", "normalise": "min_max"},
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int", "rotation_threshold": 1.0},
-    "reconstruct": {"lambda_over": "joint"},
+    "reconstruct": {"lambda_over": "joint", "train_levels": False, "level_lr": 1e-3},
 }
 
 
@@ -275,6 +275,37 @@ ACCURACY = Study(
     prompts=200,
 )
 
+
+def _formats(weights: int, formats: tuple[str, ...], learned: tuple[str, ...], trained: str) -> Study:
+    """Tables of so many bits beside integers, rounded to nearest, then on top of the default recipe."""
+
+    def numbers(name: str, **more: Any) -> dict[str, Any]:
+        return {"quantize.weight_format": name, **more}
+
+    integers = ("int",) if weights > 1 else ()
+    return Study(
+        f"formats-{weights}",
+        f"Which numbers should {weights} bit{'s' if weights > 1 else ''} of a weight stand for?",
+        ((weights, 6),),
+        (
+            *(Method(f"{name}, round to nearest", "rtn", numbers(name)) for name in (*integers, *formats)),
+            *(Method(f"{name}, attar-ptq", "attar-ptq", numbers(name)) for name in (*integers, *learned)),
+            Method(
+                f"{trained}, attar-ptq, levels trained", "attar-ptq",
+                numbers(trained, **{"reconstruct.train_levels": True}),
+            ),
+        ),
+        prompts=0,
+    )  # fmt: skip
+
+
+FORMATS = (
+    _formats(1, ("binary", "lloyd"), ("binary",), "binary"),
+    _formats(2, ("dual_binary_plain", "dual_binary", "lloyd"), ("dual_binary", "lloyd"), "dual_binary"),
+    _formats(3, ("power", "residual", "lloyd"), ("residual", "lloyd"), "residual"),
+    _formats(4, ("nf4", "power", "residual", "lloyd"), ("power", "lloyd"), "power"),
+)
+
 LEADERBOARD = Study(
     "leaderboard",
     "Which system keeps the model's videos, at which size?",
@@ -294,6 +325,6 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, LEADERBOARD, LRQ_DIT),
+        *(SELECTION, DISTILLATION, LEARNING, LEADERBOARD, LRQ_DIT, *FORMATS),
     )
 }

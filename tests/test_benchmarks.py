@@ -19,7 +19,7 @@ from benchmarks.tables import write_tables
 def test_every_method_is_a_recipe_of_its_own(study):
     seen = {}
     for method in study.methods:
-        recipe = load_recipe(method.recipe, method.overrides)
+        recipe = method.resolve(study.bits[0])
         settings = recipe.model_dump(exclude={"name", "summary", "notes", "paper"})
         assert str(settings) not in seen.values(), f"{method.name} repeats another method"
         seen[method.name] = str(settings)

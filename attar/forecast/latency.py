@@ -8,13 +8,10 @@ from dataclasses import replace
 
 from attar.forecast.counts import Counts, Operation
 from attar.forecast.hardware import Hardware
-from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import SALIENT_SHARE, LayerPlan
-from attar.quantize.tables import table_bytes
+from attar.quantize.plan import SALIENT_SHARE, LayerPlan, weight_bytes
 from attar.quantize.transforms import kronecker_factors
 from attar.runtime.block_rotations import block_width
-from attar.runtime.packing import packed_width
 
 PARTS: tuple[str, ...] = ("linear", "attention", "transform", "rest")
 
@@ -79,11 +76,7 @@ def quantized_counts(
             continue
         width = plan.in_features
         calls = operation.weights / max(1.0, _dense_bytes(plan, operation))
-        row = packed_width(width, plan.weight_bits) + 4 * group_count(width, plan.group_size)
-        tables = table_bytes(
-            plan.weight_format, plan.weight_bits, plan.out_features, group_count(width, plan.group_size)
-        )
-        packed = calls * (plan.out_features * row + tables)
+        packed = calls * weight_bytes(plan)
         inputs = operation.read - operation.weights
         format = execution_format(plan, hardware, operation.format)
         transformed = not plan.plain and (transforms.scale or transforms.rotation != "none")

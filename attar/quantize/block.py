@@ -52,6 +52,7 @@ class BlockSettings:
     train_scale: bool = True
     train_rotation: bool = True
     train_clip: bool = True
+    train_levels: bool = False
     gptq_damping: float | None = None
     gptq_block: int = 128
     low_rank: LowRankSettings | None = None
@@ -192,6 +193,7 @@ def wrap_linears(
             linear, plan.weight_bits or 0, plan.act_bits, transforms, group_size=plan.group_size,
             weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
             clip_start=settings.clip_start, weight_format=plan.weight_format, act_format=plan.act_format,
+            train_levels=settings.train_levels and not plan.plain,
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
@@ -271,6 +273,7 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
     return {
         "transform": [p for p in groups["transform"] if wanted[id(p) in scales]],
         "clip": groups["clip"] if settings.train_clip else [],
+        "levels": groups["levels"],
     }
 
 

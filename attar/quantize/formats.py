@@ -128,15 +128,26 @@ def _fake_quantize_range(
 
 
 class _RoundToNumber(torch.autograd.Function):
-    """The numbers of a format that lie nearest; the gradient passes as if nothing was rounded."""
+    """The numbers of a format that lie nearest; the gradient passes to steps as if nothing was rounded.
+
+    The gradient of a level is the sum over all that were rounded to it.
+    """
 
     @staticmethod
     def forward(ctx: Any, steps: Tensor, number: str, bits: int, levels: Tensor | None) -> Tensor:
-        return decode(encode(steps, number, bits, levels), number, bits, levels).to(steps.dtype)
+        codes = encode(steps, number, bits, levels)
+        ctx.bits, ctx.shape = bits, None if levels is None else levels.shape
+        if ctx.needs_input_grad[3]:
+            ctx.save_for_backward(codes)
+        return decode(codes, number, bits, levels).to(steps.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return grad, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[3]:
+            return grad, None, None, None
+        places = ctx.saved_tensors[0].long() + (1 << (ctx.bits - 1))
+        sums = grad.new_zeros(*grad.shape[:-1], 1 << ctx.bits).scatter_add_(-1, places, grad)
+        return grad, None, None, sums.sum_to_size(ctx.shape)
 
 
 class _FakeQuantizeRange(torch.autograd.Function):

@@ -19,9 +19,15 @@ from attar.quantize.formats import (
     weight_magnitudes,
     weight_steps,
 )
-from attar.quantize.tables import check_weight_format, fit_levels, number_of
+from attar.quantize.tables import (
+    check_trained_levels,
+    check_weight_format,
+    fit_parameters,
+    levels_for,
+    number_of,
+)
 from attar.quantize.transforms import LearnedTransform, Matrices
-from attar.runtime.formats import check_format, decode, integer_range, wide
+from attar.runtime.formats import check_format, code_range, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
 from attar.runtime.transforms import Transform, restore_weight, transform_weight
@@ -41,11 +47,13 @@ class QuantizedLinear(nn.Module):
     """ŷ = Q_a(x T; a⁻, a⁺) · Q_w(W T^{-T}; g⁻, g⁺)ᵀ + b around one nn.Linear (S²Q-VDiT's base, FlatQuant).
 
     linear: the layer; its weight and bias are shared, not copied, and never trained.
-    weight_bits: 2..16 (up to 8 can be packed). act_bits: the same, or None for a weight-only layer.
+    weight_bits: those of the format, 2..16 of integers (up to 8 can be packed). act_bits: the same, or None for a
+    weight-only layer.
     transforms: learnable transforms in the order in which they act on x.
     group_size: None for one scale per output channel, else scales per group of input channels (weight-only).
     weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
     weight_format: "int", "fp8" or a table (tables.py), which is fitted to the weight as the transforms start.
+    train_levels: whether the parameters of the table, such as the exponent of "power", are learned from there on.
     act_format: "int" or "fp8". A low-rank branch beside the quantized product comes from `set_branch`.
     The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
     the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
@@ -66,9 +74,12 @@ class QuantizedLinear(nn.Module):
         clip_start: float = 4.0,
         weight_format: str = "int",
         act_format: str = "int",
+        train_levels: bool = False,
     ) -> None:
         super().__init__()
         check_weight_format(weight_format, weight_bits)
+        if train_levels:
+            check_trained_levels(weight_format)
         if act_bits is not None:
             check_format(act_format, act_bits)
             if group_size is not None:
@@ -78,7 +89,7 @@ class QuantizedLinear(nn.Module):
                 )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
-        self.number, self.act_format = number_of(weight_format), act_format
+        self.weight_format, self.number, self.act_format = weight_format, number_of(weight_format), act_format
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         device = linear.weight.device
@@ -92,15 +103,21 @@ class QuantizedLinear(nn.Module):
             self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
         self.weight_quant, self.act_quant = True, act_bits is not None
         self.branch_in = self.branch_out = None
-        self.levels = None
+        self.table = None  # the parameters that its levels depend on
         self._frozen: _Frozen | None = None
         self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
         if self.number == "table":
             with torch.no_grad():
                 start = self.transformed_weight(), self._weight_clip(), group_size
-                self.levels = fit_levels(
+                found = fit_parameters(
                     weight_format, weight_steps(*start), weight_bits, weight_magnitudes(*start)
                 )
+            self.table = nn.Parameter(found, train_levels)
+
+    @property
+    def levels(self) -> Tensor | None:
+        """The numbers of a table, (1 or out, 1 or groups, 2^bits), exact in half precision; None without one."""
+        return None if self.table is None else levels_for(self.weight_format, self.table, self.weight_bits)
 
     # ----------------------------------------------------------------------------------- low-rank branch
 
@@ -163,6 +180,10 @@ class QuantizedLinear(nn.Module):
     def clip_parameters(self) -> list[nn.Parameter]:
         """The logits of the clipping factors."""
         return [p for p in (self.weight_clip_logit, self.act_clip_logit) if p is not None]
+
+    def level_parameters(self) -> list[nn.Parameter]:
+        """What the levels of a table depend on, where that is trained."""
+        return [] if self.table is None or not self.table.requires_grad else [self.table]
 
     def _evaluated(self) -> tuple[list[Matrices], Tensor]:
         """The transforms' matrices and the (fake-quantized) weight W̃, evaluated once in a forward pass.
@@ -246,7 +267,7 @@ class QuantizedLinear(nn.Module):
         weight, scale = self.baked_weight()
         if codes is None:
             codes = self._quantize(weight)[0]
-        low, high = integer_range(self.weight_bits)
+        low, high = code_range(self.weight_bits)
         if codes.shape != weight.shape or bool((codes < low).any()) or bool((codes > high).any()):
             raise AttarError(
                 f"codes of shape {tuple(codes.shape)} do not fit {self.weight_bits} bits "
@@ -313,11 +334,12 @@ class QuantizedLinear(nn.Module):
 
 
 def parameter_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of all QuantizedLinears among `layers`, as {"transform": […], "clip": […]}."""
+    """Parameters of all QuantizedLinears among `layers`, as {"transform": […], "clip": […], "levels": […]}."""
     found = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     return {
         "transform": [p for layer in found for p in layer.transform_parameters()],
         "clip": [p for layer in found for p in layer.clip_parameters()],
+        "levels": [p for layer in found for p in layer.level_parameters()],
     }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from attar.errors import AttarError
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.tables import check_weight_format, table_bytes
+from attar.quantize.tables import check_weight_format, least_bits, own_tables
 from attar.quantize.transforms import check_rotation, kronecker_factors
 from attar.runtime.block_rotations import block_width
 from attar.runtime.formats import check_format
@@ -41,7 +41,7 @@ class LayerPlan:
     """What happens to one linear layer.
 
     name: dotted name from the transformer's root. role: "self_attn.q", "ffn.up", "modulation", …
-    weight_bits: 2..8, or None when the layer is left as it is. act_bits: 2..8, or None for floating-point
+    weight_bits: 1..8, or None when the layer is left as it is. act_bits: 2..8, or None for floating-point
     activations. reason: why the layer is treated differently from the default, or None. group_size: input
     channels to a scale, only for floating-point activations; None for one scale per output channel.
     weight_format, act_format: of the numbers, see tables.py and attar.runtime.formats. low_rank: rank of a branch in
@@ -106,7 +106,7 @@ def plan_layers(
     floating-point activations, linears outside blocks stay as they are, or become weight-only by an override.
     Modulation with floating-point activations and linears outside blocks are plain: nothing is to be learned from
     one token, and no calibration data passes outside.
-    weights: 2..8, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
+    weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
     group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
     scale per output channel, and its reason says so.
     weight_format, act_format: of all planned layers. low_rank: of those that are not plain.
@@ -114,15 +114,16 @@ def plan_layers(
     name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
     Raises AttarError for bits out of range, unknown keys, patterns that match no layer, and groups that no layer has.
     """
-    _check_bits(weights, "weights", None)
-    _check_bits(acts, "acts", None)
+    least = {"weights": least_bits(weight_format), "acts": 2}
+    _check_bits(weights, "weights", None, least)
+    _check_bits(acts, "acts", None, least)
     overrides = dict(overrides or {})
     for pattern, options in overrides.items():
         if not isinstance(options, Mapping) or set(options) - _OVERRIDE_KEYS:
             raise AttarError(f"an override knows weights, acts and skip, got {options!r}", where=pattern)
         for key in ("weights", "acts"):
             if key in options:
-                _check_bits(options[key], key, pattern)
+                _check_bits(options[key], key, pattern, least)
         if not isinstance(options.get("skip", False), bool):
             raise AttarError("skip is true or false", where=pattern)
 
@@ -239,11 +240,12 @@ def _plan(
     )
 
 
-def _check_bits(bits: Any, what: str, where: str | None) -> None:
+def _check_bits(bits: Any, what: str, where: str | None, least: Mapping[str, int]) -> None:
     if what == "acts" and bits is None:
         return
-    if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= 8 or bits == KEEP):
-        fix = "Choose between 2 and 8, or 16 for full precision"
+    fits = isinstance(bits, int) and not isinstance(bits, bool)
+    if not fits or not (least[what] <= bits <= 8 or bits == KEEP):
+        fix = f"Choose between {least[what]} and 8, or 16 for full precision"
         raise AttarError(f"{what} cannot be {bits!r} bits", where=where, fix=fix)
 
 
@@ -262,6 +264,15 @@ def _rotation_bytes(d: int, rotation: str) -> int:
     return 0
 
 
+def weight_bytes(plan: LayerPlan) -> int:
+    """Bytes of a planned layer's codes, scales and tables."""
+    assert plan.weight_bits is not None
+    groups = group_count(plan.in_features, plan.group_size)
+    row = packed_width(plan.in_features, plan.weight_bits) + 4 * groups
+    tables = own_tables(plan.weight_format, plan.out_features, groups)
+    return plan.out_features * row + tables * (2 << plan.weight_bits)
+
+
 def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
     """Bytes of the layer before (bfloat16) and after packing with these transforms.
 
@@ -272,8 +283,7 @@ def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
     dense = 2 * d * out + bias
     if plan.weight_bits is None:
         return Forecast(dense, dense)
-    packed = out * packed_width(d, plan.weight_bits) + 4 * out * group_count(d, plan.group_size) + bias
-    packed += table_bytes(plan.weight_format, plan.weight_bits, out, group_count(d, plan.group_size))
+    packed = weight_bytes(plan) + bias
     if plan.plain:
         return Forecast(dense, packed)
     packed += 2 * plan.low_rank * (d + out)

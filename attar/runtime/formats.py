@@ -19,11 +19,18 @@ FORMATS = ("int", "fp8", "table")
 FP8_LARGEST = 448.0
 
 
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of `bits`-bit two's complement: (-2^(N-1), 2^(N-1) - 1). One bit has -1 and 0."""
+    if not 1 <= bits <= 16:
+        raise AttarError(f"there are no codes of {bits} bits", fix="Choose between 1 and 16 bits")
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
 def integer_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest code of `bits`-bit two's complement: (-2^(N-1), 2^(N-1) - 1)."""
+    """`code_range` of codes that are integers themselves, which takes two bits: one has no positive number."""
     if not 2 <= bits <= 16:
         raise AttarError(f"cannot quantize to {bits} bits", fix="Choose between 2 and 16 bits")
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    return code_range(bits)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -35,6 +42,8 @@ def check_format(name: str, bits: int) -> None:
     """Raises AttarError for an unknown format, or bits that it does not have."""
     if name not in FORMATS:
         raise AttarError(f"unknown number format {name!r}", fix=f"Choose one of {', '.join(FORMATS)}")
+    if name == "int":
+        integer_range(bits)
     if name == "fp8" and bits != 8:
         raise AttarError(f"fp8 has 8 bits, not {bits}")
     if name == "table" and not 1 <= bits <= 8:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attar.errors import AttarError
-from attar.runtime.formats import integer_range
+from attar.runtime.formats import code_range
 
 
 def packed_width(in_features: int, bits: int) -> int:
@@ -21,12 +21,12 @@ def packed_width(in_features: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes int8 (out, in) in the range of `bits` (2..8) -> uint8 (out, ceil(in·bits/8)).
+    """codes int8 (out, in) in the range of `bits` (1..8) -> uint8 (out, ceil(in·bits/8)).
 
     Raises AttarError when a code lies outside the range.
     """
     width = packed_width(codes.shape[-1], bits)
-    low, high = integer_range(bits)
+    low, high = code_range(bits)
     codes = codes.to(torch.int16)
     if codes.numel() and not bool(((codes >= low) & (codes <= high)).all()):
         raise AttarError(f"codes outside the {bits}-bit range [{low}, {high}]")
@@ -46,7 +46,7 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
             f"a row of {in_features} {bits}-bit codes takes {packed_width(in_features, bits)} bytes, "
             f"found {packed.shape[-1]}"
         )
-    low = integer_range(bits)[0]
+    low = code_range(bits)[0]
     if 8 % bits == 0:  # codes do not cross bytes: stay in uint8
         mask = (1 << bits) - 1
         unsigned = torch.stack([(packed >> (bits * i)) & mask for i in range(8 // bits)], dim=-1)
@@ -68,5 +68,5 @@ def _join(digits: Tensor, width: int) -> Tensor:
 
 
 def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise AttarError(f"cannot pack {bits}-bit codes", fix="Choose between 2 and 8 bits")
+    if not 1 <= bits <= 8:
+        raise AttarError(f"cannot pack {bits}-bit codes", fix="Choose between 1 and 8 bits")

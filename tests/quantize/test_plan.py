@@ -161,6 +161,29 @@ def test_twin_log_tables_are_forecast_by_row(group):
     assert found.packed == packed_size(layer)["total"] - 2 * 10  # the bias is stored in float32 here
 
 
+@pytest.mark.parametrize(("name", "bits"), [("power", 3), ("binary", 1), ("dual_binary", 2), ("residual", 3)])
+@pytest.mark.parametrize(("acts", "group"), [(6, None), (None, 8)])
+def test_forecast_counts_the_tables(name, bits, acts, group):
+    linear = nn.Linear(48, 10, dtype=torch.bfloat16)
+    (layer_plan,) = plan_layers(
+        [Named("x", linear, "ffn.up")], [], bits, acts, group_size=group, weight_format=name
+    )
+    found = forecast(layer_plan, TransformSettings(scale=False, rotation="none"))
+    layer = QuantizedLinear(linear, bits, acts, group_size=group, weight_format=name)
+    assert found.packed == packed_size(layer.bake())["total"]
+
+
+def test_one_bit_is_for_formats_that_have_it():
+    (only,) = plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], 1, 6, weight_format="binary")
+    assert only.bits == "W1A6-binary"
+    for name in ("int", "nf4", "dual_binary"):
+        with pytest.raises(AttarError, match="weights cannot be 1 bits") as raised:
+            plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], 1, 6, weight_format=name)
+        assert raised.value.fix == "Choose between 2 and 8, or 16 for full precision"
+    with pytest.raises(AttarError, match="acts cannot be 1 bits"):
+        plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], 1, 1, weight_format="binary")
+
+
 def test_forecast_of_a_kept_layer_and_sums():
     plans = plan()
     kept = forecast(plans["proj_out"], TransformSettings())

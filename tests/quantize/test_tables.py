@@ -31,8 +31,9 @@ def test_tables_are_sorted_and_reach_their_scale(name):
     for bits in TABLES[name].bits:
         levels = fit_levels(name, random(4, 2, 64).clamp(-1, 1), bits)
         check_levels(levels, bits)
-        assert levels.abs().max() == pytest.approx(1, abs=1e-3) and levels.shape[-1] == 1 << bits
-        assert bool((levels == 0).any())
+        assert levels.shape[-1] == 1 << bits
+        if not TABLES[name].per_row:
+            assert levels.abs().max() == 1 and bool((levels == 0).any())
 
 
 def test_fp4_has_the_numbers_of_e2m1_and_nf4_those_that_are_published():
