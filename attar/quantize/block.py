@@ -51,6 +51,7 @@ class BlockSettings:
     train_scale: bool = True
     train_rotation: bool = True
     train_clip: bool = True
+    train_branch: bool = False
     gptq_damping: float | None = None
     gptq_block: int = 128
     low_rank: LowRankSettings | None = None
@@ -116,7 +117,7 @@ def quantize_block(
             )
     layers = _wrap(module, plans, linears, run, calls, settings, seed)
     if settings.low_rank is not None:
-        _start_branches(layers, plans, run, calls, settings.low_rank)
+        _start_branches(layers, plans, run, calls, settings.low_rank, seed)
     if calls:
         outcome.error_before = _mean_relative_error(run, calls, targets)
     if settings.learning is not None:
@@ -190,11 +191,13 @@ def _start_branches(
     run: Callable[[Any], Streams],
     calls: Sequence[Any],
     settings: LowRankSettings,
+    seed: str,
 ) -> None:
     chosen = {name: layer for name, layer in layers.items() if plans[name].low_rank}
     moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
     for name, layer in chosen.items():
-        start_branch(layer, settings, moments.pop(name, None))
+        generator = torch.Generator().manual_seed(_number(seed, name, "branch"))
+        start_branch(layer, settings, moments.pop(name, None), generator)
 
 
 def _gptq_codes(
@@ -236,9 +239,11 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
         for p in t.parameters()
     }
     wanted = {True: settings.train_scale, False: settings.train_rotation}
+    branches = [p.requires_grad_() for p in groups["branch"]] if settings.train_branch else []
     return {
         "transform": [p for p in groups["transform"] if wanted[id(p) in scales]],
         "clip": groups["clip"] if settings.train_clip else [],
+        "branch": branches,
     }
 
 

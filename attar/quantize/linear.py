@@ -91,6 +91,7 @@ class QuantizedLinear(nn.Module):
             self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
         self.weight_quant, self.act_quant = True, act_bits is not None
         self.branch_in = self.branch_out = None
+        self.branch_subtracted = True
         self.levels = None
         self._frozen: _Frozen | None = None
         self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
@@ -117,11 +118,11 @@ class QuantizedLinear(nn.Module):
         baked = [transform.bake() for transform in self.transforms]  # type: ignore[operator]
         return restore_weight(baked, rows).to(rows.dtype)
 
-    def set_branch(self, down: Tensor, up: Tensor) -> None:
+    def set_branch(self, down: Tensor, up: Tensor, subtract: bool = True) -> None:
         """Puts the branch y += (x Aᵀ) Bᵀ beside the layer; what is quantized from now on is W - B A.
 
         down A: (rank, in), up B: (out, rank), on the layer's input as it comes. They are kept in the dtype of the
-        weight, in which they will be deployed.
+        weight, in which they will be deployed. subtract: False quantizes W whatever the branch is.
         """
         rank = down.shape[0]
         if down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
@@ -132,6 +133,7 @@ class QuantizedLinear(nn.Module):
         self.branch_in, self.branch_out = (
             nn.Parameter(t.detach().to(self.weight.dtype), requires_grad=False) for t in (down, up)
         )
+        self.branch_subtracted = subtract
         self._cache = None
 
     # ------------------------------------------------------------------------------------------ learning
@@ -161,6 +163,10 @@ class QuantizedLinear(nn.Module):
         """The logits of the clipping factors."""
         return [p for p in (self.weight_clip_logit, self.act_clip_logit) if p is not None]
 
+    def branch_parameters(self) -> list[nn.Parameter]:
+        """A and B of the low-rank branch, if there is one."""
+        return [p for p in (self.branch_in, self.branch_out) if p is not None]
+
     def _evaluated(self) -> tuple[list[Matrices], Tensor]:
         """The transforms' matrices and the (fake-quantized) weight W̃, evaluated once in a forward pass.
 
@@ -185,8 +191,9 @@ class QuantizedLinear(nn.Module):
 
     def _transformed_weight(self, matrices: list[Matrices]) -> Tensor:
         weight = wide(self.weight)
-        if self.branch_in is not None and self.branch_out is not None:
-            weight = weight - wide(self.branch_out) @ wide(self.branch_in)
+        branch = self._subtracted()
+        if branch is not None:
+            weight = weight - wide(branch[0]) @ wide(branch[1])
         for transform, m in zip(self.transforms, matrices, strict=True):
             weight = transform.weight_side(weight, m)  # type: ignore[operator]
         return weight
@@ -205,6 +212,12 @@ class QuantizedLinear(nn.Module):
             return z
         return z + F.linear(F.linear(x, self.branch_in.to(x.dtype)), self.branch_out.to(x.dtype))
 
+    def _subtracted(self) -> tuple[Tensor, Tensor] | None:
+        """(B, A) of the branch that the quantized weight leaves out."""
+        if self.branch_in is None or self.branch_out is None or not self.branch_subtracted:
+            return None
+        return self.branch_out, self.branch_in
+
     def _weight_clip(self) -> Tensor | None:
         return None if self.weight_clip_logit is None else self.weight_clip_logit.sigmoid()
 
@@ -222,8 +235,9 @@ class QuantizedLinear(nn.Module):
         """
         transforms = self._baked_transforms()
         weight: Tensor = self.weight
-        if self.branch_in is not None and self.branch_out is not None:
-            weight = weight.double() - self.branch_out.double() @ self.branch_in.double()
+        branch = self._subtracted()
+        if branch is not None:
+            weight = weight.double() - branch[0].double() @ branch[1].double()
         weight = transform_weight(transforms, weight).float()
         clip = self._weight_clip()
         scale = self._quantize(weight)[1]
@@ -310,11 +324,12 @@ class QuantizedLinear(nn.Module):
 
 
 def parameter_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of all QuantizedLinears among `layers`, as {"transform": […], "clip": […]}."""
+    """Parameters of all QuantizedLinears among `layers`, as {"transform": […], "clip": […], "branch": […]}."""
     found = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     return {
         "transform": [p for layer in found for p in layer.transform_parameters()],
         "clip": [p for layer in found for p in layer.clip_parameters()],
+        "branch": [p for layer in found for p in layer.branch_parameters()],
     }
 
 

@@ -179,7 +179,11 @@ def scheme(**fields):
 # name -> (damage, what verify_folder says (None: it cannot know), what from_pretrained says)
 DAMAGE = {
     "tampered": (edit_bytes(flip), "checksum mismatch", "checksum mismatch"),
-    "newer": (edit_config(lambda o, _: o.update(format_version=99)), "format version 99", "format version 99"),
+    "newer": (
+        edit_config(lambda o, _: o.update(format_version=99)),
+        "format version 99",
+        "format version 99",
+    ),
     "no version": (edit_config(lambda o, _: o.pop("format_version")), "format_version", "format_version"),
     "version true": (edit_config(lambda o, _: o.update(format_version=True)), "is True", "is True"),
     "unknown field": (edit_config(lambda o, _: o.update(warp=1)), "unknown field 'warp'", "unknown field"),
