@@ -56,7 +56,10 @@ class Study:
 LATER = {
     "select": {"neighbour": "next", "normalise": "min_max"},
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int"},
-    "reconstruct": {"lambda_over": "joint"},
+    "reconstruct": {
+        **{"lambda_over": "joint", "temporal_weight": 0.0},
+        **{"train_branch": False, "branch_lr": 2.5e-4},
+    },
 }
 
 
@@ -258,10 +261,39 @@ ACCURACY = Study(
     prompts=200,
 )
 
+# The rate of a branch times the number of steps stays that of q-vdit.
+BRANCH = {"reconstruct.train_branch": True, "reconstruct.branch_lr": 7.5e-4}
+QVDIT = {**FEW_EPOCHS, "reconstruct.branch_lr": 7.5e-4}
+NO_TQE = {"quantize.low_rank": None, "reconstruct.train_branch": False}
+NO_TMD = {"reconstruct.temporal_weight": 0}
+TMD = {"reconstruct.temporal_weight": 100}
+TQE = {**BRANCH, "quantize.low_rank": {"rank": 1, "start": "zero", "subtract": False}}
+SYSTEMS = Study(
+    "systems",
+    "What do the parts of Q-VDiT and ViDiT-Q give, alone and on top of learned transforms? (5 epochs)",
+    ((4, 6), (3, 6)),
+    (
+        Method("Q-VDiT without TMD and TQE", "q-vdit", {**FEW_EPOCHS, **NO_TQE, **NO_TMD}),
+        Method("Q-VDiT without TMD", "q-vdit", {**QVDIT, **NO_TMD}),
+        Method("Q-VDiT without TQE", "q-vdit", {**FEW_EPOCHS, **NO_TQE}),
+        Method("Q-VDiT", "q-vdit", QVDIT),
+        Method("ViDiT-Q", "vidit-q"),
+        Method("ViDiT-Q without rotation", "vidit-q", {"quantize.rotation": "none"}),
+        Method("ViDiT-Q without scale", "vidit-q", {"quantize.scale": False}),
+        Method("learned base", "learned-base", FEW_EPOCHS),
+        Method("learned base + TMD", "learned-base", {**FEW_EPOCHS, **TMD}),
+        Method("learned base + TQE", "learned-base", {**FEW_EPOCHS, **TQE}),
+        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq + TMD", "attar-ptq", TMD),
+        Method("attar-ptq + a trained branch", "attar-ptq", {**BRANCH, "quantize.low_rank.rank": 1}),
+    ),
+    prompts=0,
+)
+
 STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING),
+        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS),
     )
 }
