@@ -1,4 +1,4 @@
-"""Losses: plain functions of tensors."""
+"""Losses: plain functions of tensors, and what a block minimises, put together from them."""
 
 from attar.losses.block import BlockLoss, TemporalTerm
 from attar.losses.reconstruction import mse, relative_error

@@ -164,7 +164,7 @@ class QuantizedLinear(nn.Module):
         return [p for p in (self.weight_clip_logit, self.act_clip_logit) if p is not None]
 
     def branch_parameters(self) -> list[nn.Parameter]:
-        """A and B of the low-rank branch, if there is one."""
+        """A and B of the low-rank branch."""
         return [p for p in (self.branch_in, self.branch_out) if p is not None]
 
     def _evaluated(self) -> tuple[list[Matrices], Tensor]:
@@ -190,10 +190,7 @@ class QuantizedLinear(nn.Module):
         return fake_quantize_weight(weight, self.weight_bits, clip, self.group_size, self.number, self.levels)
 
     def _transformed_weight(self, matrices: list[Matrices]) -> Tensor:
-        weight = wide(self.weight)
-        branch = self._subtracted()
-        if branch is not None:
-            weight = weight - wide(branch[0]) @ wide(branch[1])
+        weight = self._rest(wide(self.weight))
         for transform, m in zip(self.transforms, matrices, strict=True):
             weight = transform.weight_side(weight, m)  # type: ignore[operator]
         return weight
@@ -208,15 +205,25 @@ class QuantizedLinear(nn.Module):
         """The quantized input y times the weight, and the branch on the input x as it came; in x's dtype."""
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         z = F.linear(y, weight, bias).to(x.dtype)
-        if self.branch_in is None or self.branch_out is None:
+        branch = self._branch()
+        if branch is None:
             return z
-        return z + F.linear(F.linear(x, self.branch_in.to(x.dtype)), self.branch_out.to(x.dtype))
+        down, up = (part.to(x.dtype) for part in branch)
+        return z + F.linear(F.linear(x, down), up)
 
-    def _subtracted(self) -> tuple[Tensor, Tensor] | None:
-        """(B, A) of the branch that the quantized weight leaves out."""
-        if self.branch_in is None or self.branch_out is None or not self.branch_subtracted:
-            return None
-        return self.branch_out, self.branch_in
+    def _branch(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of the low-rank branch, if there is one."""
+        return (
+            None if self.branch_in is None or self.branch_out is None else (self.branch_in, self.branch_out)
+        )
+
+    def _rest(self, weight: Tensor) -> Tensor:
+        """What of the weight is quantized: W - B A, or W where the branch is not subtracted."""
+        branch = self._branch()
+        if branch is None or not self.branch_subtracted:
+            return weight
+        down, up = (part.to(weight.dtype) for part in branch)
+        return weight - up @ down
 
     def _weight_clip(self) -> Tensor | None:
         return None if self.weight_clip_logit is None else self.weight_clip_logit.sigmoid()
@@ -234,11 +241,7 @@ class QuantizedLinear(nn.Module):
         clamps W̃ to its learned range. These are GPTQ's arguments: its scales must stay those of the clipping.
         """
         transforms = self._baked_transforms()
-        weight: Tensor = self.weight
-        branch = self._subtracted()
-        if branch is not None:
-            weight = weight.double() - branch[0].double() @ branch[1].double()
-        weight = transform_weight(transforms, weight).float()
+        weight = transform_weight(transforms, self._rest(self.weight.double())).float()
         clip = self._weight_clip()
         scale = self._quantize(weight)[1]
         return (clip_weight(weight, clip, self.group_size) if clipped else weight), scale
@@ -266,10 +269,7 @@ class QuantizedLinear(nn.Module):
         numbers = decode(codes.unflatten(1, (scale.shape[1], -1)), self.number, self.weight_bits, self.levels)
         fake = (numbers * scale.unsqueeze(-1)).flatten(1)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
-        branch = None
-        if self.branch_in is not None and self.branch_out is not None:
-            branch = (self.branch_in, self.branch_out)
-        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), branch)
+        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch())
         self._cache = None
 
     def unfreeze(self) -> None:
