@@ -277,6 +277,7 @@ SYSTEMS = Study(
         Method("Q-VDiT without TMD", "q-vdit", {**QVDIT, **NO_TMD}),
         Method("Q-VDiT without TQE", "q-vdit", {**FEW_EPOCHS, **NO_TQE}),
         Method("Q-VDiT", "q-vdit", QVDIT),
+        Method("Q-VDiT, γ = 10,000", "q-vdit", {**QVDIT, "reconstruct.temporal_weight": 10_000}),
         Method("ViDiT-Q", "vidit-q"),
         Method("ViDiT-Q without rotation", "vidit-q", {"quantize.rotation": "none"}),
         Method("ViDiT-Q without scale", "vidit-q", {"quantize.scale": False}),
@@ -288,6 +289,7 @@ SYSTEMS = Study(
         Method("attar-ptq + a trained branch", "attar-ptq", {**BRANCH, "quantize.low_rank.rank": 1}),
     ),
     prompts=0,
+    needs="temporal",
 )
 
 STUDIES = {

@@ -239,7 +239,9 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
         for p in t.parameters()
     }
     wanted = {True: settings.train_scale, False: settings.train_rotation}
-    branches = [p.requires_grad_() for p in groups["branch"]] if settings.train_branch else []
+    branches = groups["branch"] if settings.train_branch else []
+    for parameter in branches:
+        parameter.requires_grad_()
     return {
         "transform": [p for p in groups["transform"] if wanted[id(p) in scales]],
         "clip": groups["clip"] if settings.train_clip else [],
