@@ -20,7 +20,7 @@ from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
 from attar.quantize.block import quantize_block
 from attar.recipe import Recipe
-from attar.runtime import use_fast_attention
+from attar.runtime.diffusers_integration import use_kernels
 from attar.settings import block_settings, plan_for
 
 IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel")
@@ -88,9 +88,8 @@ def bench_blocks(
 
 def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     """A packed copy of the block by the recipe's bits and transforms, without learning, which decides nothing about
-    speed; its attention is a packed model's."""
+    speed; its attention and activations are a packed model's."""
     module = copy.deepcopy(block.dense)
-    use_fast_attention(module)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
     plans = plan_for(recipe, block.linears, [])
 
@@ -102,6 +101,7 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
             module, {p.name: p for p in plans if not p.skipped}, run, [block.call], [run(block.call)], settings,
             loss=lambda *_: torch.zeros(()), seed="bench",
         )  # fmt: skip
+    use_kernels(module)
     return module
 
 

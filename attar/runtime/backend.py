@@ -57,9 +57,13 @@ class Kernels(Protocol):
         act_bits: int,
         steps: Sequence[Step],
         out_dtype: torch.dtype,
+        gelu: str | None = None,
         number: str = "int",
     ) -> Tensor:
-        """Transforms, quantization of rows, product, scales and bias. number: the format of both factors."""
+        """Transforms, quantization of rows, product, scales, bias, and GELU before the only rounding.
+
+        number: the format of both factors.
+        """
         ...
 
     def weight_only(

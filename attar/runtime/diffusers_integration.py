@@ -16,12 +16,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.runtime import attention_backend
 from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD, check_config, quantization_config_of, replace_linears
+from attar.runtime.gelu import fuse_gelu
 from attar.runtime.integrity import header_metadata, sort_header, tensor_checksums, verify_files
 from attar.runtime.layers import packed_layers
 
@@ -126,7 +127,7 @@ class AttarQuantizer(DiffusersQuantizer):
         align(model)
         # The flag's effect in diffusers is to forbid `.to(dtype)`, which packed layers survive.
         model.is_quantized = False  # type: ignore[assignment]
-        attention_backend.use_fast_attention(model)
+        use_kernels(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -168,8 +169,14 @@ def mark_compressed(model: ModelMixin, recipe: str = "custom") -> ModelMixin:
         key: value for key, value in model.config.items() if key != "_name_or_path"
     }  # may be a private path
     model._internal_dict = type(model.config)({**kept, "quantization_config": config})
-    attention_backend.use_fast_attention(model)
+    use_kernels(model)
     return model
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Lets attar compute what it can of a packed model, or a part of one, beside the linears. In place."""
+    attention_backend.use_fast_attention(model)
+    fuse_gelu(model)
 
 
 def save_transformer(

@@ -213,14 +213,20 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             **later_fields(self.weight_format, self.act_format, self.levels, self.low_rank),
         }
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
+        """`gelu`, "none" or "tanh" as torch names its approximations, gives GELU of the output, computed with it.
+
+        It is GELU of the output before its rounding (`ops.packed_linear`); with gradients or a low-rank branch, of the
+        rounded output.
+        """
         if input.shape[-1] != self.in_features:
             raise AttarError(
                 f"an input of shape {tuple(input.shape)} does not fit {self.in_features} features"
             )
         if torch.is_grad_enabled() and input.requires_grad:
-            return _StraightThrough.apply(input, self)
-        return self._run(input)
+            y = _StraightThrough.apply(input, self)
+            return y if gelu is None else F.gelu(y, approximate=gelu)
+        return self._run(input, gelu)
 
     def unpacked(self) -> Tensor:
         """The integer codes, int8 (out, in)."""
@@ -278,7 +284,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     def _chain(self) -> list[Transform]:
         return list(self.transforms)  # type: ignore[arg-type]
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, gelu: str | None = None) -> Tensor:
         chain = self._chain()
         with _full_precision(x.device):  # autocast would round the integers and the scales
             y = packed_linear(
@@ -291,13 +297,15 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
                 self.act_bits,
                 [transform.kind for transform in chain],
                 [operand for transform in chain for operand in transform(None)],
+                gelu if self.low_rank_out is None else None,
                 self.weight_format,
                 self.act_format,
                 self.levels,
             )
             if self.low_rank_in is None or self.low_rank_out is None:
                 return y
-            return y + F.linear(F.linear(x, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype))
+            y = y + F.linear(F.linear(x, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype))
+            return y if gelu is None else F.gelu(y, approximate=gelu)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Without a weight Parameter, a layer with no bias would forget the dtype that its model was cast to.

@@ -24,8 +24,8 @@ _NAME = "attar::packed_linear"
 torch.library.define(
     _NAME,
     "(Tensor x, Tensor codes, Tensor weight_scale, Tensor? bias, Tensor? act_clip, int weight_bits, "
-    "int? act_bits, str[] transforms, Tensor[] operands, str weight_format='int', str act_format='int', "
-    "Tensor? levels=None) -> Tensor",
+    "int? act_bits, str[] transforms, Tensor[] operands, str? gelu=None, str weight_format='int', "
+    "str act_format='int', Tensor? levels=None) -> Tensor",
 )
 
 
@@ -39,6 +39,7 @@ def packed_linear(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    gelu: str | None = None,
     weight_format: str = "int",
     act_format: str = "int",
     levels: Tensor | None = None,
@@ -47,16 +48,21 @@ def packed_linear(
 
     codes uint8 (out, packed width); weight_scale float32 (out, 1), or (out, groups) with `act_bits` None; bias
     (out,); act_clip float32 (2,). `transforms` are kinds, and `operands` their tensors one after another
-    (`Transform.operands`). weight_format, act_format: of the codes (formats.py); levels: float16
-    (1 or out, 1 or groups, 2^bits), of the format "table". No gradient: `PackedLinear` has a straight-through one.
-    Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved.
+    (`Transform.operands`). `gelu`, "none" or "tanh" as torch names its approximations, asks for GELU of the output:
+    of the float32 sums before they are rounded to x.dtype, or with `act_bits` None of the product in x.dtype.
+    weight_format, act_format: of the codes (formats.py); levels: float16 (1 or out, 1 or groups, 2^bits), of the format
+    "table". No gradient: `PackedLinear` has a straight-through one.
+    Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved, and for another
+    `gelu`.
     """
+    if gelu not in (None, "none", "tanh"):
+        raise AttarError(f"unknown GELU {gelu!r}", fix='Choose "none" or "tanh"')
     tensors = [t for t in (codes, weight_scale, bias, act_clip, levels, *operands) if t is not None]
     if any(t.device != x.device for t in tensors):
         raise AttarError("the tensors of a packed layer and its input are not on one device")
     return torch.ops.attar.packed_linear(
         x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
-        weight_format, act_format, levels,
+        gelu, weight_format, act_format, levels,
     )  # fmt: skip
 
 
@@ -94,6 +100,7 @@ def _reference(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    gelu: str | None = None,
     weight_format: str = "int",
     act_format: str = "int",
     levels: Tensor | None = None,
@@ -104,14 +111,15 @@ def _reference(
         y = TRANSFORMS[kind].activation_side(y, *own)
     if act_bits is None:
         weight = dequantized(codes, weight_scale, weight_bits, x.shape[-1], weight_format, levels).to(x.dtype)
-        return F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
+        y = F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
+        return y if gelu is None else F.gelu(y, approximate=gelu)
     quantized = quantize_tokens(y, act_bits, act_clip, act_format)
     if (weight_format, act_format) != ("int", "int"):
         numbers = decode(quantized[0], act_format, act_bits)
         weight = _numbers(codes, 1, weight_bits, x.shape[-1], weight_format, levels)
-        return floating_linear(numbers, quantized[1], weight.flatten(1), weight_scale, bias, x.dtype)
+        return floating_linear(numbers, quantized[1], weight.flatten(1), weight_scale, bias, x.dtype, gelu)
     weight = unpack(codes, weight_bits, x.shape[-1]), weight_scale
-    return integer_linear(*quantized, *weight, bias, x.dtype, bits_x=act_bits, bits_w=weight_bits)
+    return integer_linear(*quantized, *weight, bias, x.dtype, act_bits, weight_bits, gelu)
 
 
 def _fast(
@@ -124,6 +132,7 @@ def _fast(
     act_bits: int | None,
     transforms: list[str],
     operands: list[Tensor],
+    gelu: str | None = None,
     weight_format: str = "int",
     act_format: str = "int",
     levels: Tensor | None = None,
@@ -141,7 +150,7 @@ def _fast(
             )
         return _reference(
             x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
-            weight_format, act_format, levels,
+            gelu, weight_format, act_format, levels,
         )  # fmt: skip
     _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
     kernels = BACKENDS[name].load()
@@ -152,10 +161,11 @@ def _fast(
         rows = TRANSFORMS[kind].activation_side(rows, *own)
     if act_bits is None:
         y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits, weight_format)
+        y = y if gelu is None else F.gelu(y, approximate=gelu)
     else:
         last = steps[len(steps) - fused :]
         y = kernels.linear(
-            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype, act_format
+            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype, gelu, act_format
         )
     return y.view(*x.shape[:-1], codes.shape[0])
 

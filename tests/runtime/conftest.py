@@ -7,7 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from attar.runtime.diffusers_integration import save_transformer
+from attar.runtime.diffusers_integration import mark_compressed, save_transformer
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize, symmetric_scale
 from attar.runtime.transforms import ChannelScale, Hadamard, Kronecker, transform_weight
@@ -72,7 +72,7 @@ def call() -> dict:
 
 @pytest.fixture(scope="session")
 def packed_wan() -> WanTransformer3DModel:
-    return pack_blocks(build_wan())
+    return mark_compressed(pack_blocks(build_wan()), "test")  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import DTYPES, assert_same, bits, both, generator, make, make_float8, seeds, wan_block
+from support.layers import (
+    DTYPES,
+    assert_same,
+    bits,
+    both,
+    close_to_gelu,
+    generator,
+    make,
+    make_float8,
+    seeds,
+    wan_block,
+)
 
 from attar.errors import AttarError
 from attar.runtime import PackedLinear, backend_description, backend_name, use_backend
@@ -287,6 +299,18 @@ def test_float8_weights_are_those_of_the_reference(dtype):
     layer = make_float8(33, 72, acts=False, bias=False).to(dtype)
     y, expected = compare(layer, torch.eye(72).to(dtype))
     assert torch.equal(y, expected) and torch.equal(y.T, layer.weight.cpu())
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_computed_before_the_rounding(approximate):
+    layer = make(70, 72, 4, 8).to(DEVICE)
+    layer.weight_scale.mul_(20)
+    x = torch.randn(37, 72, generator=generator(1)).to(DEVICE)
+    for dtype in DTYPES:
+        close_to_gelu(layer.to(dtype), x.to(dtype), approximate, "triton")
+    alone = make(70, 72, 4, None, group_size=12).to(DEVICE)
+    with torch.no_grad(), use_backend("triton"):
+        assert torch.equal(alone(x, gelu=approximate), F.gelu(alone(x), approximate=approximate))
 
 
 def test_views_and_empty_batches():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from attar.runtime import PackedLinear, use_backend
 from attar.runtime.formats import integer_range
+from attar.runtime.gelu import fuse_gelu
 from attar.runtime.transforms import ChannelScale, Hadamard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,6 +70,20 @@ def assert_same(y, expected):
     assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
+def close_to_gelu(layer, x, approximate, backend="cpu"):
+    """The GELU of a layer with activation bits, once it is known to be the reference's: within a few roundings of
+    float32, and one of the output's type."""
+    with torch.no_grad(), use_backend("reference"):
+        before, expected = layer(x.float()), layer(x, gelu=approximate)
+    with torch.no_grad(), use_backend(backend):
+        y = layer(x, gelu=approximate)
+    assert y.dtype == expected.dtype == x.dtype
+    unit = torch.finfo(x.dtype).eps * expected.float().abs() + torch.finfo(x.dtype).smallest_normal
+    bound = 5e-7 * before.abs() + unit  # torch's own and ours are each off by at most 3.2e-7 of the input
+    assert ((y.float() - expected.float()).abs() <= bound).all()
+    return y
+
+
 def wan_block():
     """A Wan block with packed layers of every kind, and arguments of one call."""
     torch.manual_seed(0)
@@ -80,5 +95,6 @@ def wan_block():
             block.set_submodule(
                 name, make(linear.out_features, d, 4, (6, 8, None)[i % 3], seed=i, chain=chain)
             )
+    assert fuse_gelu(block) == 1
     rotary = torch.randn(1, 12, 1, 32), torch.randn(1, 12, 1, 32)
     return block, (torch.randn(1, 12, 64), torch.randn(1, 5, 64), torch.randn(1, 6, 64), rotary)

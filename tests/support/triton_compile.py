@@ -71,7 +71,7 @@ def compiled_product(capability, config, bits, dtype="bf16", weight_only=False, 
     constants = {
         "BITS": bits, "PLANES": planes(bits), "WHOLE": True, "GROUP": 8,
         "BLOCK_M": config.rows, "BLOCK_N": config.outputs, "BLOCK_K": plane_depth(config, bits, not weight_only),
-        **({"FP8": float8} if weight_only else {}), **fixed,
+        **({"FP8": float8} if weight_only else {"GELU": None}), **fixed,
     }  # fmt: skip
     return compiled(
         weight_only_matmul if weight_only else float8_matmul if float8 else integer_matmul,

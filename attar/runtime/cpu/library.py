@@ -18,6 +18,7 @@ from attar.runtime.cpu.build import built_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2}
+GELUS = {None: 0, "none": 1, "tanh": 2}
 _VARIABLE = "ATTAR_CPU_KERNELS"
 _PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
@@ -38,7 +39,7 @@ class _Linear(Structure):
         *(("x", c_void_p), ("y", c_void_p), ("m", c_int64), ("weight", _Weight)),
         *(("bias", c_void_p), ("clip", c_void_p), ("steps", c_void_p)),
         *(("n_steps", c_int32), ("act_bits", c_int32)),
-        *(("x_dtype", c_int32), ("y_dtype", c_int32), ("threads", c_int32)),
+        *(("x_dtype", c_int32), ("y_dtype", c_int32), ("gelu", c_int32), ("threads", c_int32)),
     )
 
 
@@ -98,6 +99,7 @@ class Library:
         act_bits: int,
         steps: Sequence[tuple[str, Sequence[Tensor]]],
         out_dtype: torch.dtype,
+        gelu: str | None = None,
         number: str = "int",
     ) -> Tensor:
         """x (m, in), in one of DTYPES, -> transforms -> codes -> integer product -> (m, out) in `out_dtype`.
@@ -121,6 +123,7 @@ class Library:
             act_bits=act_bits,
             x_dtype=DTYPES[x.dtype],
             y_dtype=DTYPES[out_dtype],
+            gelu=GELUS[gelu],
             threads=torch.get_num_threads(),
         )
         if x.numel() and y.numel():

@@ -66,6 +66,7 @@ class TritonKernels:
         act_bits: int,
         steps: Sequence[Step],
         out_dtype: torch.dtype,
+        gelu: str | None = None,
         number: str = "int",
     ) -> Tensor:
         """x (m, in) -> channel scale -> codes -> product of integers or float8 -> (m, out) in `out_dtype`."""
@@ -76,7 +77,7 @@ class TritonKernels:
                 codes = codes.contiguous()
                 tensors = (quantized, step, codes, _float32(weight_scale), _contiguous(bias), y)
                 kernel = float8_matmul if number == "fp8" else integer_matmul
-                _product(kernel, INTEGER, tensors, codes, x.shape[1], weight_bits)
+                _product(kernel, INTEGER, tensors, codes, x.shape[1], weight_bits, GELU=gelu)
         return y
 
     def weight_only(
@@ -182,7 +183,7 @@ def _product(
     codes: Tensor,
     width: int,
     bits: int,
-    **more: int,
+    **more: Any,
 ) -> None:
     """Runs a product of `tensors`, as the kernel takes them: activations (m, planes, columns) first, y (m, n) last."""
     x, (m, n) = tensors[0], tensors[-1].shape

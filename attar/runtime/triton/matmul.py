@@ -23,10 +23,20 @@ def tile_place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
-def store_outputs(y, bias_ptr, y_ptr, row, output, m, n):
-    """y float32 (BLOCK_N, BLOCK_M), plus bias, into y_ptr (m, n) in its type."""
+def gelu_of(y, GELU: tl.constexpr):
+    """GELU of float32 numbers: "none", that is with erf, or "tanh", where (1 + tanh z) / 2 = 1 / (1 + e^{-2z})."""
+    if GELU == "tanh":
+        return y / (1 + tl.exp(y * (y * y * -0.0713548163 - 1.59576912)))
+    return y * (0.5 + 0.5 * tl.erf(y * 0.707106781))
+
+
+@triton.jit
+def store_outputs(y, bias_ptr, y_ptr, row, output, m, n, GELU: tl.constexpr = None):
+    """y float32 (BLOCK_N, BLOCK_M), plus bias, or GELU of it, into y_ptr (m, n) in its type."""
     if bias_ptr is not None:
         y += tl.load(bias_ptr + output, mask=output < n, other=0.0).to(tl.float32)[:, None]
+    if GELU is not None:
+        y = gelu_of(y, GELU)
     place = row.to(tl.int64)[None, :] * n + output[:, None]
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(row[None, :] < m) & (output[:, None] < n))
 
@@ -34,10 +44,10 @@ def store_outputs(y, bias_ptr, y_ptr, row, output, m, n):
 @triton.jit
 def integer_matmul(
     x_ptr, step_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, m, n, columns, plane_stride, row_bytes,
-    BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr,
+    BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """x int8 (m, PLANES, plane_stride) · codes (n, row_bytes)ᵀ -> sum · step · scale + bias in y (m, n)."""
+    """x int8 (m, PLANES, plane_stride) · codes (n, row_bytes)ᵀ -> sum · step · scale + bias, then GELU, in y (m, n)."""
     first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
     row = first_row + tl.arange(0, BLOCK_M)
     output = first_output + tl.arange(0, BLOCK_N)
@@ -57,7 +67,7 @@ def integer_matmul(
     # The order of the reference's operations; the launch forbids fused multiply-add, which would round once less.
     y = (total >> (8 - BITS)).to(tl.float32) * tl.load(step_ptr + row, mask=row < m, other=0.0)[None, :]
     y = y * tl.load(scale_ptr + output, mask=output < n, other=0.0)[:, None]
-    store_outputs(y, bias_ptr, y_ptr, row, output, m, n)
+    store_outputs(y, bias_ptr, y_ptr, row, output, m, n, GELU)
 
 
 @triton.jit
@@ -71,10 +81,10 @@ def load_float8(rows, column, row_bytes, WHOLE: tl.constexpr):
 @triton.jit
 def float8_matmul(
     x_ptr, step_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, m, n, columns, plane_stride, row_bytes,
-    BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr,
+    BITS: tl.constexpr, PLANES: tl.constexpr, WHOLE: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """x, bit patterns (m, 1, plane_stride), · patterns (n, row_bytes)ᵀ -> sum · step · scale + bias in y (m, n)."""
+    """As integer_matmul, of bit patterns: x (m, 1, plane_stride) · codes (n, row_bytes)ᵀ -> y (m, n)."""
     first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
     row = first_row + tl.arange(0, BLOCK_M)
     output = first_output + tl.arange(0, BLOCK_N)
@@ -92,7 +102,7 @@ def float8_matmul(
 
     y = total * tl.load(step_ptr + row, mask=row < m, other=0.0)[None, :]
     y = y * tl.load(scale_ptr + output, mask=output < n, other=0.0)[:, None]
-    store_outputs(y, bias_ptr, y_ptr, row, output, m, n)
+    store_outputs(y, bias_ptr, y_ptr, row, output, m, n, GELU)
 
 
 @triton.jit

@@ -37,6 +37,19 @@ def step_size(low, high, magnitude, clip_ptr, MOST: tl.constexpr):
 
 
 @triton.jit
+def round_float8(x):
+    """float32 up to 448 -> the nearest number of e4m3, half to even, still in float32.
+
+    Older versions of Triton convert by way of float16 where the GPU has no instruction, which rounds twice.
+    """
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    spacing = tl.where(power > 0.015625, power, 0.015625) * 0.125  # below 2^-6 numbers lie 2^-9 apart
+    spacing = tl.where(x == x, spacing, x)
+    magic = spacing * _HALF_EVEN
+    return (x + magic) - magic
+
+
+@triton.jit
 def encode(x, low, high, step, MOST: tl.constexpr, CLIP: tl.constexpr, FP8: tl.constexpr):
     """float32 -> codes in int8."""
     if CLIP:
@@ -46,7 +59,7 @@ def encode(x, low, high, step, MOST: tl.constexpr, CLIP: tl.constexpr, FP8: tl.c
     if FP8:  # NaN stays one
         x = tl.where(x < -MOST, -MOST * 1.0, x)
         x = tl.where(x > MOST, MOST * 1.0, x)
-        return x.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.int8, bitcast=True)
+        return round_float8(x).to(tl.float8e4nv).to(tl.int8, bitcast=True)
     x = tl.where(x < -MOST - 1, -MOST - 1.0, x)
     x = tl.where(x > MOST, MOST * 1.0, x)
     x = tl.where(x == x, x, 0.0)

@@ -77,7 +77,7 @@ void multiply(const Kernels& kernels, const Linear& call, const Block& block, co
         Tile tile;
         tile.depth = (least(call.weight.k, k1) - k + 3) / 4;
         tile.begin = k == 0, tile.end = k1 == block.padded;
-        tile.y_stride = call.weight.n, tile.y_dtype = call.y_dtype;
+        tile.y_stride = call.weight.n, tile.y_dtype = call.y_dtype, tile.gelu = call.gelu;
         for (int64_t r = task.r0; r < task.r1; r += kernels.max_rows)
             for (int64_t n = task.n0; n < task.n1; n += kernels.strip) {
                 tile.x = block.codes + r * block.padded + k * kernels.max_rows;

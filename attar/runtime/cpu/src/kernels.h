@@ -7,6 +7,7 @@ namespace attar {
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum StepKind : int32_t { CHANNEL_SCALE = 0, HADAMARD = 1, KRONECKER = 2 };
+enum Gelu : int32_t { NO_GELU = 0, GELU_ERF = 1, GELU_TANH = 2 };
 
 // One transform of a row of `rows * cols` (channel scale: any) numbers; matrices are row-major float32.
 struct Step {
@@ -24,7 +25,7 @@ struct Weight {
     const float* scale;    // (n, groups)
 };
 
-// y (m, n) = quantize(transform(x (m, k))) · codesᵀ · scales + bias
+// y (m, n) = gelu(quantize(transform(x (m, k))) · codesᵀ · scales + bias)
 struct Linear {
     const void* x;
     void* y;
@@ -35,6 +36,7 @@ struct Linear {
     const Step* steps;
     int32_t n_steps, act_bits;
     int32_t x_dtype, y_dtype;
+    int32_t gelu;
     int32_t threads;
 };
 
@@ -52,6 +54,7 @@ struct Tile {
     void* y;
     int64_t y_stride;        // in elements
     int32_t y_dtype, cols;
+    int32_t gelu;
 };
 
 // Fake quantization of the rows of x (rows, k): clamped to [low_factor · min, high_factor · max], rounded in steps.

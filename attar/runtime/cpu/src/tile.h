@@ -5,6 +5,7 @@
 // four signed values.
 #pragma once
 
+#include "gelu.h"
 #include "learning.h"
 #include "rows.h"
 #include "weights.h"
@@ -53,6 +54,7 @@ void tile_of(const Tile& t) {
             Floats f = __builtin_convertvector(load<Ints>(sums + r * STRIP + i), Floats);
             f = f * t.row_scale[r] * load_some(t.scale, i, FLOAT32, t.cols - i);
             if (t.bias) f = f + load_some(t.bias, i, FLOAT32, t.cols - i);
+            if (t.gelu) f = t.gelu == GELU_TANH ? gelu_tanh(f) : gelu_erf(f);
             store_some(y, i, t.y_dtype, t.cols - i, f);
         }
     }
