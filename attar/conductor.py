@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,31 @@ import torch
 from torch import nn
 
 from attar import ranks
+from attar.allocation import Allocation, allocate
+from attar.budget.plan_file import read_plan
 from attar.calibration.prompts import GENERAL_PROMPTS
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.component import ComponentJob
 from attar.errors import AttarError
 from attar.identity import folder_fingerprint, pipeline_fingerprint
-from attar.models.adapter import ModelAdapter
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
+from attar.planning import Plans, plan_components, with_plan, with_widths
 from attar.progress import Progress, SilentProgress
-from attar.quantize.plan import LayerPlan, check_rotations
-from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from attar.recipe import DEFAULT_RECIPE, Recipe, Trace, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
-from attar.runtime.layers import packed_layers
 from attar.runtime.transformers_integration import mark_text_encoder
-from attar.settings import plan_for, transform_settings
 from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
 
 @dataclass
 class Compression:
-    """What a compression did: the evidence that travels with the checkpoint (compression.json)."""
+    """What a compression did: the evidence that travels with the checkpoint (compression.json).
+
+    allocation: how the bits were chosen, where the recipe has a budget. plans: of every component, as carried out.
+    """
 
     recipe: dict[str, Any]
     seed: int
@@ -49,11 +52,14 @@ class Compression:
     prompts: list[str]
     components: dict[str, dict[str, Any]] = field(default_factory=dict)
     text_encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    plans: Plans = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # not written: a resumed run has the same bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the timings."""
-        return {k: v for k, v in vars(self).items() if k != "seconds"}
+        """Everything but the timings, and the plans, which are written where they are shown."""
+        content = {k: v for k, v in vars(self).items() if k not in ("seconds", "plans")}
+        return {**content, "allocation": None if self.allocation is None else asdict(self.allocation)}
 
 
 def compress(
@@ -62,6 +68,8 @@ def compress(
     *,
     weights: int | None = None,
     acts: int | None = None,
+    budget: str | None = None,
+    plan: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     generation: Mapping[str, Any] | None = None,
@@ -73,22 +81,27 @@ def compress(
 
     model: a pipeline, which is changed in place, or anything that `attar.load` takes (a built-in name, a folder, a
     hub id). recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
-    "quantize.weights" and "quantize.acts". prompts: calibration prompts; default: the model's own, else general ones.
-    generation: arguments of the pipeline's call while tracing (height, num_frames, ...). workspace: a folder; a killed
-    run that is started again with the same arguments goes on there. Without one, a temporary folder is used. seed: of
-    noise, selection, rotations and order.
+    "quantize.weights" and "quantize.acts". budget: "0.30x", "3.2bits", "0.5dB" or "same", short for
+    "allocate.budget": bits for each layer by measured sensitivity. plan: a plan file with the bits of each layer
+    instead. prompts: calibration prompts; default: the model's own, else general ones. generation: arguments of the
+    pipeline's call while tracing (height, num_frames, ...). workspace: a folder; a killed run that is started again
+    with the same arguments goes on there. Without one, a temporary folder is used. seed: of noise, selection, rotations
+    and order.
 
     The result has the attribute `attar_compression` (a `Compression`). Raises AttarError for everything that cannot be
     done; no file is half-written then, and all that the request itself can be wrong in is found before the first
     layer is touched.
     """
-    bits = {"quantize.weights": weights, "quantize.acts": acts}
-    recipe = load_recipe(recipe, {**(overrides or {}), **{k: v for k, v in bits.items() if v is not None}})
+    short = {"quantize.weights": weights, "quantize.acts": acts, "allocate.budget": budget}
+    recipe = load_recipe(recipe, {**(overrides or {}), **{k: v for k, v in short.items() if v is not None}})
+    layers = None if plan is None else read_plan(plan)
     if isinstance(model, (str, Path)):
         source = find_source(str(model))
         pipe = load_pipeline(source)
     else:
         source, pipe = Source(type(model).__name__), model
+    if layers is not None:
+        recipe = with_plan(recipe, layers, transformer_components(pipe))
     if workspace is None:
         with tempfile.TemporaryDirectory(prefix="attar-") as folder:
             return run(pipe, source, recipe, Workspace(folder), prompts, generation, seed, progress)
@@ -107,9 +120,68 @@ def run(
 ) -> Any:
     """`compress` with everything resolved."""
     progress = progress or SilentProgress()
+    with _prepared(pipe, source, recipe, workspace, prompts, generation, seed, progress) as job:
+        report, store = job
+        if report.allocation is not None:
+            recipe = report.allocation.apply(recipe)
+        components = transformer_components(pipe)
+        report.plans = plan_components(components, recipe)
+        for name, transformer in components.items():
+            started = time.monotonic()
+            plan = report.plans[name]
+            part = ComponentJob(name, transformer, plan, recipe, workspace, store, seed, progress)
+            report.components[name] = part.run(len(report.prompts))
+            report.seconds[name] = time.monotonic() - started
+            mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]
+        text_plans = plan_text_encoders(pipe, recipe)
+        for name, encoder in text_encoders(pipe).items() if text_plans else ():
+            started = time.monotonic()
+            layers = compress_text_encoder(name, encoder, text_plans[name], workspace, progress)
+            report.text_encoders[name] = {"layers": layers}
+            report.seconds[name] = time.monotonic() - started
+            mark_text_encoder(encoder, recipe.name)
+    pipe.attar_compression = report
+    return pipe
+
+
+def choose_plan(
+    pipe: Any,
+    source: Source,
+    recipe: Recipe,
+    workspace: Workspace,
+    prompts: Sequence[str] | None = None,
+    generation: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Allocation:
+    """Only the first part of `run` for a recipe with a budget: its bits. The plan file is in the workspace then, and
+    `run` can go on there."""
+    with _prepared(
+        pipe, source, recipe, workspace, prompts, generation, seed, progress or SilentProgress()
+    ) as job:
+        if job[0].allocation is None:
+            raise AttarError(
+                "the recipe has no budget", where="allocate.budget", fix="Give one with --budget"
+            )
+        return job[0].allocation
+
+
+@contextmanager
+def _prepared(
+    pipe: Any,
+    source: Source,
+    recipe: Recipe,
+    workspace: Workspace,
+    prompts: Sequence[str] | None,
+    generation: Mapping[str, Any] | None,
+    seed: int,
+    progress: Progress,
+) -> Iterator[tuple[Compression, TraceStore]]:
+    """Inside, the workspace is claimed, the pipeline traced and bits chosen, and no layer is touched yet."""
     components = transformer_components(pipe)
-    plans = {name: plan_component(transformer, recipe) for name, transformer in components.items()}
-    text_plans = plan_text_encoders(pipe, recipe)
+    bits = recipe.quantize.weights
+    plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))
+    plan_text_encoders(pipe, recipe)
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))
     check_pool(recipe, chosen_prompts, call)
@@ -129,62 +201,36 @@ def run(
     try:
         report = Compression(recipe.model_dump(mode="json"), seed, call, chosen_prompts)
         store = TraceStore(workspace.folder / "trace")
-        if recipe.needs_data:
+        if recipe.traced is not None:
             started = time.monotonic()
-            _trace(pipe, recipe, store, chosen_prompts, call, seed, progress)
+            _trace(pipe, recipe.traced, store, chosen_prompts, call, seed, progress)
             report.seconds["trace"] = time.monotonic() - started
-        for name, transformer in components.items():
+        if recipe.allocate is not None:
             started = time.monotonic()
-            job = ComponentJob(name, transformer, plans[name], recipe, workspace, store, seed, progress)
-            report.components[name] = job.run(len(chosen_prompts))
-            report.seconds[name] = time.monotonic() - started
-            mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]
-        for name, encoder in text_encoders(pipe).items() if text_plans else ():
-            started = time.monotonic()
-            layers = compress_text_encoder(name, encoder, text_plans[name], workspace, progress)
-            report.text_encoders[name] = {"layers": layers}
-            report.seconds[name] = time.monotonic() - started
-            mark_text_encoder(encoder, recipe.name)
+            report.allocation = allocate(
+                components, recipe, workspace, store, len(chosen_prompts), seed, progress
+            )
+            report.seconds["allocate"] = time.monotonic() - started
+        yield report, store
     finally:
         workspace.release()
-    pipe.attar_compression = report
-    return pipe
-
-
-def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
-    """The plan of every linear layer of one transformer. Raises AttarError if it is already compressed."""
-    if packed_layers(transformer):
-        raise AttarError(
-            "the model is already compressed",
-            where=type(transformer).__name__,
-            fix="Start from the full-precision model",
-        )
-    adapter = ModelAdapter.of(transformer)
-    inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
-    plan = plan_for(recipe, inside, adapter.outside_linears())
-    check_rotations(plan, transform_settings(recipe))
-    if all(layer.skipped for layer in plan):
-        raise AttarError(
-            "the recipe keeps every layer in full precision", where="quantize.roles", fix="Skip fewer"
-        )
-    return plan
 
 
 def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | None) -> list[str]:
     """The prompts that are traced: the given ones, else the model's, else general ones; as many as the recipe says."""
-    if not recipe.needs_data or recipe.trace is None:
+    if recipe.traced is None:
         return []
     if given is not None:
         if not given:
             raise AttarError("no prompts were given", fix="Give at least one, or leave them to the model")
         return list(given)
     pool = source.prompts or list(GENERAL_PROMPTS)
-    if len(pool) < recipe.trace.prompts:
+    if len(pool) < recipe.traced.prompts:
         raise AttarError(
-            f"the recipe traces {recipe.trace.prompts} prompts, the model brings {len(pool)}",
+            f"the recipe traces {recipe.traced.prompts} prompts, the model brings {len(pool)}",
             fix="Give your own with --prompts",
         )
-    return pool[: recipe.trace.prompts]
+    return pool[: recipe.traced.prompts]
 
 
 def fingerprint(pipe: Any, source: Source) -> str:
@@ -217,6 +263,8 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) 
 def division(recipe: Recipe) -> str:
     """What several processes share of the work, in one line for the user."""
     if not recipe.needs_data:
+        if recipe.traced is not None:
+            return "prompts and the samples of the budget are shared"
         return "the recipe needs no data, so there is nothing to share; all do the same"
     size, learned = ranks.size(), recipe.reconstruct
     shared = "prompts and calibration samples are shared"
@@ -255,19 +303,18 @@ def check_finite(name: str, part: nn.Module) -> None:
 
 def _trace(
     pipe: Any,
-    recipe: Recipe,
+    trace: Trace,
     store: TraceStore,
     prompts: list[str],
     call: Mapping[str, Any],
     seed: int,
     progress: Progress,
 ) -> None:
-    assert recipe.trace is not None
     options = dict(call)
     own_steps, guidance = options.pop("num_inference_steps", None), options.pop("guidance_scale", None)
-    steps = recipe.trace.steps or own_steps or 50
-    if recipe.trace.guidance_scale is not None:
-        guidance = recipe.trace.guidance_scale
+    steps = trace.steps or own_steps or 50
+    if trace.guidance_scale is not None:
+        guidance = trace.guidance_scale
     with progress.task("trace", len(prompts) * steps) as advance:
         trace_pipeline(
             pipe, prompts, store, steps=steps, guidance_scale=guidance, seed=seed, generation=options,

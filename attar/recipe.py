@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from attar.budget.amount import Budget
 from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
 from attar.errors import AttarError
@@ -143,6 +144,35 @@ class Quantize(_Stage):
         return self
 
 
+class Allocate(_Stage):
+    """Bits of each layer under a budget, chosen by how much the layer's rounding changes its block's output."""
+
+    budget: str = Field(
+        description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
+    )
+    bits: list[int] = Field(
+        default=[2, 3, 4, 5, 6, 8], min_length=1, description="widths that a layer's weights may get, 2 to 8"
+    )
+    samples: int = Field(default=8, ge=1, description="denoising steps that the layers are measured on")
+    prompts: int = Field(default=2, ge=1, description="traced for it where the recipe itself needs no data")
+
+    @field_validator("budget")
+    @classmethod
+    def _readable_budget(cls, value: str) -> str:
+        try:
+            Budget.parse(value)
+        except AttarError as error:
+            raise ValueError(f"{error.what}; {error.fix}") from error
+        return value
+
+    @field_validator("bits")
+    @classmethod
+    def _possible_widths(cls, value: list[int]) -> list[int]:
+        if not all(2 <= bits <= 8 for bits in value) or len(set(value)) != len(value):
+            raise ValueError("name different widths from 2 to 8")
+        return sorted(value)
+
+
 class Reconstruct(_Stage):
     """Block-by-block training of scales, rotations and clipping."""
 
@@ -220,6 +250,7 @@ class Recipe(_Stage):
     trace: Trace | None = Trace()
     select: Select | None = Select()
     quantize: Quantize = Quantize()
+    allocate: Allocate | None = None
     reconstruct: Reconstruct | None = Reconstruct()
     rounding: Rounding = Rounding()
     text_encoder: TextEncoder | None = None
@@ -249,6 +280,22 @@ class Recipe(_Stage):
         branch = self.quantize.low_rank
         measured = branch is not None and branch.metric == "output"
         return learned or measured or self.quantize.scale or self.rounding.method == "gptq"
+
+    @property
+    def traced(self) -> Trace | None:
+        """What is traced: for learning, or for a budget alone; None where no data is needed."""
+        if self.needs_data or self.allocate is None:
+            return self.trace if self.needs_data else None
+        return self.trace or Trace(prompts=self.allocate.prompts)
+
+    def refuse_budget(self) -> None:
+        """Raises AttarError where the bits are yet to be chosen under a budget."""
+        if self.allocate is not None:
+            raise AttarError(
+                "the bits are chosen under a budget, which needs data",
+                where="allocate.budget",
+                fix="Write the plan with attar allocate first, then give it to attar compress as --plan",
+            )
 
     @property
     def bits(self) -> str:
@@ -310,13 +357,14 @@ def load_recipe(
 def changed_settings(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value, value in the published recipe of that name). {} for a recipe of one's own.
 
-    Bits and the text encoder, which a user chooses apart from the recipe, and what describes a recipe are left out.
+    Bits, budget and the text encoder, which a user chooses apart from the recipe, and what describes a recipe are left
+    out.
     """
     if recipe.name not in recipe_names():
         return {}
     unsaid: Any = {
         "quantize": {"weights", "acts"},
-        **dict.fromkeys(("name", "summary", "notes", "paper", "text_encoder"), True),
+        **dict.fromkeys(("name", "summary", "notes", "paper", "allocate", "text_encoder"), True),
     }
     used, published = (_flat(r.model_dump(exclude=unsaid)) for r in (recipe, load_recipe(recipe.name)))
     keys = [key for key in {**published, **used} if used.get(key) != published.get(key)]

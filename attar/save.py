@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 from attar import __version__
+from attar.allocation import PLAN, Allocation
 from attar.assemble import Packed, write_weights
 from attar.calibration.trace import transformer_components
 from attar.conductor import Compression
@@ -48,6 +49,8 @@ _COPIED = (
 
 # of a model's generation defaults, what the example in its card passes on
 _CALL = ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps", "guidance_scale")
+
+_MANY = 12  # overrides that the card still lists one by one
 
 
 def check_destination(
@@ -117,6 +120,8 @@ def save_compressed(
             part["plan"] = [vars(row) for row in plan_rows({name: plans[name]}, recipe)]
         (partial / EVIDENCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         card = _card(pipe, folder.name, source, recipe, plans, partial)
+        if compression.allocation is not None:
+            shutil.copyfile(workspace.folder / PLAN, partial / PLAN)
         (partial / "README.md").write_text(model_card(card), encoding="utf-8")
         shutil.rmtree(former, ignore_errors=True)
         if folder.exists():
@@ -227,9 +232,16 @@ def _card(
         settings |= {"calibration samples": recipe.select.count, "selection": recipe.select.policy}
     if recipe.text_encoder is not None:
         settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
+    allocation: Allocation | None = pipe.attar_compression.allocation
+    if allocation is not None:
+        settings["budget"] = f"{allocation.budget}: {allocation.mean_bits:.3f} bits on average ({PLAN})"
+    changed = changed_settings(recipe)
+    own = [key for key in changed if key.startswith("quantize.roles.")]
+    if len(own) > _MANY:
+        settings["quantize.roles"] = f"{len(own)} overrides ({EVIDENCE})"
+        changed = {key: values for key, values in changed.items() if key not in own}
     settings |= {
-        key: f"{value} (published recipe: {published})"
-        for key, (value, published) in changed_settings(recipe).items()
+        key: f"{value} (published recipe: {published})" for key, (value, published) in changed.items()
     }
     call = {k: v for k, v in source.generation.items() if k in _CALL}
     video = "num_frames" in inspect.signature(pipe.__call__).parameters

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from attar.quantize.block import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.low_rank import LowRankSettings
-from attar.quantize.plan import LayerPlan, NamedLinear, plan_layers
+from attar.quantize.plan import Forecast, LayerPlan, NamedLinear, forecast, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 
@@ -47,3 +48,11 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         low_rank=None if q.low_rank is None else LowRankSettings(**q.low_rank.model_dump()),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
     )  # fmt: skip
+
+
+def layer_size(plan: LayerPlan, recipe: Recipe) -> Forecast:
+    """Bytes of one planned layer before and after, exactly."""
+    size = forecast(plan, transform_settings(recipe))
+    if plan.skipped or plan.act_bits is None or recipe.quantize.act_clip:
+        return size
+    return dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors

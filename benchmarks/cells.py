@@ -56,6 +56,7 @@ class Study:
 LATER = {
     "select": {"neighbour": "next", "normalise": "min_max"},
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int"},
+    "quantize.low_rank": {"subtract": True},
     "reconstruct": {
         **{"lambda_over": "joint", "temporal_weight": 0.0},
         **{"train_branch": False, "branch_lr": 2.5e-4},
@@ -67,9 +68,13 @@ def digest(recipe: Recipe, *without: str) -> str:
     """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
     unsaid = {"name", "summary", "notes", "paper", *without}
     content = recipe.model_dump(exclude=unsaid, exclude_none=True)
-    for stage, former in LATER.items():
-        if stage in content:
-            content[stage] = {k: v for k, v in content[stage].items() if k not in former or v != former[k]}
+    for path, former in LATER.items():
+        *parents, stage = path.split(".")
+        inside = content
+        for parent in parents:
+            inside = inside.get(parent, {})
+        if stage in inside:
+            inside[stage] = {k: v for k, v in inside[stage].items() if k not in former or v != former[k]}
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -292,10 +297,25 @@ SYSTEMS = Study(
     needs="temporal",
 )
 
+LEADERBOARD = Study(
+    "leaderboard",
+    "Which system keeps the model's videos, at which size?",
+    ((4, 6), (4, 4), (3, 6), (8, 8), (4, 8), (2, 6)),
+    (
+        Method("rtn", "rtn"),
+        Method("smoothquant", "smoothquant"),
+        Method("hadamard (QuaRot-style)", "hadamard"),
+        Method("svdquant", "svdquant"),
+        Method("s2q-vdit", "s2q-vdit"),
+        Method("attar-ptq", "attar-ptq"),
+        Method("attar-mixed", "attar-mixed"),
+    ),
+)
+
 STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS),
+        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LEADERBOARD),
     )
 }

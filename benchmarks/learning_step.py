@@ -25,11 +25,11 @@ from torch import Tensor
 from attar.calibration.catch import catch_block_calls
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline
-from attar.conductor import plan_component
 from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall, run_block
 from attar.models.source import find_source, load_pipeline
+from attar.planning import plan_component
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.formats import fake_quantize_tokens, fake_quantize_weight
 from attar.quantize.plan import LayerPlan

@@ -15,6 +15,7 @@ from attar.calibration.catch import catch_block_calls
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline
 from attar.evaluate.fidelity import latent_error, psnr, ssim
+from attar.evaluate.frechet import frechet_distance
 from attar.losses import temporal_distillation
 from attar.models.adapter import ModelAdapter, evaluating
 from attar.models.attention_mass import attention_mass
@@ -215,6 +216,7 @@ class Bench:
             "latent_error": latent_error(reference.latents, latents).tolist(),
             "psnr": psnr(reference.videos, clips).tolist(),
             "ssim": ssim(reference.videos, clips).tolist(),
+            "frechet": frechet_distance(*map(self.reader.describe, (reference.videos, clips))),
             "accuracy": _shares(self._accuracy(clips, reference.scenes)),
             "reference_accuracy": _shares(reference.accuracy),
             "prompts": prompts,

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
+from attar.allocation import RESULT, Allocation, allocate
 from attar.component import ComponentJob
-from attar.conductor import plan_component
 from attar.models.source import find_source
+from attar.planning import plan_components
 from attar.progress import SilentProgress
 from attar.recipe import Recipe
 from attar.workspace import Workspace
@@ -40,10 +41,22 @@ ROOT = Path(__file__).parent.parent
 RESULTS = FOLDER / "quality.json"
 
 
+def choose_bits(bench: Bench, recipe: Recipe) -> Allocation:
+    """Of a recipe with a budget. The bench's traces are the calibration data; sensitivities are kept beside them,
+    whatever the budget."""
+    measured = recipe.model_copy(update={"allocate": None})
+    workspace = Workspace(bench.folder / "budget" / digest(measured, "rounding", "reconstruct"))
+    workspace.remove(RESULT)
+    components, prompts = {"transformer": bench.load().transformer}, len(bench.prompts)
+    return allocate(components, recipe, workspace, bench.store, prompts, bench.seed, SilentProgress())
+
+
 def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """A freshly compressed pipeline on the bench's traces, and what its calibration reported."""
+    if recipe.allocate is not None:
+        recipe = choose_bits(bench, recipe).apply(recipe)
     pipe = bench.load()
-    plan = plan_component(pipe.transformer, recipe)
+    plan = plan_components({"transformer": pipe.transformer}, recipe)["transformer"]
     propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
     learned = digest(recipe) if propagates else digest(recipe, "rounding")
     started = time.process_time()  # the machine may be busy with other cells

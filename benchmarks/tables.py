@@ -9,7 +9,7 @@ from typing import Any
 
 from attar.evaluate.statistics import Estimate, mean_interval, paired_difference
 from benchmarks import bars
-from benchmarks.cells import STUDIES, Study, block_error, find_cell, seeds_of
+from benchmarks.cells import LEADERBOARD, STUDIES, Study, block_error, find_cell, seeds_of
 
 INTRO = """# Quality on digits-video
 
@@ -37,7 +37,7 @@ def write_tables(results: dict[str, Any], path: Path) -> str:
         )
     parts.append(bars.table(bars.check_bars(results["cells"])))
     for study in STUDIES.values():
-        table = _study(study, results["cells"])
+        table = "" if study is LEADERBOARD else _study(study, results["cells"])  # which has a page of its own
         if table:
             parts.append(table)
     text = "\n".join(parts)

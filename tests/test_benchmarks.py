@@ -9,7 +9,7 @@ import torch
 
 from attar.models.source import find_source, load_pipeline
 from attar.recipe import load_recipe
-from benchmarks import forecast, streaming
+from benchmarks import budget, forecast, streaming
 from benchmarks.cells import LATER, STUDIES, digest
 from benchmarks.outliers import CHANNELS, FACTOR, plant_outliers
 from benchmarks.tables import write_tables
@@ -109,3 +109,25 @@ def test_the_forecasts_in_the_docs_are_the_measured_ones_and_came_true():
     assert forecast.table(content) in page
     ratios = [row["ratio"] for rows in content["blocks"].values() for row in rows.values()]
     assert len(ratios) >= 6 and all(abs(ratio - 1) <= forecast.TOLERANCE for ratio in ratios)
+
+
+def test_budgets_table_pairs_plans_over_seeds():
+    def cell(error, size, **more):
+        return {
+            "block_errors": [error, error],
+            "linear_bytes": size,
+            "together": 1.1,
+            "predicted": 1.0,
+            **more,
+        }
+
+    cells = {f"rtn|W3A6|uniform|{seed}": cell(0.1, 100, psnr=[20.0, 22.0]) for seed in (0, 1)}
+    cells |= {f"rtn|W3A6|mixed|{seed}": cell(0.05, 100, psnr=[24.0, 26.0]) for seed in (0, 1)}
+    cells["rtn|W3A6|0dB|0"] = cell(0.1, 90)
+    row = budget.table(cells).splitlines()[-1]
+    assert row.startswith(
+        "| `rtn` | W3A6 | 2 | 0.1000 ± 0.0000 | 0.0500 ± 0.0000 | -3.01 ± 0.00 dB | 1.10 ± 0.00 |"
+    )
+    assert row.endswith("| 21.00 ± 0.00 → 25.00 ± 0.00 | -10.0 % | 0.00 dB |")
+    del cells["rtn|W3A6|0dB|0"]
+    assert budget.table(cells).splitlines()[-1].endswith("| – | – |")

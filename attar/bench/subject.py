@@ -89,6 +89,7 @@ def bench_blocks(
 def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     """A packed copy of the block by the recipe's bits and transforms, without learning, which decides nothing about
     speed; its attention and activations are a packed model's."""
+    recipe.refuse_budget()
     module = copy.deepcopy(block.dense)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
     plans = plan_for(recipe, block.linears, [])

@@ -14,6 +14,7 @@ import typer
 
 from attar.cli.app import app
 from attar.cli.options import (
+    ActBits,
     Device,
     Dtype,
     Frames,
@@ -22,8 +23,12 @@ from attar.cli.options import (
     Model,
     NoiseSeed,
     Prompts,
+    RecipeName,
     Seed,
+    Settings,
     Steps,
+    Stream,
+    WeightBits,
     Width,
     assignments,
     emit,
@@ -35,7 +40,7 @@ from attar.errors import AttarError
 from attar.files import check_writable, named_path
 
 
-def _one_job(command: Callable[..., None]) -> Callable[..., None]:
+def one_job(command: Callable[..., None]) -> Callable[..., None]:
     """All processes that a launcher has started are one job of this command; one alone makes a dry run."""
 
     @functools.wraps(command)
@@ -47,7 +52,7 @@ def _one_job(command: Callable[..., None]) -> Callable[..., None]:
             and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
         ):
             note("accelerate started one process only; on CPUs use torchrun, or its option --multi_gpu")
-        if not options["dry_run"]:
+        if not options.get("dry_run"):
             with ranks.joined(options["device"]):
                 command(**options)
         elif os.environ.get("RANK", "0") == "0":
@@ -57,7 +62,7 @@ def _one_job(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command()
-@_one_job
+@one_job
 def compress(
     model: Model,
     output: Annotated[
@@ -66,17 +71,23 @@ def compress(
             "-o", "--output", parser=named_path, metavar="FOLDER", help="folder of the compressed model"
         ),
     ] = None,
-    recipe: Annotated[
-        str, typer.Option(help="published name or YAML file; see `attar recipes`")
-    ] = "attar-ptq",
-    weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
-    acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
+    recipe: RecipeName = "attar-ptq",
+    weights: WeightBits = None,
+    acts: ActBits = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="bits for each layer under it: 0.30x (size), 3.2bits (mean), 0.5dB (loss), or same"
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(parser=named_path, metavar="FILE", help="bits for each layer, from `attar allocate`"),
+    ] = None,
     text_encoder_weights: Annotated[
         int | None, typer.Option(help="bits of the text encoders' weights (default: left as they are)")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")
-    ] = None,
+    set_: Settings = None,
     prompts: Prompts = None,
     workspace: Annotated[
         Path | None,
@@ -88,13 +99,7 @@ def compress(
     frames: Frames = None,
     device: Device = None,
     dtype: Dtype = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="read weights block by block, or load the pipeline whole (default: what fits)",
-        ),
-    ] = None,
+    stream: Stream = None,
     overwrite: Annotated[bool, typer.Option(help="replace a compressed model that is there already")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and the forecast, change nothing")
@@ -103,9 +108,13 @@ def compress(
 ) -> None:
     """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
     from attar import conductor, ranks
+    from attar.allocation import PLAN
+    from attar.budget.plan_file import read_plan
+    from attar.calibration.trace import transformer_components
     from attar.forecast.dry_run import forecast_job, forecast_text
     from attar.models.memory import choose, open_pipeline
     from attar.models.source import find_source, read_prompts
+    from attar.planning import with_plan
     from attar.progress import RichProgress, SilentProgress
     from attar.recipe import load_recipe
 
@@ -113,8 +122,12 @@ def compress(
         "quantize.weights": weights,
         "quantize.acts": acts,
         "text_encoder.weights": text_encoder_weights,
+        "allocate.budget": budget,
     }
     chosen = load_recipe(recipe, {**assignments(set_), **without_none(bits)})
+    layers = None if plan is None else read_plan(plan)
+    if layers is not None and chosen.allocate is not None:
+        raise AttarError("a plan and a budget are given", fix="Choose one of both")
     if output is None and not dry_run:
         raise AttarError("no output folder was given", fix="Add -o FOLDER, or --dry-run to see the plan only")
     precision = torch_dtype(dtype)
@@ -122,11 +135,12 @@ def compress(
     generation = without_none({"height": height, "width": width, "num_frames": frames})
     source = find_source(model)
     choice = ranks.first(
-        lambda: choose(source, chosen.needs_data, precision, device, stream, processes=ranks.here())
+        lambda: choose(source, chosen.traced is not None, precision, device, stream, processes=ranks.here())
     )
     note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
     if dry_run:
         pipe = open_pipeline(source, choice, precision, device)
+        chosen = chosen if layers is None else with_plan(chosen, layers, transformer_components(pipe))
         result = forecast_job(pipe, source, chosen, given, generation)
         emit(result) if as_json else print(forecast_text(result))
         return
@@ -142,14 +156,13 @@ def compress(
     if ranks.size() > 1:
         note(f"{ranks.size()} processes: {conductor.division(chosen)}")
     pipe = open_pipeline(source, choice, precision, device)
-    plans = {
-        n: conductor.plan_component(t, chosen) for n, t in conductor.transformer_components(pipe).items()
-    }
+    chosen = chosen if layers is None else with_plan(chosen, layers, transformer_components(pipe))
     text = text_encoder_bytes(pipe, plan_text_encoders(pipe, chosen), source)
     progress = RichProgress() if ranks.is_first() else SilentProgress()
     pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, progress)
     if not ranks.is_first():
         return
+    plans, allocation = pipe.attar_compression.plans, pipe.attar_compression.allocation
     dense, packed = linear_bytes(pipe, plans)
     save_compressed(pipe, target, source, plans, work)
     summary = {
@@ -160,6 +173,7 @@ def compress(
         "linear_bytes_bf16": dense,
         "linear_bytes_packed": packed,
         "linear_ratio": round(dense / packed, 3),
+        "allocation": None if allocation is None else vars(allocation),
         "text_encoder_bytes": text,
         "seconds": {k: round(v, 1) for k, v in pipe.attar_compression.seconds.items()},
         "block_errors": {
@@ -172,6 +186,8 @@ def compress(
     else:
         sizes = f"{dense / 1e6:.1f} → {packed / 1e6:.1f} MB ({dense / packed:.2f}×)"
         print(f"{output}: {chosen.name} {chosen.bits}, block linears {sizes}")
+        if allocation is not None:
+            print(f"{output / PLAN}: {allocation.summary()}")
         for name, (before, after) in text.items():
             print(f"{name}: {before / 1e6:.1f} → {after / 1e6:.1f} MB in its files")
         following = shlex.join(["attar", "compare", model, str(output), "-o", f"{target.name}-report"])

@@ -23,6 +23,17 @@ NoiseSeed = Annotated[int, typer.Option(min=0, max=2**61, help="of the noise; pr
 Prompts = Annotated[
     Path | None, typer.Option(parser=named_path, metavar="FILE", help="text file, one prompt a line")
 ]
+RecipeName = Annotated[str, typer.Option("--recipe", help="published name or YAML file; see `attar recipes`")]
+WeightBits = Annotated[int | None, typer.Option("--weights", help="bits of weights")]
+ActBits = Annotated[int | None, typer.Option("--acts", help="bits of activations")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. reconstruct.epochs=5")]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="read weights block by block, or load the pipeline whole (default: what fits)",
+    ),
+]
 Height = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
 Width = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
 Frames = Annotated[int | None, typer.Option(min=1, help="number of frames (default: the model's)")]

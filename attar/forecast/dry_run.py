@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
 from attar.component import catch_samples
-from attar.conductor import calibration_prompts, check_pool, plan_component
+from attar.conductor import calibration_prompts, check_pool
 from attar.errors import calling
 from attar.forecast.calibration import BlockCost, calibration_memory, learning_seconds
 from attar.forecast.sizes import planned_sizes
@@ -23,6 +23,7 @@ from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind, run_block
 from attar.models.source import Source, stored_dtypes
 from attar.models.weights import weights_of
+from attar.planning import plan_components
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.plan import LayerPlan
 from attar.quantize.reconstruct import ReconstructionSettings
@@ -49,7 +50,7 @@ def forecast_job(
     Raises AttarError for everything that `compress` would refuse before its first step.
     """
     components = transformer_components(pipe)
-    plans = {name: plan_component(part, recipe) for name, part in components.items()}
+    plans = plan_components(components, recipe)
     text = plan_text_encoders(pipe, recipe)
     chosen = calibration_prompts(recipe, source, prompts)
     call = source.call_arguments(**(generation or {}))

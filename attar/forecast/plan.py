@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from attar.conductor import plan_component
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
 from attar.forecast.calibration import forecast_calibration
@@ -26,6 +25,7 @@ from attar.forecast.latency import amdahl, arithmetic_bound, predict_latency, qu
 from attar.forecast.measure import measure_cpu
 from attar.forecast.sizes import planned_sizes
 from attar.forecast.verdict import verdict
+from attar.planning import plan_components
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.settings import transform_settings
@@ -91,7 +91,7 @@ def plan_model(
     if guidance is None:
         guidance = architecture.default.get("guidance", True) and type(transformer).__name__ not in ONE_BRANCH
     branches = 2 if guidance else 1
-    plans = {name: plan_component(part, recipe) for name, part in architecture.transformers.items()}
+    plans = plan_components(architecture.transformers, recipe)
     counts = {name: c.times(branches) for name, c in count_step(architecture, size).items()}
     before = counts[first]
     after = quantized_counts(before, plans[first], transform_settings(recipe), hardware)

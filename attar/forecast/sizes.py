@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from attar.quantize.plan import LayerPlan, forecast
+from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
-from attar.settings import transform_settings
+from attar.settings import layer_size
 
 
 def planned_sizes(
@@ -31,9 +30,7 @@ def planned_sizes(
         types = (stored or {}).get(name, {})
         quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
         for plan in quantized.values():
-            size = forecast(plan, transform_settings(recipe))
-            if plan.act_bits is not None and not recipe.quantize.act_clip:
-                size = dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors
+            size = layer_size(plan, recipe)
             dense, packed = dense + size.dense, packed + size.packed
             checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
         for key, tensor in part.state_dict().items():

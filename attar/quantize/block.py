@@ -115,11 +115,9 @@ def quantize_block(
             raise AttarError(
                 "a weight is not finite", where=plans[name].name, fix="Check the model before compressing"
             )
-    layers = _wrap(module, plans, linears, run, calls, settings, seed)
-    if settings.low_rank is not None:
-        _start_branches(layers, plans, run, calls, settings.low_rank, seed)
+    layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
     if calls:
-        outcome.error_before = _mean_relative_error(run, calls, targets)
+        outcome.error_before = mean_relative_error(run, calls, targets)
     if settings.learning is not None:
         generator = torch.Generator().manual_seed(_number(seed, "order"))
         outcome.learning = reconstruct_block(
@@ -132,11 +130,11 @@ def quantize_block(
         replace_module(module, name, outcome.layers[name])
         del layers[name], linears[name]  # so that the weights of a block are not all there twice
     if calls:
-        outcome.error_after = _mean_relative_error(run, calls, targets)
+        outcome.error_after = mean_relative_error(run, calls, targets)
     return outcome
 
 
-def _wrap(
+def wrap_linears(
     module: nn.Module,
     plans: Mapping[str, LayerPlan],
     linears: Mapping[str, nn.Module],
@@ -145,7 +143,10 @@ def _wrap(
     settings: BlockSettings,
     seed: str,
 ) -> dict[str, QuantizedLinear]:
-    """Puts a QuantizedLinear around every planned linear. Plain layers get neither transforms nor clipping."""
+    """Puts a QuantizedLinear around every planned linear, and returns them.
+
+    Plain layers get neither transforms nor clipping. linears: the planned ones by name. Otherwise as `quantize_block`.
+    """
     calibrated = [name for name, plan in plans.items() if not plan.plain]
     generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in calibrated}
     rotations = {
@@ -182,6 +183,8 @@ def _wrap(
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
+    if settings.low_rank is not None:
+        _start_branches(layers, plans, run, calls, settings.low_rank, seed)
     return layers
 
 
@@ -250,9 +253,10 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
 
 
 @torch.no_grad()
-def _mean_relative_error(
+def mean_relative_error(
     run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
 ) -> float:
+    """`relative_error` over the samples of all processes."""
     errors = [
         relative_error(run(call), target, call.streams).item()
         for call, target in zip(calls, targets, strict=True)

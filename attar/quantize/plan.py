@@ -210,7 +210,7 @@ def _plan(
     if chosen:
         weights, acts = chosen.get("weights", weights), chosen.get("acts", acts)
         # An override of a skipped layer's activations alone must not quantize it, so `weights` decides.
-        reason = f"override {pattern!r}"
+        reason = "set for this layer" if pattern == linear.name else f"override {pattern!r}"
         if chosen.get("skip", False):
             weights = KEEP
         if not inside:  # no calibration data passes here

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.shapes import architecture, counted
 
-from attar.conductor import plan_component
 from attar.errors import AttarError
 from attar.forecast.counts import Counts, Operation
 from attar.forecast.hardware import KINDS, RATES, Hardware, find_hardware, gpu_names, parse_peaks
@@ -19,6 +18,7 @@ from attar.forecast.latency import (
     predict_latency,
     quantized_counts,
 )
+from attar.planning import plan_component
 from attar.quantize.plan import LayerPlan
 from attar.recipe import load_recipe
 from attar.settings import transform_settings

@@ -37,8 +37,8 @@ def planned(name, gpu="h200", recipe="attar-ptq", size=(None, None), **bits):
     ],
 )  # fmt: skip
 def test_sizes_of_real_models(name, size, ratio):
-    from attar.conductor import plan_component
     from attar.forecast.sizes import planned_sizes
+    from attar.planning import plan_component
 
     transformers = architecture(name).transformers
     recipe = load_recipe("rtn")

@@ -72,7 +72,8 @@ def test_overrides_by_role_and_name_the_last_one_wins_key_by_key():
     assert bits["proj_out"] == (8, None)
     assert bits["patch_embedding"] == (None, None)  # activations alone do not quantize a skipped layer
     assert bits["blocks.1.norm.linear"] == (None, None)
-    assert "blocks.1.ffn.0" in plans["blocks.1.ffn.0"].reason
+    assert plans["blocks.1.ffn.0"].reason == "set for this layer"
+    assert plans["blocks.1.attn1.to_q"].reason == "override 'blocks.1.*'"
 
 
 def test_layers_that_calibration_cannot_help_are_plain():

@@ -109,6 +109,12 @@ class DigitReader(nn.Module):
         logits = self(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
         return logits.log_softmax(dim=-1).mean(dim=1)
 
+    @torch.no_grad()
+    def describe(self, video: Tensor) -> Tensor:
+        """What it sees in each frame, averaged over places: (B, F, 3, H, W) in [0, 1] -> (B · F, channels)."""
+        features = self.features(crops(video).flatten(0, 1)[:, None] - 0.3)
+        return features.unflatten(1, (-1, (CROP // 4) ** 2)).mean(2)
+
     @classmethod
     def load(cls, folder: str | Path) -> DigitReader:
         """The trained reader of a zoo folder. Raises AttarError when its file is missing."""

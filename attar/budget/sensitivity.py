@@ -1,0 +1,68 @@
+"""How much a block's output changes when one of its layers alone is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from attar.quantize.block import BlockSettings, mean_relative_error, wrap_linears
+from attar.quantize.linear import replace_module
+from attar.quantize.plan import LayerPlan
+from attar.quantize.reconstruct import Streams
+
+Sensitivity = dict[str, dict[int, float]]  # layer -> bits -> error
+
+
+def block_sensitivity(
+    module: nn.Module,
+    options: Mapping[str, Mapping[int, LayerPlan]],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    targets: Sequence[Streams],
+    settings: BlockSettings,
+    *,
+    seed: str = "0",
+    progress: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Squared error of the block's output relative to the block's own update, for every layer and width.
+
+    One layer at a time is quantized: its activations as planned, its weights rounded to nearest, transforms and
+    clipping where they start; nothing is learned. The module is left as it was.
+    options: dotted name below `module` -> bits -> plan. run, calls, targets, seed: as in `quantize_block`.
+    progress: called with (layers and widths done, all of them).
+    """
+    linears: dict[str, Any] = {name: module.get_submodule(name) for name in options}
+    widths = sorted({bits for plans in options.values() for bits in plans})
+    errors: Sensitivity = {name: {} for name in options}
+    done, total = 0, sum(map(len, options.values()))
+    for bits in widths:
+        plans = {name: plans[bits] for name, plans in options.items() if bits in plans}
+        layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
+        for name in layers:
+            replace_module(module, name, linears[name])
+        for name, layer in layers.items():
+            replace_module(module, name, layer)
+            errors[name][bits] = mean_relative_error(run, calls, targets)
+            replace_module(module, name, linears[name])
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    return errors
+
+
+def together(
+    module: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    targets: Sequence[Streams],
+    settings: BlockSettings,
+    *,
+    seed: str = "0",
+) -> float:
+    """The same error with all layers quantized at once, which stay so."""
+    linears = {name: module.get_submodule(name) for name in plans}
+    wrap_linears(module, plans, linears, run, calls, settings, seed)
+    return mean_relative_error(run, calls, targets)

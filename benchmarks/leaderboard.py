@@ -1,0 +1,198 @@
+"""All systems under one protocol: `python -m benchmarks.leaderboard`.
+
+    python -m benchmarks.leaderboard --bits W4A6 W4A4 W3A6      fill these rows (minutes each), then write the pages
+    python -m benchmarks.leaderboard --only svdquant --seeds 0
+    python -m benchmarks.leaderboard --table                    only write the pages
+
+Rows are cells of the study "leaderboard" of `python -m benchmarks.quality`, with which it shares its results file: what
+another study has measured already is not measured again. docs/leaderboard.md has the tables, docs/leaderboard.html the
+same beside the plot of quality against size, with the peers of `python -m benchmarks.peers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from attar.evaluate.statistics import mean_interval
+from attar.models.source import find_source, load_pipeline
+from attar.planning import plan_components
+from attar.recipe import Recipe
+from attar.settings import layer_size
+from benchmarks import quality
+from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
+from benchmarks.scatter import Point, scatter
+from benchmarks.store import FOLDER, load
+
+DOCS = Path(__file__).parent.parent / "docs"
+PEERS = FOLDER / "peers.json"
+COLUMNS = (
+    "system", "seeds", "linears", "PSNR dB", "SSIM", "latent error", "block error", "Fréchet distance", "all right",
+    "calibration CPU s",
+)  # fmt: skip
+INTRO = """Every system compresses the same model with the same calibration prompts, and is measured on the same 24
+held-out prompts with the same noise as full precision, 50 steps. Printed by `python -m benchmarks.leaderboard --table`.
+
+- **linears**: bytes of the quantized linears against bfloat16, with scales, transforms, tables and branches
+- **PSNR**, **SSIM**: of the videos to full precision's; **latent error**: relative squared error of the final latents,
+  median over prompts; **block error**: of each block on held-out full-precision inputs, relative to its own update
+- **Fréchet distance**: between what the digit reader sees in the frames of both models; small sets are biased upwards
+- **all right**: prompts whose digit, colour, direction and speed are all shown (in brackets: full precision)
+- ± is the half width of the 95 % t-interval over seeds; rows of one seed are no more than a hint
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system at some bits. cells: by seed. ratio: bytes of the linears against bfloat16."""
+
+    system: str
+    bits: str
+    cells: tuple[dict[str, Any], ...]
+    ratio: float
+
+    @property
+    def psnr(self) -> float:
+        """Mean over seeds and prompts, dB."""
+        return sum(sum(c["psnr"]) / len(c["psnr"]) for c in self.cells) / len(self.cells)
+
+    def figures(self) -> list[str]:
+        """In the order of COLUMNS."""
+        return [
+            self.system, str(len(self.cells)), f"{self.ratio:.3f}×",
+            self._over(lambda c: sum(c["psnr"]) / len(c["psnr"]), 2),
+            self._over(lambda c: sum(c["ssim"]) / len(c["ssim"]), 4),
+            self._over(lambda c: median(c["latent_error"]), 4), self._over(block_error, 4),
+            self._over(lambda c: c.get("frechet"), 4), self._right(),
+            self._over(lambda c: c.get("calibration_cpu_seconds"), 0),
+        ]  # fmt: skip
+
+    def _over(self, value: Any, digits: int) -> str:
+        values = [v for v in map(value, self.cells) if v is not None]
+        if not values:
+            return "–"
+        found = mean_interval(values)
+        return f"{found.mean:.{digits}f}" + (
+            "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
+        )
+
+    def _right(self) -> str:
+        share, full = (
+            sum(c[key]["all"] for c in self.cells) / len(self.cells)
+            for key in ("accuracy", "reference_accuracy")
+        )
+        return f"{100 * share:.1f} ({100 * full:.1f})"
+
+
+def rows_of(cells: dict[str, Any]) -> list[Row]:
+    """What has been measured, the best PSNR first among those of equal bits."""
+    components = {"transformer": load_pipeline(find_source("digits-video")).transformer}
+    found = []
+    for bits in LEADERBOARD.bits:
+        some = []
+        for method in LEADERBOARD.methods:
+            known = (find_cell(cells, LEADERBOARD, method, bits, seed) for seed in seeds_of(cells))
+            kept = tuple(cell for cell in known if cell is not None)
+            if kept:
+                ratio = _ratio(components, method.resolve(bits))
+                some.append(Row(method.name, f"W{bits[0]}A{bits[1]}", kept, ratio))
+        found += sorted(some, key=lambda row: -row.psnr)
+    return found
+
+
+def _ratio(components: dict[str, Any], recipe: Recipe) -> float:
+    """Where mean bits are the budget, that of these bits in all layers, which a choice does not exceed."""
+    plain = recipe.model_copy(update={"allocate": None})
+    sizes = [layer_size(p, plain) for p in plan_components(components, plain)["transformer"] if not p.skipped]
+    return sum(s.packed for s in sizes) / sum(s.dense for s in sizes)
+
+
+def peers(path: Path = PEERS) -> list[Point]:
+    """Other libraries, at their size against bfloat16; what is only simulated has none."""
+    rows = load(path, "quality")["quality"]
+    whole = rows.get("bf16", {}).get("bytes")
+    return [
+        Point(row["bytes"] / whole, row["psnr"], name, "other libraries")
+        for name, row in rows.items()
+        if whole
+        and row.get("bytes")
+        and "psnr" in row
+        and name not in ("fp32", "bf16")
+        and "attar" not in name
+    ]
+
+
+def plot(rows: list[Row], others: list[Point]) -> str:
+    """Quality against size as an SVG."""
+    points = [Point(row.ratio, row.psnr, f"{row.system} {row.bits}", row.system) for row in rows]
+    return scatter(points + others, "Quality against size", "linears against bfloat16", "PSNR, dB")
+
+
+def markdown(rows: list[Row]) -> str:
+    """The page for reading."""
+    lines = ["# Leaderboard: digits-video", "", INTRO, "![Quality against size](images/leaderboard.svg)", ""]
+    for bits in dict.fromkeys(row.bits for row in rows):
+        lines += [f"## {bits}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [f"| {' | '.join(row.figures())} |" for row in rows if row.bits == bits]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def page(rows: list[Row], picture: str) -> str:
+    """The same as one self-contained HTML page."""
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>attar leaderboard</title>",
+        "<style>body{font:15px system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .7em;text-align:right;"
+        "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
+        "svg{max-width:100%;height:auto}</style>",
+        f"<h1>Leaderboard: digits-video</h1>{picture}",
+    ]
+    for bits in dict.fromkeys(row.bits for row in rows):
+        head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+        parts.append(f"<h2>{bits}</h2><table><tr>{head}</tr>")
+        for row in rows:
+            if row.bits == bits:
+                parts.append("<tr>" + "".join(f"<td>{escape(f)}</td>" for f in row.figures()) + "</tr>")
+        parts.append("</table>")
+    return "".join(parts) + "</html>\n"
+
+
+def write_pages(rows: list[Row], others: list[Point], folder: Path = DOCS) -> str:
+    """docs/leaderboard.md, .html and the picture; returns the first. Raises ValueError when there is no row."""
+    picture = plot(rows, others)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "images" / "leaderboard.svg").write_text(picture, encoding="utf-8")
+    (folder / "leaderboard.html").write_text(page(rows, picture), encoding="utf-8")
+    text = markdown(rows)
+    (folder / "leaderboard.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bits", nargs="+", help="only these, e.g. W4A6 W4A4")
+    parser.add_argument("--only", nargs="+", help="only systems whose name contains one of these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--work", type=Path, default=Path("work/quality"))
+    parser.add_argument("--results", type=Path, default=quality.RESULTS)
+    parser.add_argument("--table", action="store_true", help="only write the pages")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if not args.table:
+        args.studies = [LEADERBOARD.name]
+        quality.run(args)
+    print(write_pages(rows_of(load(args.results, "cells")["cells"]), peers()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Compression under a budget, end to end: real bytes, the plan file, and resume."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support import pipelines
+from support.commands import contents
+
+import attar
+from attar.errors import AttarError
+from attar.runtime.layers import packed_layers
+from attar.runtime.size import packed_size
+
+FEW = ("--set", "allocate.samples=3")
+RTN = ("--recipe", "rtn")
+HADAMARD = ("--recipe", "hadamard")
+LEARNED = (
+    "--recipe",
+    "attar-ptq",
+    "--set",
+    "trace.prompts=2",
+    "--set",
+    "select.count=3",
+    "--set",
+    "reconstruct.epochs=1",
+)
+
+
+@pytest.fixture(scope="module")
+def plan(commands, wan_folder, tmp_path_factory):
+    """A plan of 3 bits on average for hadamard."""
+    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    assert commands.run("allocate", wan_folder, "--budget", "3bits", "-o", path, *HADAMARD, *FEW) == 0
+    return path
+
+
+def weights_of(folder):
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def linear_bytes(transformer):
+    """(packed, bfloat16) bytes of the packed layers as they are in memory, biases at two bytes an element."""
+    size, layers = packed_size(transformer), packed_layers(transformer).values()
+    biases = sum(2 * layer.bias.numel() for layer in layers if layer.bias is not None)
+    dense = sum(2 * layer.in_features * layer.out_features for layer in layers)
+    return size["codes"] + size["scales"] + size["transforms"] + biases, dense + biases
+
+
+@pytest.mark.parametrize(
+    ("recipe", "budget", "options"),
+    [
+        ("rtn", "0.25x", {}),
+        ("hadamard", "0.30x", {}),
+        ("smoothquant", "0.36x", {"trace.prompts": 2, "select.count": 3}),
+        ("rtn", "0.28x", {"quantize.roles": {"ffn.*": {"weights": 3}, "head": {"weights": 8}}}),
+    ],
+)
+def test_a_size_is_kept_by_real_bytes(recipe, budget, options):
+    case = pipelines.CASES["wan"]
+    pipe = attar.compress(
+        pipelines.make("wan"), recipe, budget=budget, overrides={"allocate.samples": 3, **options},
+        generation={**case.generation, "num_inference_steps": 3},
+    )  # fmt: skip
+    found = pipe.attar_compression.allocation
+    packed, dense = linear_bytes(pipe.transformer)
+    assert packed == found.linear_bytes <= float(budget[:-1]) * dense
+    assert found.ratio == pytest.approx(packed / dense, abs=1e-6)
+    smallest = min(
+        layer.in_features * layer.out_features for layer in packed_layers(pipe.transformer).values()
+    )
+    assert packed > float(budget[:-1]) * dense - 4 * smallest / 8  # as near as one layer's step of two widths
+    for name, layer in packed_layers(pipe.transformer).items():
+        assert layer.weight_bits == found.bits["transformer"].get(name, layer.weight_bits)
+        assert (name not in found.bits["transformer"]) == (
+            bool(options.get("quantize.roles")) and (".ffn." in name or name == "proj_out")
+        )
+
+
+def test_mean_bits_are_kept(commands, wan_folder, plan, tmp_path):
+    out = tmp_path / "small"
+    options = ("--budget", "3bits", *HADAMARD, *FEW, "--workspace", f"{plan}.work")
+    assert commands.run("compress", wan_folder, "-o", out, *options) == 0  # goes on where allocate stopped
+    assert (out / "plan.yaml").read_bytes() == plan.read_bytes()
+    evidence = json.loads((out / "compression.json").read_text())
+    assert evidence["recipe"]["allocate"]["budget"] == "3bits"
+    found = evidence["allocation"]
+    bits = {name: b for name, b in found["bits"]["transformer"].items()}
+    assert len(bits) == 30 and set(bits.values()) <= {2, 3, 4, 5, 6, 8} and len(set(bits.values())) > 1
+    assert found["mean_bits"] <= 3 and found["predicted_error"] < found["uniform_error"] * 10
+    assert 0.5 < found["measured_error"] / found["predicted_error"] < 2
+    state = weights_of(out)
+    for name, b in bits.items():
+        rows, row = state[f"{name}.codes"].shape
+        assert row == -(-state_width(name) * b // 8) and rows
+    card = (out / "README.md").read_text()
+    assert "| budget | 3bits: " in card and "published recipe" not in card
+
+
+def state_width(name):
+    return 64 if name.endswith("net.2") else 32
+
+
+def test_the_mixed_plan_is_better_than_the_uniform_one_of_its_size(wan_folder, plan):
+    found = yaml.safe_load(plan.read_text())["chosen"]
+    uniform = json.loads((plan.parent / "plan.yaml.work" / "allocation.json").read_text())["sensitivity"]
+    three = sum(errors["3"] for errors in uniform["transformer"].values())
+    assert found["mean_bits"] <= 3 and found["predicted_error"] < three
+
+
+def test_a_plan_is_given_back_and_edited(commands, cli, wan_folder, plan, tmp_path):
+    budget, given = tmp_path / "budget", tmp_path / "given"
+    options = ("--budget", "3bits", *HADAMARD, *FEW, "--workspace", f"{plan}.work")
+    assert commands.run("compress", wan_folder, "-o", budget, *options) == 0
+    assert commands.run("compress", wan_folder, "-o", given, "--plan", plan, *HADAMARD) == 0
+    first, second = weights_of(budget), weights_of(given)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert "30 overrides" in (given / "README.md").read_text()
+
+    edited = tmp_path / "edited.yaml"
+    lines = plan.read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if "blocks.1.attn1.to_q:" in line)
+    lines[place] = "    blocks.1.attn1.to_q: {weights: 8, acts: 16}"
+    lines.insert(place + 1, "    proj_out: {weights: 8}")
+    edited.write_text("\n".join(lines) + "\n")
+    done = cli("compress", wan_folder, "--plan", edited, *HADAMARD, "--dry-run", "--json")
+    rows = {row["name"]: row["bits"] for row in json.loads(done.out)["layers"]}
+    bits = yaml.safe_load(plan.read_text())["layers"]["transformer"]
+    assert rows["blocks.1.attn1.to_q"] == "W8A16" and rows["proj_out"] == "W8A16"
+    assert rows["blocks.2.ffn.net.2"] == f"W{bits['blocks.2.ffn.net.2']['weights']}A6"
+    message = cli("compress", wan_folder, "-o", given, "--overwrite", "--plan", edited, *HADAMARD).message
+    assert "another job (different: recipe)" in message  # the plan is part of the job
+    small = attar.compress(str(wan_folder), "hadamard", plan=edited)
+    assert packed_layers(small.transformer)["blocks.1.attn1.to_q"].weight_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("wan", (*LEARNED, "--budget", "1dB")),
+        ("hunyuan", (*HADAMARD, "--budget", "3bits")),
+    ],
+)
+def test_killed_and_resumed(commands, model, options, tmp_path):
+    """Killed before every few files, the run ends with the bytes of an uninterrupted one."""
+    folder = pipelines.save(tmp_path / model, model, steps=3)
+    whole, out = tmp_path / "whole" / "small", tmp_path / "small"
+    assert commands.run("compress", folder, "-o", whole, *options, *FEW) == 0
+    for turn in range(30):
+        if commands.run("compress", folder, "-o", out, *options, *FEW, writes=3 + turn % 3) == 0:
+            break
+    assert turn >= 2 and contents(out) == contents(whole)
+
+
+def test_two_experts_share_a_budget(commands, tmp_path):
+    folder = pipelines.save(tmp_path / "wan22", "wan22", steps=6)
+    out = tmp_path / "small"
+    assert commands.run("compress", folder, "-o", out, *RTN, "--budget", "2.9bits", *FEW) == 0
+    found = json.loads((out / "compression.json").read_text())["allocation"]
+    assert found["mean_bits"] <= 2.9
+    layers = yaml.safe_load((out / "plan.yaml").read_text())["layers"]
+    assert layers.keys() == {"transformer", "transformer_2"} == found["blocks"].keys()
+    assert layers["transformer"] != layers["transformer_2"]
+    given = tmp_path / "given"
+    assert commands.run("compress", folder, "-o", given, *RTN, "--plan", out / "plan.yaml") == 0
+    for name in ("transformer", "transformer_2"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert (out / file).read_bytes() == (given / file).read_bytes()
+
+
+def test_streamed_and_in_two_processes(commands, wan_folder, plan, tmp_path):
+    streamed = tmp_path / "streamed.yaml"
+    options = ("--budget", "3bits", *HADAMARD, *FEW)
+    assert commands.run("allocate", wan_folder, "-o", streamed, *options, "--stream") == 0
+    assert streamed.read_bytes() == plan.read_bytes()
+    shared = tmp_path / "shared.yaml"
+    command = commands.start("allocate", wan_folder, "-o", shared, *options, processes=2)
+    assert command.wait_all() == [0, 0], [log.read_text() for log in command.logs]
+    one, two = (yaml.safe_load(path.read_text())["layers"] for path in (plan, shared))
+    assert one == two
+
+
+def test_what_cannot_be_done_is_one_line(cli, wan_folder, plan, tmp_path):
+    def refused(*options):
+        return cli("compress", wan_folder, "-o", tmp_path / "out", *RTN, *options).message
+
+    assert "'3' is no budget" in refused("--budget", "3") and "3.2bits" in refused("--budget", "3")
+    assert "cannot be '0x'" in refused("--budget", "0x")
+    assert "allocate.bits" in refused("--budget", "3bits", "--set", "allocate.bits=[3,9]")
+    assert "allocate.budget: Field required" in refused("--set", "allocate.samples=3")
+    assert "a plan and a budget are given" in refused("--plan", plan, "--budget", "3bits")
+    assert "no such plan file" in refused("--plan", tmp_path / "nothing.yaml")
+    assert "which needs data" in refused("--budget", "3bits", "--dry-run")
+    message = refused("--budget", "0.05x", *FEW)
+    assert "no plan keeps to the budget 0.05x" in message and "The narrowest candidates come to 0." in message
+    assert (
+        "reach"
+        in cli("allocate", wan_folder, "--budget", "-90dB", "-o", tmp_path / "p.yaml", *RTN, *FEW).message
+    )
+    text = plan.read_text()
+    for change, says in {
+        ("blocks.0.attn1.to_q:", "blocks.9.attn1.to_q:"): "matches no layer [blocks.9.attn1.to_q]",
+        ("to_q: {weights: 3}", "to_q: {weights: 9}"): "weights cannot be 9 bits",
+        ("to_q: {weights: 3}", "to_q: {bits: 3}"): "an override knows weights, acts and skip",
+        ("WanTransformer3DModel ", "WanTransformer3DModel 0"): "made for another model",
+    }.items():
+        assert change[0] in text
+        (tmp_path / "edited.yaml").write_text(text.replace(*change))
+        assert says in refused("--plan", tmp_path / "edited.yaml")
+
+
+def test_a_plan_in_python_of_another_model(plan):
+    with pytest.raises(AttarError, match="made for another model"):
+        attar.compress(pipelines.make("flux"), "rtn", plan=plan)
