@@ -15,14 +15,8 @@ from attar.calibration.score import score_candidates
 from attar.calibration.select import ScoreTable, select, selection_histogram
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
-from attar.losses import (
-    joint_token_weights,
-    mass_concentration,
-    mse,
-    streams_token_weighted_mse,
-    weight_percentiles,
-)
-from attar.models.adapter import Block, ModelAdapter, evaluating
+from attar.losses import BlockLoss, TemporalTerm, joint_token_weights, mass_concentration, weight_percentiles
+from attar.models.adapter import Block, ModelAdapter, TokenGrid, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
@@ -75,6 +69,7 @@ class ComponentJob:
         self.settings = block_settings(recipe)
         self.weights = weights_of(transformer)
         self.device = self.weights.device
+        self.grid: TokenGrid | None = None  # where the loss looks at frames
         self.propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
 
     def run(self, prompts: int) -> dict[str, Any]:
@@ -92,7 +87,11 @@ class ComponentJob:
                 "histogram": selection_histogram(table, chosen),
             }
             calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in ranks.mine(chosen)]
-            self.adapter.observe(ranks.first(lambda: calls[0][0]))
+            example = ranks.first(lambda: calls[0][0])
+            self.adapter.observe(example)
+            learned = self.recipe.reconstruct
+            if learned is not None and learned.epochs and learned.temporal_weight:
+                self.grid = self.adapter.token_grid(example)
         blocks = self.adapter.blocks
         first = ranks.first(self._first_unfinished)
         starts = self._segment_starts(calls, first)
@@ -136,7 +135,7 @@ class ComponentJob:
             fill(self.transformer, read_layers(self.workspace, file).get, self.device)
         elif plans:
             outcome = quantize_block(
-                self.transformer, plans, lambda call: {}, [], [], plain, loss=_loss("mse")
+                self.transformer, plans, lambda call: {}, [], [], plain, loss=BlockLoss()
             )
             save_block(self.workspace, file, outcome.layers, {})
 
@@ -212,12 +211,10 @@ class ComponentJob:
                 f"{block.name} epoch {epoch}/{epochs} loss {loss:.2e}",
             )
 
-        learned = self.recipe.reconstruct
         try:
             outcome = quantize_block(
                 module, plans, runner, quantized, targets, self.settings,
-                loss=_loss(learned.loss if learned else "mse"), contexts=contexts,
-                seed=f"{self.seed}/{self.name}/{block.name}", progress=step,
+                loss=self._loss(block), contexts=contexts, seed=f"{self.seed}/{self.name}/{block.name}", progress=step,
             )  # fmt: skip
         except AttarError as error:
             raise AttarError(
@@ -289,6 +286,16 @@ class ComponentJob:
             {"curve": curve, "weights": weight_percentiles(weights, LAMBDA_PERCENTILES)},
         )
 
+    def _loss(self, block: Block) -> BlockLoss:
+        learned = self.recipe.reconstruct
+        if learned is None:
+            return BlockLoss()
+        temporal = None
+        if self.grid is not None:
+            stream = self.adapter.main_stream(block)
+            temporal = TemporalTerm(learned.temporal_weight, stream, self.grid.frames, self.grid.tokens)
+        return BlockLoss(learned.loss == "token_weighted", temporal)
+
     def _file(self, index: int) -> str:
         return f"{self.name}/{block_file(index)}"
 
@@ -312,12 +319,6 @@ def catch_samples(
             call = call.to(dtype=torch.float32)
             merged.append(_sharing(call, merged[-1]) if merged else call)
     return merged
-
-
-def _loss(name: str) -> Callable[..., Tensor]:
-    if name == "mse":
-        return lambda prediction, target, context: mse(prediction, target)
-    return lambda prediction, target, context: streams_token_weighted_mse(prediction, target, context or {})
 
 
 def _cpu(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from attar.budget.amount import Budget
 from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
 from attar.errors import AttarError
+from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.tables import check_trained_levels, check_weight_format, least_bits
 from attar.runtime.formats import check_format
 
@@ -71,12 +72,16 @@ class LowRank(_Stage):
     """A branch of low rank in high precision beside each quantized product."""
 
     rank: int = Field(default=32, ge=1)
-    start: Literal["weight", "error"] = Field(
-        default="weight", description="of the weight itself (SVDQuant), or of what rounding loses (LoftQ)"
+    start: Literal["weight", "error", "zero"] = Field(
+        default="weight",
+        description="of the weight itself (SVDQuant), of what rounding loses (LoftQ), or zero, to be trained",
     )
     iterations: int = Field(default=1, ge=0, description="times that it is taken anew; the best is kept")
     metric: Literal["weight", "output"] = Field(
         default="weight", description="squared error of the weight, or of the output on calibration samples"
+    )
+    subtract: bool = Field(
+        default=True, description="quantize the weight without the branch's part; Q-VDiT quantizes all of it"
     )
 
 
@@ -185,6 +190,7 @@ class Reconstruct(_Stage):
     )
     transform_lr: float = Field(default=5e-3, gt=0)
     clip_lr: float = Field(default=5e-2, gt=0)
+    branch_lr: float = Field(default=2.5e-4, gt=0)
     eta_min_ratio: float = Field(default=1e-3, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
     normalise_loss: bool = Field(default=False, description="divide each loss by its own value")
@@ -193,7 +199,13 @@ class Reconstruct(_Stage):
     train_clip: bool = True
     train_levels: bool = Field(default=False, description="also what a table format's numbers depend on")
     level_lr: float = Field(default=1e-3, gt=0)
+    train_branch: bool = Field(default=False, description="needs quantize.low_rank")
     loss: Literal["token_weighted", "mse"] = "token_weighted"
+    temporal_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="γ of the divergence of frame similarities that is added to it (Q-VDiT)",
+    )
     lambda_min: float = Field(
         default=0.5, gt=0, description="weight of the token that receives least attention"
     )
@@ -260,6 +272,24 @@ class Recipe(_Stage):
                 check_trained_levels(self.quantize.weight_format)
             except AttarError as error:
                 raise ValueError(f"{error.what}. {error.fix}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _branch_fits(self) -> Recipe:
+        branch = self.quantize.low_rank
+        if branch is not None:
+            try:
+                LowRankSettings(**branch.model_dump())
+            except AttarError as error:
+                raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
+        trained = self.reconstruct is not None and self.reconstruct.train_branch
+        if branch is None and trained:
+            raise ValueError("reconstruct.train_branch needs a branch, quantize.low_rank")
+        if branch is not None and branch.start == "zero" and not trained:
+            raise ValueError("a branch that starts at zero needs reconstruct.train_branch")
+        if branch is not None and not branch.subtract and self.rounding.method == "gptq":
+            # GPTQ makes other errors than those that the branch has learned to undo
+            raise ValueError("a branch that is not subtracted needs rounding.method nearest")
         return self
 
     @property

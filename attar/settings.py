@@ -39,14 +39,15 @@ def block_settings(recipe: Recipe) -> BlockSettings:
     if r is not None and r.epochs:
         learning = ReconstructionSettings(
             epochs=r.epochs, batch_size=r.batch_size, transform_lr=r.transform_lr, clip_lr=r.clip_lr,
-            eta_min_ratio=r.eta_min_ratio, weight_decay=r.weight_decay, normalise_loss=r.normalise_loss,
-            level_lr=r.level_lr,
+            branch_lr=r.branch_lr, level_lr=r.level_lr, eta_min_ratio=r.eta_min_ratio, weight_decay=r.weight_decay,
+            normalise_loss=r.normalise_loss,
         )  # fmt: skip
     return BlockSettings(
         transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip,
         clip_start=q.clip_start, stats_ema=q.stats_ema, learning=learning,
         train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
         train_clip=r is not None and r.train_clip, train_levels=r is not None and r.train_levels,
+        train_branch=r is not None and r.train_branch,
         low_rank=None if q.low_rank is None else LowRankSettings(**q.low_rank.model_dump()),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
     )  # fmt: skip

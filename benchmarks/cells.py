@@ -56,7 +56,11 @@ class Study:
 LATER = {
     "select": {"neighbour": "next", "normalise": "min_max"},
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int", "rotation_threshold": 1.0},
-    "reconstruct": {"lambda_over": "joint", "train_levels": False, "level_lr": 1e-3},
+    "quantize.low_rank": {"subtract": True},
+    "reconstruct": {
+        **{"lambda_over": "joint", "train_levels": False, "level_lr": 1e-3},
+        **{"temporal_weight": 0.0, "train_branch": False, "branch_lr": 2.5e-4},
+    },
 }
 
 
@@ -64,9 +68,13 @@ def digest(recipe: Recipe, *without: str) -> str:
     """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
     unsaid = {"name", "summary", "notes", "paper", *without}
     content = recipe.model_dump(exclude=unsaid, exclude_none=True)
-    for stage, former in LATER.items():
-        if stage in content:
-            content[stage] = {k: v for k, v in content[stage].items() if k not in former or v != former[k]}
+    for path, former in LATER.items():
+        *parents, stage = path.split(".")
+        inside = content
+        for parent in parents:
+            inside = inside.get(parent, {})
+        if stage in inside:
+            inside[stage] = {k: v for k, v in inside[stage].items() if k not in former or v != former[k]}
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -306,6 +314,37 @@ FORMATS = (
     _formats(4, ("nf4", "power", "residual", "lloyd"), ("power", "lloyd"), "power"),
 )
 
+# The rate of a branch times the number of steps stays that of q-vdit.
+BRANCH = {"reconstruct.train_branch": True, "reconstruct.branch_lr": 7.5e-4}
+QVDIT = {**FEW_EPOCHS, "reconstruct.branch_lr": 7.5e-4}
+NO_TQE = {"quantize.low_rank": None, "reconstruct.train_branch": False}
+NO_TMD = {"reconstruct.temporal_weight": 0}
+TMD = {"reconstruct.temporal_weight": 100}
+TQE = {**BRANCH, "quantize.low_rank": {"rank": 1, "start": "zero", "subtract": False}}
+SYSTEMS = Study(
+    "systems",
+    "What do the parts of Q-VDiT and ViDiT-Q give, alone and on top of learned transforms? (5 epochs)",
+    ((4, 6), (3, 6)),
+    (
+        Method("Q-VDiT without TMD and TQE", "q-vdit", {**FEW_EPOCHS, **NO_TQE, **NO_TMD}),
+        Method("Q-VDiT without TMD", "q-vdit", {**QVDIT, **NO_TMD}),
+        Method("Q-VDiT without TQE", "q-vdit", {**FEW_EPOCHS, **NO_TQE}),
+        Method("Q-VDiT", "q-vdit", QVDIT),
+        Method("Q-VDiT, γ = 10,000", "q-vdit", {**QVDIT, "reconstruct.temporal_weight": 10_000}),
+        Method("ViDiT-Q", "vidit-q"),
+        Method("ViDiT-Q without rotation", "vidit-q", {"quantize.rotation": "none"}),
+        Method("ViDiT-Q without scale", "vidit-q", {"quantize.scale": False}),
+        Method("learned base", "learned-base", FEW_EPOCHS),
+        Method("learned base + TMD", "learned-base", {**FEW_EPOCHS, **TMD}),
+        Method("learned base + TQE", "learned-base", {**FEW_EPOCHS, **TQE}),
+        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq + TMD", "attar-ptq", TMD),
+        Method("attar-ptq + a trained branch", "attar-ptq", {**BRANCH, "quantize.low_rank.rank": 1}),
+    ),
+    prompts=0,
+    needs="temporal",
+)
+
 LEADERBOARD = Study(
     "leaderboard",
     "Which system keeps the model's videos, at which size?",
@@ -325,6 +364,6 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, LEADERBOARD, LRQ_DIT, *FORMATS),
+        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, LEADERBOARD),
     )
 }

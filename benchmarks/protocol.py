@@ -16,6 +16,7 @@ from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline
 from attar.evaluate.fidelity import latent_error, psnr, ssim
 from attar.evaluate.frechet import frechet_distance
+from attar.losses import temporal_distillation
 from attar.models.adapter import ModelAdapter, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
@@ -149,6 +150,8 @@ class Bench:
                 found.masses.append(masses)
                 calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]
         self.outputs = [block.outputs for block in adapter.blocks]
+        self.video = [adapter.main_stream(block) for block in adapter.blocks]
+        self.frames = adapter.token_grid(chosen[0][0]).frames
         return found
 
     def reference(self, prompts: int) -> Reference:
@@ -171,8 +174,10 @@ class Bench:
         """Held-out error of every block, relative to the block's own update, on full-precision inputs.
 
         Over all tokens, over the tenth of them that receives most attention, and over the half that receives least.
+        Beside them the divergence of the frames' similarities, Q-VDiT's temporal loss.
         """
-        found: dict[str, list[float]] = {"block_errors": [], "most_attended": [], "least_attended": []}
+        names = ("block_errors", "most_attended", "least_attended", "temporal")
+        found: dict[str, list[float]] = {name: [] for name in names}
         held = self.held_out
         for k, block in enumerate(ModelAdapter.of(transformer).blocks):
             rows = []
@@ -186,12 +191,13 @@ class Bench:
                     "most_attended": order[:, : max(1, count // 10)],
                     "least_attended": order[:, count - count // 2 :],
                 }
-                rows.append(
-                    {
-                        n: (error.gather(1, p).sum() / update.gather(1, p).sum()).item()
-                        for n, p in places.items()
-                    }
-                )
+                row = {
+                    n: (error.gather(1, p).sum() / update.gather(1, p).sum()).item()
+                    for n, p in places.items()
+                }
+                video = self.video[k]
+                temporal = temporal_distillation(made[video], target[video], self.frames)
+                rows.append({**row, "temporal": temporal.item()})
             for name, errors in found.items():
                 errors.append(sum(row[name] for row in rows) / len(rows))
         return found

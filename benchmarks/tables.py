@@ -70,7 +70,7 @@ def _study(study: Study, cells: dict[str, Any]) -> str:
             f"{_over(seeds, _mean('psnr'), 2)} | {_over(seeds, _mean('ssim'), 4)} | {_accuracy(seeds)} | "
             f"{_over(seeds, lambda c: c.get('calibration_cpu_seconds'), 0)} |"
         )
-    lines += _differences(study, rows) + _chosen(study, rows)
+    lines += _differences(study, rows) + _chosen(study, rows) + _temporal(study, rows)
     return "\n".join(lines) + "\n"
 
 
@@ -126,6 +126,24 @@ def _differences(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> l
             continue
         changes = [_change([(reference[s], found[s]) for s in seeds], tokens) for tokens in TOKENS]
         lines.append(f"| {name} | {' | '.join(changes)} |")
+    return lines
+
+
+def _temporal(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list[str]:
+    """How far the frames' similarities are from full precision's."""
+    if study.needs != "temporal":
+        return []
+    lines = [
+        "\nDivergence of the frames' similarities on held-out samples, times a million (Q-VDiT's temporal loss), mean "
+        "over blocks:\n",
+        "| bits | method | divergence |",
+        "|---|---|---|",
+    ]
+    for bits, name, found in rows:
+        values = _over(
+            [found[s] for s in sorted(found)], lambda c: 1e6 * sum(c["temporal"]) / len(c["temporal"]), 1
+        )
+        lines.append(f"| {bits} | {name} | {values} |")
     return lines
 
 

@@ -1,6 +1,8 @@
-"""Losses: plain functions of tensors."""
+"""Losses: plain functions of tensors, and what a block minimises, put together from them."""
 
+from attar.losses.block import BlockLoss, TemporalTerm
 from attar.losses.reconstruction import mse, relative_error
+from attar.losses.temporal import frame_similarity, similarity_divergence, temporal_distillation
 from attar.losses.token_weighted import (
     joint_token_weights,
     mass_concentration,
@@ -11,11 +13,16 @@ from attar.losses.token_weighted import (
 )
 
 __all__ = [
+    "BlockLoss",
+    "TemporalTerm",
+    "frame_similarity",
     "joint_token_weights",
     "mass_concentration",
     "mse",
     "relative_error",
+    "similarity_divergence",
     "streams_token_weighted_mse",
+    "temporal_distillation",
     "token_weighted_mse",
     "token_weights",
     "weight_percentiles",

@@ -205,6 +205,10 @@ class ModelAdapter:
         """The segment that holds the block."""
         return next(segment for segment in self.segments if any(b is block for b in segment))
 
+    def main_stream(self, block: Block) -> str:
+        """The stream whose tokens are the grid; where there is another, it holds the text."""
+        return next((name for name in block.streams if name not in SECOND_STREAM), block.streams[0])
+
     def joint_order(self, block: Block) -> tuple[str, ...]:
         """Order of the streams in the block's joint attention sequence, e.g. ("encoder_hidden_states",
         "hidden_states") for CogVideoX; ("hidden_states",) where attention is over one stream.

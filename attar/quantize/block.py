@@ -53,6 +53,7 @@ class BlockSettings:
     train_rotation: bool = True
     train_clip: bool = True
     train_levels: bool = False
+    train_branch: bool = False
     gptq_damping: float | None = None
     gptq_block: int = 128
     low_rank: LowRankSettings | None = None
@@ -198,7 +199,7 @@ def wrap_linears(
         replace_module(module, name, layer)
         layers[name] = layer
     if settings.low_rank is not None:
-        _start_branches(layers, plans, run, calls, settings.low_rank)
+        _start_branches(layers, plans, run, calls, settings.low_rank, seed)
     return layers
 
 
@@ -224,11 +225,13 @@ def _start_branches(
     run: Callable[[Any], Streams],
     calls: Sequence[Any],
     settings: LowRankSettings,
+    seed: str,
 ) -> None:
     chosen = {name: layer for name, layer in layers.items() if plans[name].low_rank}
     moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
     for name, layer in chosen.items():
-        start_branch(layer, settings, moments.pop(name, None))
+        generator = torch.Generator().manual_seed(_number(seed, name, "branch"))
+        start_branch(layer, settings, moments.pop(name, None), generator)
 
 
 def _gptq_codes(
@@ -270,10 +273,14 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
         for p in t.parameters()
     }
     wanted = {True: settings.train_scale, False: settings.train_rotation}
+    branches = groups["branch"] if settings.train_branch else []
+    for parameter in branches:
+        parameter.requires_grad_()
     return {
         "transform": [p for p in groups["transform"] if wanted[id(p) in scales]],
         "clip": groups["clip"] if settings.train_clip else [],
         "levels": groups["levels"],
+        "branch": branches,
     }
 
 

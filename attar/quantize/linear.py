@@ -103,6 +103,7 @@ class QuantizedLinear(nn.Module):
             self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
         self.weight_quant, self.act_quant = True, act_bits is not None
         self.branch_in = self.branch_out = None
+        self.branch_subtracted = True
         self.table = None  # the parameters that its levels depend on
         self._frozen: _Frozen | None = None
         self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
@@ -137,11 +138,11 @@ class QuantizedLinear(nn.Module):
         baked = [transform.bake() for transform in self.transforms]  # type: ignore[operator]
         return restore_weight(baked, rows).to(rows.dtype)
 
-    def set_branch(self, down: Tensor, up: Tensor) -> None:
+    def set_branch(self, down: Tensor, up: Tensor, subtract: bool = True) -> None:
         """Puts the branch y += (x Aᵀ) Bᵀ beside the layer; what is quantized from now on is W - B A.
 
         down A: (rank, in), up B: (out, rank), on the layer's input as it comes. They are kept in the dtype of the
-        weight, in which they will be deployed.
+        weight, in which they will be deployed. subtract: False quantizes W whatever the branch is.
         """
         rank = down.shape[0]
         if down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
@@ -152,6 +153,7 @@ class QuantizedLinear(nn.Module):
         self.branch_in, self.branch_out = (
             nn.Parameter(t.detach().to(self.weight.dtype), requires_grad=False) for t in (down, up)
         )
+        self.branch_subtracted = subtract
         self._cache = None
 
     # ------------------------------------------------------------------------------------------ learning
@@ -185,6 +187,10 @@ class QuantizedLinear(nn.Module):
         """What the levels of a table depend on, where that is trained."""
         return [] if self.table is None or not self.table.requires_grad else [self.table]
 
+    def branch_parameters(self) -> list[nn.Parameter]:
+        """A and B of the low-rank branch."""
+        return [p for p in (self.branch_in, self.branch_out) if p is not None]
+
     def _evaluated(self) -> tuple[list[Matrices], Tensor]:
         """The transforms' matrices and the (fake-quantized) weight W̃, evaluated once in a forward pass.
 
@@ -208,9 +214,7 @@ class QuantizedLinear(nn.Module):
         return fake_quantize_weight(weight, self.weight_bits, clip, self.group_size, self.number, self.levels)
 
     def _transformed_weight(self, matrices: list[Matrices]) -> Tensor:
-        weight = wide(self.weight)
-        if self.branch_in is not None and self.branch_out is not None:
-            weight = weight - wide(self.branch_out) @ wide(self.branch_in)
+        weight = self._rest(wide(self.weight))
         for transform, m in zip(self.transforms, matrices, strict=True):
             weight = transform.weight_side(weight, m)  # type: ignore[operator]
         return weight
@@ -225,9 +229,25 @@ class QuantizedLinear(nn.Module):
         """The quantized input y times the weight, and the branch on the input x as it came; in x's dtype."""
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         z = F.linear(y, weight, bias).to(x.dtype)
-        if self.branch_in is None or self.branch_out is None:
+        branch = self._branch()
+        if branch is None:
             return z
-        return z + F.linear(F.linear(x, self.branch_in.to(x.dtype)), self.branch_out.to(x.dtype))
+        down, up = (part.to(x.dtype) for part in branch)
+        return z + F.linear(F.linear(x, down), up)
+
+    def _branch(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of the low-rank branch, if there is one."""
+        return (
+            None if self.branch_in is None or self.branch_out is None else (self.branch_in, self.branch_out)
+        )
+
+    def _rest(self, weight: Tensor) -> Tensor:
+        """What of the weight is quantized: W - B A, or W where the branch is not subtracted."""
+        branch = self._branch()
+        if branch is None or not self.branch_subtracted:
+            return weight
+        down, up = (part.to(weight.dtype) for part in branch)
+        return weight - up @ down
 
     def _weight_clip(self) -> Tensor | None:
         return None if self.weight_clip_logit is None else self.weight_clip_logit.sigmoid()
@@ -245,10 +265,7 @@ class QuantizedLinear(nn.Module):
         clamps W̃ to its learned range. These are GPTQ's arguments: its scales must stay those of the clipping.
         """
         transforms = self._baked_transforms()
-        weight: Tensor = self.weight
-        if self.branch_in is not None and self.branch_out is not None:
-            weight = weight.double() - self.branch_out.double() @ self.branch_in.double()
-        weight = transform_weight(transforms, weight).float()
+        weight = transform_weight(transforms, self._rest(self.weight.double())).float()
         clip = self._weight_clip()
         scale = self._quantize(weight)[1]
         return (clip_weight(weight, clip, self.group_size) if clipped else weight), scale
@@ -276,10 +293,7 @@ class QuantizedLinear(nn.Module):
         numbers = decode(codes.unflatten(1, (scale.shape[1], -1)), self.number, self.weight_bits, self.levels)
         fake = (numbers * scale.unsqueeze(-1)).flatten(1)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
-        branch = None
-        if self.branch_in is not None and self.branch_out is not None:
-            branch = (self.branch_in, self.branch_out)
-        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), branch)
+        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch())
         self._cache = None
 
     def unfreeze(self) -> None:
@@ -334,12 +348,13 @@ class QuantizedLinear(nn.Module):
 
 
 def parameter_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of all QuantizedLinears among `layers`, as {"transform": […], "clip": […], "levels": […]}."""
+    """Parameters of all QuantizedLinears among `layers`: {"transform", "clip", "levels", "branch": […]}."""
     found = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     return {
         "transform": [p for layer in found for p in layer.transform_parameters()],
         "clip": [p for layer in found for p in layer.clip_parameters()],
         "levels": [p for layer in found for p in layer.level_parameters()],
+        "branch": [p for layer in found for p in layer.branch_parameters()],
     }
 
 

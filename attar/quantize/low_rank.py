@@ -1,4 +1,4 @@
-"""A low-rank branch in high precision beside a quantized weight: W ≈ B A + Q(W - B A)."""
+"""A low-rank branch in high precision beside a quantized weight: W ≈ B A + Q(W - B A), or B A + Q(W)."""
 
 from __future__ import annotations
 
@@ -17,49 +17,68 @@ class LowRankSettings:
     """How a branch starts.
 
     rank: of B A. start: "weight" takes the leading part of W itself and quantizes the rest (SVDQuant, arXiv
-    2411.05007); "error" quantizes W first and takes the leading part of what is lost (LoftQ, arXiv 2310.08659).
-    iterations: times that the branch is taken anew from W - Q(W - B A); the best of all is kept. metric: what "leading"
-    and "best" mean, "weight": the squared error of the weight; "output": that of the layer's output on the calibration
-    inputs, whose optimum is the SVD of the error times the square root of their second moment.
+    2411.05007); "error" quantizes W first and takes the leading part of what is lost (LoftQ, arXiv 2310.08659); "zero"
+    has random A and B = 0, for a branch that is trained (Q-VDiT, arXiv 2505.22167).
+    subtract: whether the quantized weight is W - B A, or W, to which the branch is an estimate of the error (Q-VDiT).
+    iterations: times that the branch is taken anew from W - Q(W - B A); the best of all is kept; with `subtract` only,
+    since Q(W) does not change. metric: what "leading" and "best" mean, "weight": the squared error of the weight;
+    "output": that of the layer's output on the calibration inputs, whose optimum is the SVD of the error times the
+    square root of their second moment.
     """
 
     rank: int = 32
     start: str = "weight"
     iterations: int = 1
     metric: str = "weight"
+    subtract: bool = True
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.iterations < 0:
             raise AttarError(f"a branch cannot have rank {self.rank} and {self.iterations} iterations")
-        if self.start not in ("weight", "error") or self.metric not in ("weight", "output"):
+        if self.start not in ("weight", "error", "zero") or self.metric not in ("weight", "output"):
             raise AttarError(f"a branch knows no start {self.start!r} with the metric {self.metric!r}")
+        if self.start == "weight" and not self.subtract:
+            raise AttarError(
+                "a branch that is part of the weight must be subtracted from it",
+                fix="Use the start error or zero",
+            )
 
 
 @torch.no_grad()
 def start_branch(
-    layer: QuantizedLinear, settings: LowRankSettings, moment: Tensor | None = None
+    layer: QuantizedLinear,
+    settings: LowRankSettings,
+    moment: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[float]:
     """Gives the layer its branch; returns the relative squared error of every candidate, in the order of iterations.
 
-    moment: (in, in), the mean of x̃ᵀx̃ over the layer's transformed inputs, for the metric "output".
-    Everything is computed in the transformed basis, in which the layer quantizes, with the quantizer as it is now.
+    moment: (in, in), the mean of x̃ᵀx̃ over the layer's transformed inputs, for the metric "output". generator: of the
+    random start (CPU), which has no candidates.
+    Everything else is computed in the transformed basis, in which the layer quantizes, with the quantizer as it is now.
     Raises AttarError when the rank exceeds the layer's width, or there is no moment.
     """
     weight = layer.transformed_weight()  # (out, in)
     if settings.rank > min(weight.shape):
         raise AttarError(f"a branch of rank {settings.rank} does not fit {tuple(weight.shape)}")
+    if settings.start == "zero":
+        bound = layer.in_features**-0.5  # Kaiming's uniform, as for LoRA's A
+        down = torch.empty(settings.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        up = weight.new_zeros(layer.out_features, settings.rank)
+        layer.set_branch(down.to(weight.device), up, settings.subtract)
+        return []
     root, back = _whitening(settings, moment)
     size = _norm(weight if root is None else weight @ root)
     candidates: list[tuple[float, Tensor, Tensor]] = []
     rest = weight if settings.start == "weight" else weight - layer.rounded(weight)
-    for _ in range(1 + settings.iterations):
+    for _ in range(1 + settings.iterations * settings.subtract):
         up, down = _leading(rest, settings.rank, root, back)
-        quantized = layer.rounded(weight - up @ down)
+        quantized = layer.rounded(weight - up @ down if settings.subtract else weight)
         error = weight - quantized - up @ down
         candidates.append((_norm(error if root is None else error @ root) / size, up, down))
         rest = weight - quantized
     _, up, down = min(candidates, key=lambda found: found[0])
-    layer.set_branch(layer.to_original(down), up)
+    layer.set_branch(layer.to_original(down), up, settings.subtract)
     return [error for error, _, _ in candidates]
 
 

@@ -22,8 +22,9 @@ class ReconstructionSettings:
     """Schedule of block reconstruction, S²Q-VDiT's by default (batch size and decay are ours).
 
     epochs: passes over the calibration set. batch_size: calls of one step, concatenated along the batch axis.
-    transform_lr, clip_lr, level_lr: AdamW learning rates of scales and rotations, of clipping factors, and of the
-    parameters of tables; all fall along a cosine to lr · eta_min_ratio. weight_decay: of the transforms, whose
+    transform_lr, clip_lr, level_lr, branch_lr: AdamW learning rates of scales and rotations, of clipping factors, of
+    the parameters of tables, and of low-rank branches; all fall along a cosine to lr · eta_min_ratio. weight_decay: of
+    the transforms, whose
     parameters are deviations from their start; the others never decay. normalise_loss: divide each loss by its own
     detached value, so that every sample gives a gradient of unit scale (FlatQuant).
     """
@@ -32,6 +33,7 @@ class ReconstructionSettings:
     batch_size: int = 1
     transform_lr: float = 5e-3
     clip_lr: float = 5e-2
+    branch_lr: float = 2.5e-4
     eta_min_ratio: float = 1e-3
     weight_decay: float = 0.01
     normalise_loss: bool = False
@@ -80,7 +82,7 @@ def reconstruct_block(
 
     run: the quantized block on one call, giving its output streams. calls, targets: samples and the
     full-precision outputs; contexts: what the loss gets beside them, e.g. token weights (stream → (B, N)),
-    or nothing. groups: "transform", "clip" and "levels" parameters. generator: of the order of samples (CPU).
+    or nothing. groups: "transform", "clip", "levels" and "branch" parameters. generator: of the order of samples (CPU).
     validation: held-out calls, targets and contexts, only measured. progress: called with (epoch, step,
     loss) after every step.
 
@@ -93,9 +95,10 @@ def reconstruct_block(
     """
     samples = _samples(calls, targets, contexts)
     held_out = None if validation is None else _samples(*validation)
-    unknown = set(groups) - {"transform", "clip", "levels"}
+    unknown = set(groups) - {"transform", "clip", "levels", "branch"}
     if unknown:
-        raise AttarError(f"unknown parameter groups {sorted(unknown)}", fix="Use transform, clip and levels")
+        fix = "Use transform, clip, levels and branch"
+        raise AttarError(f"unknown parameter groups {sorted(unknown)}", fix=fix)
     parameters = [p for group in groups.values() for p in group]
     ranks.same_(parameters)
 
@@ -201,6 +204,7 @@ def _optimizer(
         "transform": {"lr": settings.transform_lr, "weight_decay": settings.weight_decay},
         "clip": {"lr": settings.clip_lr, "weight_decay": 0.0},
         "levels": {"lr": settings.level_lr, "weight_decay": 0.0},
+        "branch": {"lr": settings.branch_lr, "weight_decay": 0.0},
     }
     optimizer = torch.optim.AdamW(
         [{"params": list(group), **options[name]} for name, group in groups.items() if len(group)], fused=True

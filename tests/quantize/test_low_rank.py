@@ -125,5 +125,7 @@ def test_what_cannot_be():
         start_branch(layer, LowRankSettings(rank=25))
     with pytest.raises(AttarError, match="needs calibration inputs"):
         start_branch(layer, LowRankSettings(rank=2, metric="output"))
-    with pytest.raises(AttarError, match="no start 'zero'"):
-        LowRankSettings(start="zero")
+    with pytest.raises(AttarError, match="no start 'ones'"):
+        LowRankSettings(start="ones")
+    with pytest.raises(AttarError, match="must be subtracted"):
+        LowRankSettings(subtract=False)

@@ -141,7 +141,7 @@ def test_clipping_starts_at_0_982_and_learns():
     assert layer.weight.grad is None and layer.bias.grad is None
     assert QuantizedLinear(make_linear(), 4, None).act_clip_logit is None
     plain = QuantizedLinear(make_linear(), 4, 4, weight_clip=False, act_clip=False)
-    assert parameter_groups([plain]) == {"transform": [], "clip": [], "levels": []}
+    assert parameter_groups([plain]) == {"transform": [], "clip": [], "levels": [], "branch": []}
 
 
 def test_evaluation_cache_follows_every_change_of_a_parameter():
