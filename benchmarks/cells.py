@@ -17,11 +17,12 @@ from attar.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table: a recipe with overrides."""
+    """A row of a table: a recipe with overrides. least: bits of weights below which it does not exist."""
 
     name: str
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    least: int = 1
 
     def resolve(self, bits: tuple[int, int]) -> Recipe:
         """The recipe at (weights, acts) bits."""
@@ -50,6 +51,10 @@ class Study:
     prompts: int = 24
     outliers: bool = False
     needs: str = "block_errors"
+
+    def at(self, bits: tuple[int, int]) -> list[Method]:
+        """The methods that exist at these bits."""
+        return [method for method in self.methods if bits[0] >= method.least]
 
 
 # Settings that are younger than the first cells: at these values a recipe does what it did before it had them.
@@ -85,7 +90,7 @@ def _names() -> dict[str, list[tuple[str, str, tuple[int, int]]]]:
     found: dict[str, list[tuple[str, str, tuple[int, int]]]] = {}
     for study in STUDIES.values():
         for bits in study.bits:
-            for method in study.methods:
+            for method in study.at(bits):
                 place = (study.name, method.name, bits)
                 found.setdefault(f"{digest(method.resolve(bits))}-{study.outliers}", []).append(place)
     return found
@@ -356,7 +361,7 @@ LEADERBOARD = Study(
         Method("svdquant", "svdquant"),
         Method("vidit-q", "vidit-q"),
         Method("q-vdit", "q-vdit"),
-        Method("lrq-dit", "lrq-dit"),
+        Method("lrq-dit", "lrq-dit", least=3),
         Method("s2q-vdit", "s2q-vdit"),
         Method("attar-ptq", "attar-ptq"),
         Method("attar-mixed", "attar-mixed"),

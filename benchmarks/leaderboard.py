@@ -96,7 +96,7 @@ def rows_of(cells: dict[str, Any]) -> list[Row]:
     found = []
     for bits in LEADERBOARD.bits:
         some = []
-        for method in LEADERBOARD.methods:
+        for method in LEADERBOARD.at(bits):
             known = (find_cell(cells, LEADERBOARD, method, bits, seed) for seed in seeds_of(cells))
             kept = tuple(cell for cell in known if cell is not None)
             if kept:

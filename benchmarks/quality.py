@@ -123,7 +123,7 @@ def _cells(
     for study in (STUDIES[name] for name in studies):
         for bits in study.bits:
             if wanted is None or bits in wanted:
-                for method in study.methods:
+                for method in study.at(bits):
                     if not only or any(part in method.name for part in only):
                         yield study, bits, method
 

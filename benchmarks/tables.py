@@ -49,7 +49,7 @@ def write_tables(results: dict[str, Any], path: Path) -> str:
 def _study(study: Study, cells: dict[str, Any]) -> str:
     rows = []
     for bits in study.bits:
-        for method in study.methods:
+        for method in study.at(bits):
             cell = {seed: find_cell(cells, study, method, bits, seed) for seed in seeds_of(cells)}
             found = {seed: c for seed, c in cell.items() if c is not None}
             if found:
