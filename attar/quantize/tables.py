@@ -187,7 +187,10 @@ def _for_rows(start: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int],
 
 
 def _lloyd(rows: Tensor, bits: int) -> Tensor:
-    """Free levels, from the quantiles of the rows and from every other table of so many bits."""
+    """Free levels, from the quantiles of the rows and from every other table of so many bits.
+
+    Where twin_log is among them, whose search is over all rows, rows depend on each other a little.
+    """
     others = [name for name, t in TABLES.items() if bits in t.bits and name not in ("lloyd", "power")]
     starts = [fit_levels(name, rows[:, None], bits).flatten(0, 1) for name in others]
     if bits in TABLES["power"].bits:  # with each row's own exponent, so that rows do not depend on each other

@@ -25,8 +25,10 @@ from attar.quantize.transforms import LearnedKronecker
 from attar.runtime.formats import check_levels, decode, encode
 
 PER_ROW = [(name, bits) for name, table in TABLES.items() if table.per_row for bits in table.bits]
-# An absolute one searches what its rows share (twin_log its offset), and is tested in tests/systems/test_lrq_dit.py.
-APART = [kind for kind in PER_ROW if not TABLES[kind[0]].absolute]
+# An absolute one searches what its rows share (twin_log its offset); lloyd starts from such tables too, where they exist.
+SHARING = {name: table.bits for name, table in TABLES.items() if table.absolute}
+SHARING["lloyd"] = tuple({bits for some in SHARING.values() for bits in some})
+APART = [kind for kind in PER_ROW if kind[1] not in SHARING.get(kind[0], ())]
 TRAINED = [(name, min(table.bits[-1], 3)) for name, table in TABLES.items() if table.levels is not None]
 
 
