@@ -25,7 +25,7 @@ from attar.quantize.transforms import LearnedKronecker
 from attar.runtime.formats import check_levels, decode, encode
 
 PER_ROW = [(name, bits) for name, table in TABLES.items() if table.per_row for bits in table.bits]
-# An absolute one searches what its rows share (twin_log its offset); lloyd starts from such tables too, where they exist.
+# An absolute one searches what its rows share (twin_log its offset); lloyd starts from such tables too.
 SHARING = {name: table.bits for name, table in TABLES.items() if table.absolute}
 SHARING["lloyd"] = tuple({bits for some in SHARING.values() for bits in some})
 APART = [kind for kind in PER_ROW if kind[1] not in SHARING.get(kind[0], ())]
