@@ -12,6 +12,7 @@ same beside the plot of quality against size, with the peers of `python -m bench
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -113,64 +114,98 @@ def _ratio(components: dict[str, Any], recipe: Recipe) -> float:
     return sum(s.packed for s in sizes) / sum(s.dense for s in sizes)
 
 
-def peers(path: Path = PEERS) -> list[Point]:
-    """Other libraries, at their size against bfloat16; what is only simulated has none."""
+@dataclass(frozen=True)
+class Peer:
+    """Another library's row: one seed, the same prompts and noise. ratio: None where it only simulates."""
+
+    name: str
+    ratio: float | None
+    row: dict[str, Any]
+
+    def figures(self) -> list[str]:
+        """In the order of COLUMNS."""
+        right, full = self.row["accuracy"]["all"], self.row["reference_accuracy"]["all"]
+        return [
+            f"{self.name} ({self.row['version']})", "1", "simulated" if self.ratio is None else f"{self.ratio:.3f}×",
+            f"{self.row['psnr']:.2f}", f"{self.row['ssim']:.4f}", "–", "–", "–",
+            f"{100 * right:.1f} ({100 * full:.1f})", f"{self.row['seconds_to_quantize']:.0f}",
+        ]  # fmt: skip
+
+
+def peers(path: Path = PEERS) -> list[Peer]:
+    """The libraries that could be measured, the best PSNR first; not full precision, nor attar itself."""
     rows = load(path, "quality")["quality"]
     whole = rows.get("bf16", {}).get("bytes")
-    return [
-        Point(row["bytes"] / whole, row["psnr"], name, "other libraries")
+    found = [
+        Peer(name, row["bytes"] / whole if whole and row.get("bytes") else None, row)
         for name, row in rows.items()
-        if whole
-        and row.get("bytes")
-        and "psnr" in row
-        and name not in ("fp32", "bf16")
-        and "attar" not in name
+        if "psnr" in row and not name.startswith(("fp32", "bf16", "attar"))
     ]
+    return sorted(found, key=lambda peer: -peer.row["psnr"])
 
 
-def plot(rows: list[Row], others: list[Point]) -> str:
+def plot(rows: list[Row], others: list[Peer]) -> str:
     """Quality against size as an SVG."""
     points = [Point(row.ratio, row.psnr, f"{row.system} {row.bits}", row.system) for row in rows]
-    return scatter(points + others, "Quality against size", "linears against bfloat16", "PSNR, dB")
+    points += [
+        Point(p.ratio, p.row["psnr"], p.name, "other libraries") for p in others if p.ratio is not None
+    ]
+    return scatter(points, "Quality against size", "linears against bfloat16", "PSNR, dB")
 
 
-def markdown(rows: list[Row]) -> str:
+def sections(rows: list[Row], others: list[Peer]) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows of figures) of every table."""
+    found = [
+        (bits, [row.figures() for row in rows if row.bits == bits])
+        for bits in dict.fromkeys(row.bits for row in rows)
+    ]
+    if others:
+        found.append(("Other libraries, at their own formats", [peer.figures() for peer in others]))
+    return found
+
+
+def markdown(rows: list[Row], others: list[Peer]) -> str:
     """The page for reading."""
     lines = ["# Leaderboard: digits-video", "", INTRO, "![Quality against size](images/leaderboard.svg)", ""]
-    for bits in dict.fromkeys(row.bits for row in rows):
-        lines += [f"## {bits}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        lines += [f"| {' | '.join(row.figures())} |" for row in rows if row.bits == bits]
+    for title, table in sections(rows, others):
+        lines += [f"## {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [f"| {' | '.join(figures)} |" for figures in table]
         lines.append("")
     return "\n".join(lines)
 
 
-def page(rows: list[Row], picture: str) -> str:
+def page(rows: list[Row], others: list[Peer], picture: str) -> str:
     """The same as one self-contained HTML page."""
+    said, _, meanings = INTRO.replace("`", "").partition("\n\n")
+    items = (item.replace("\n", " ") for item in meanings.strip().removeprefix("- ").split("\n- "))
+    legend = "".join(f"<li>{_bold(escape(item))}</li>" for item in items)
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>attar leaderboard</title>",
         "<style>body{font:15px system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}"
         "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .7em;text-align:right;"
         "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
         "svg{max-width:100%;height:auto}</style>",
-        f"<h1>Leaderboard: digits-video</h1>{picture}",
+        f"<h1>Leaderboard: digits-video</h1><p>{escape(said)}</p><ul>{legend}</ul>{picture}",
     ]
-    for bits in dict.fromkeys(row.bits for row in rows):
-        head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-        parts.append(f"<h2>{bits}</h2><table><tr>{head}</tr>")
-        for row in rows:
-            if row.bits == bits:
-                parts.append("<tr>" + "".join(f"<td>{escape(f)}</td>" for f in row.figures()) + "</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    for title, table in sections(rows, others):
+        parts.append(f"<h2>{escape(title)}</h2><table><tr>{head}</tr>")
+        parts += ["<tr>" + "".join(f"<td>{escape(f)}</td>" for f in figures) + "</tr>" for figures in table]
         parts.append("</table>")
     return "".join(parts) + "</html>\n"
 
 
-def write_pages(rows: list[Row], others: list[Point], folder: Path = DOCS) -> str:
+def _bold(text: str) -> str:
+    return re.sub(r"[*][*](.+?)[*][*]", r"<b>\1</b>", text)
+
+
+def write_pages(rows: list[Row], others: list[Peer], folder: Path = DOCS) -> str:
     """docs/leaderboard.md, .html and the picture; returns the first. Raises ValueError when there is no row."""
     picture = plot(rows, others)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "images" / "leaderboard.svg").write_text(picture, encoding="utf-8")
-    (folder / "leaderboard.html").write_text(page(rows, picture), encoding="utf-8")
-    text = markdown(rows)
+    (folder / "leaderboard.html").write_text(page(rows, others, picture), encoding="utf-8")
+    text = markdown(rows, others)
     (folder / "leaderboard.md").write_text(text, encoding="utf-8")
     return text
 
