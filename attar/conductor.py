@@ -32,9 +32,10 @@ from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.planning import Plans, plan_components, with_plan, with_widths
 from attar.progress import Progress, SilentProgress
-from attar.recipe import DEFAULT_RECIPE, Recipe, Trace, load_recipe
+from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.transformers_integration import mark_text_encoder
+from attar.stages import Trace
 from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 

@@ -20,8 +20,9 @@ from attar.progress import Progress
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, fitting_group, forecast
-from attar.recipe import Recipe, TextEncoder
+from attar.recipe import Recipe
 from attar.runtime.layers import packed_layers
+from attar.stages import TextEncoder
 from attar.stored import block_file, read_layers, restore_block, save_block
 from attar.workspace import Workspace
 

@@ -1,0 +1,244 @@
+"""The stages of a recipe: every setting with its default, its bounds and what it means."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from attar.budget.amount import Budget
+from attar.calibration.score import FEATURES
+from attar.calibration.select import POLICIES
+from attar.errors import AttarError
+from attar.quantize.tables import check_weight_format, least_bits
+from attar.runtime.formats import check_format
+
+
+class Stage(BaseModel):
+    """Frozen settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Trace(Stage):
+    """The candidate pool: full-precision generations whose every denoising step is a candidate."""
+
+    prompts: int = Field(default=10, ge=1, description="how many calibration prompts are generated")
+    steps: int | None = Field(default=None, ge=1, description="denoising steps; default: the model's own")
+    guidance_scale: float | None = Field(default=None, ge=0, description="default: the model's own")
+
+
+class Select(Stage):
+    """Which candidates become calibration samples."""
+
+    policy: str = Field(default="salient", description="see docs/recipes.md")
+    count: int = Field(default=40, ge=1, description="calibration samples M")
+    features: str = Field(default="latent", description="what C_quant is computed on")
+    norm: Literal["spectral", "frobenius"] = Field(default="spectral", description="of C_quant")
+    neighbour: Literal["next", "previous"] = Field(
+        default="next",
+        description="C_diff's x_(t-1): the latents that a step gives, or those that the one before got",
+    )
+    normalise: Literal["min_max", "rank"] = Field(
+        default="min_max", description="both scores before their product; rank is robust to one large value"
+    )
+    cap_per_prompt: int | None = Field(default=None, ge=1)
+    cap_per_step: int | None = Field(default=None, ge=1)
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        return _one_of(value, POLICIES)
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, value: str) -> str:
+        return _one_of(value, FEATURES)
+
+
+class LowRank(Stage):
+    """A branch of low rank in high precision beside each quantized product."""
+
+    rank: int = Field(default=32, ge=1)
+    start: Literal["weight", "error", "zero"] = Field(
+        default="weight",
+        description="of the weight itself (SVDQuant), of what rounding loses (LoftQ), or zero, to be trained",
+    )
+    iterations: int = Field(default=1, ge=0, description="times that it is taken anew; the best is kept")
+    metric: Literal["weight", "output"] = Field(
+        default="weight", description="squared error of the weight, or of the output on calibration samples"
+    )
+    subtract: bool = Field(
+        default=True, description="quantize the weight without the branch's part; Q-VDiT quantizes all of it"
+    )
+
+
+class Quantize(Stage):
+    """Bits by role, equivalent transforms, and which of their parameters exist."""
+
+    weight_format: str = Field(default="int", description="of the weights' numbers, see docs/recipes.md")
+    weights: int = Field(
+        default=4,
+        description="bits of block linears, 2 to 8 (1 in some formats); modulation linears get them weight-only",
+    )
+    acts: int = Field(
+        default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
+    )
+    act_format: Literal["int", "fp8"] = Field(default="int", description="of the activations' numbers")
+    group_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="input channels to a scale in weight-only layers; null for one per channel",
+    )
+    low_rank: LowRank | None = Field(default=None, description="a branch beside the quantized product")
+    roles: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
+    )
+    scale: bool = Field(default=True, description="channel scale c, started by SmoothQuant's rule")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of that rule")
+    rotation: Literal["none", "hadamard", "kronecker", "orthogonal", "adaptive"] = "kronecker"
+    rotation_threshold: float = Field(
+        default=1.0,
+        ge=0,
+        description="of an adaptive one: root mean square of inputs that get the dual rotation",
+    )
+    affine: bool = Field(default=False, description="let a Kronecker rotation stretch as well")
+    rotation_init: Literal["auto", "hadamard", "random_orthogonal", "identity"] = "auto"
+    order: Literal["scale_then_rotate", "rotate_then_scale"] = "scale_then_rotate"
+    weight_clip: bool = True
+    act_clip: bool = True
+    clip_start: float = Field(default=4.0, description="clipping factors start at the sigmoid of it: 0.982")
+    stats_ema: float | None = Field(
+        default=None, ge=0, lt=1,
+        description="momentum of the channels' maxima over the samples; null for their maximum",
+    )  # fmt: skip
+
+    @field_validator("weights", "acts")
+    @classmethod
+    def _possible_bits(cls, value: int, info: Any) -> int:
+        acts = info.field_name == "acts"
+        least = 2 if acts else least_bits(info.data.get("weight_format", "int"))
+        if not (least <= value <= 8 or (value == 16 and acts)):
+            raise ValueError(f"choose between {least} and 8 bits" + (", or 16" if acts else ""))
+        return value
+
+    @model_validator(mode="after")
+    def _formats_have_these_bits(self) -> Quantize:
+        try:
+            check_weight_format(self.weight_format, self.weights)
+            if self.acts != 16:
+                check_format(self.act_format, self.acts)
+        except AttarError as error:
+            raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
+        return self
+
+    @model_validator(mode="after")
+    def _stretch_needs_factors(self) -> Quantize:
+        if self.affine and self.rotation != "kronecker":
+            raise ValueError("affine needs the rotation kronecker")
+        return self
+
+
+class Allocate(Stage):
+    """Bits of each layer under a budget, chosen by how much the layer's rounding changes its block's output."""
+
+    budget: str = Field(
+        description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
+    )
+    bits: list[int] = Field(
+        default=[2, 3, 4, 5, 6, 8], min_length=1, description="widths that a layer's weights may get, 2 to 8"
+    )
+    samples: int = Field(default=8, ge=1, description="denoising steps that the layers are measured on")
+    prompts: int = Field(default=2, ge=1, description="traced for it where the recipe itself needs no data")
+
+    @field_validator("budget")
+    @classmethod
+    def _readable_budget(cls, value: str) -> str:
+        try:
+            Budget.parse(value)
+        except AttarError as error:
+            raise ValueError(f"{error.what}; {error.fix}") from error
+        return value
+
+    @field_validator("bits")
+    @classmethod
+    def _possible_widths(cls, value: list[int]) -> list[int]:
+        if not all(2 <= bits <= 8 for bits in value) or len(set(value)) != len(value):
+            raise ValueError("name different widths from 2 to 8")
+        return sorted(value)
+
+
+class Reconstruct(Stage):
+    """Block-by-block training of scales, rotations and clipping."""
+
+    epochs: int = Field(default=15, ge=0)
+    batch_size: int = Field(
+        default=1, ge=1, description="calibration samples in a step; one sample holds both CFG branches"
+    )
+    transform_lr: float = Field(default=5e-3, gt=0)
+    clip_lr: float = Field(default=5e-2, gt=0)
+    branch_lr: float = Field(default=2.5e-4, gt=0)
+    eta_min_ratio: float = Field(default=1e-3, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    normalise_loss: bool = Field(default=False, description="divide each loss by its own value")
+    train_scale: bool = True
+    train_rotation: bool = True
+    train_clip: bool = True
+    train_levels: bool = Field(default=False, description="also what a table format's numbers depend on")
+    level_lr: float = Field(default=1e-3, gt=0)
+    train_branch: bool = Field(default=False, description="needs quantize.low_rank")
+    loss: Literal["token_weighted", "mse"] = "token_weighted"
+    temporal_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="γ of the divergence of frame similarities that is added to it (Q-VDiT)",
+    )
+    lambda_min: float = Field(
+        default=0.5, gt=0, description="weight of the token that receives least attention"
+    )
+    lambda_max: float = Field(default=1.0, gt=0)
+    lambda_over: Literal["joint", "stream"] = Field(
+        default="joint",
+        description="tokens among which λ is normalised: text and video together, or each alone",
+    )
+    cap_quantile: float | None = Field(
+        default=None, gt=0, le=1, description="cut the attention mass there, against attention sinks"
+    )
+    propagate: Literal["fp", "quant"] = Field(
+        default="fp", description="what the next block is calibrated on"
+    )
+
+    @model_validator(mode="after")
+    def _ordered_weights(self) -> Reconstruct:
+        if self.lambda_min > self.lambda_max:
+            raise ValueError("lambda_min is larger than lambda_max")
+        return self
+
+
+class Rounding(Stage):
+    """How transformed weights become integers."""
+
+    method: Literal["nearest", "gptq"] = "gptq"
+    damping: float = Field(default=0.01, gt=0)
+    block: int = Field(default=128, ge=1)
+
+
+class TextEncoder(Stage):
+    """Low-bit weights of the linears in the text encoders' layers; activations stay in floating point."""
+
+    weights: int = Field(default=8, ge=2, le=8, description="bits")
+    group_size: int | None = Field(
+        default=64, ge=1, description="input channels to a scale; null for one scale per output channel"
+    )
+
+
+class Paper(Stage):
+    title: str
+    url: str
+
+
+def _one_of(value: str, known: Any) -> str:
+    if value not in known:
+        raise ValueError(f"unknown value {value!r}; use one of {', '.join(known)}")
+    return value
