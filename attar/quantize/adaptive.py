@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.transforms import FixedHadamard, FixedRotation
+from attar.quantize.watch import watching
 from attar.runtime.block_rotations import BlockRotations, block_width
 from attar.runtime.reference import wide
 
@@ -67,26 +68,18 @@ def collect_input_samples(
     numbers, peaks = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0)
     rows: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = wide(args[0].detach()).flatten(0, -2)  # (tokens, d)
-            squares[name] += x.square().sum(dtype=torch.float64).item()
-            numbers[name] += x.numel()
-            peaks[name] = max(peaks[name], x.abs().max().item())
-            if name not in rows:
-                places = torch.linspace(0, len(x) - 1, min(len(x), ROWS)).round().long()
-                rows[name] = x[places.to(x.device)]
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        x = wide(x.detach()).flatten(0, -2)  # (tokens, d)
+        squares[name] += x.square().sum(dtype=torch.float64).item()
+        numbers[name] += x.numel()
+        peaks[name] = max(peaks[name], x.abs().max().item())
+        if name not in rows:
+            places = torch.linspace(0, len(x) - 1, min(len(x), ROWS)).round().long()
+            rows[name] = x[places.to(x.device)]
 
-        return see
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linears.items()]
-    try:
-        with torch.no_grad():
-            for call in calls:
-                run(call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(linears, see):
+        for call in calls:
+            run(call)
     found = {}
     for name in linears:
         total, count = ranks.sums(squares[name], numbers[name])

@@ -19,6 +19,7 @@ from attar.quantize.transforms import (
     LearnedTransform,
     smooth_scale,
 )
+from attar.quantize.watch import watching
 
 ROTATIONS = ("none", "hadamard", "kronecker", "orthogonal", "adaptive")
 ORDERS = ("scale_then_rotate", "rotate_then_scale")
@@ -130,35 +131,26 @@ def collect_input_stats(
     stats: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        x = x.detach().float()
         rotation = None if rotations is None else rotations.get(name)
+        if rotation is not None:
+            x = rotation(x, rotation.matrices())
+        x = x.abs().reshape(x.shape[0], -1, x.shape[-1]).amax(1)  # (B, …, d) -> (B, d)
+        value = x.amax(0) if ema is None else x.mean(0)
+        seen[name] = torch.maximum(seen[name], value) if name in seen else value
 
-        def update(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().float()
-            if rotation is not None:
-                x = rotation(x, rotation.matrices())
-            x = x.abs().reshape(x.shape[0], -1, x.shape[-1]).amax(1)  # (B, …, d) -> (B, d)
-            value = x.amax(0) if ema is None else x.mean(0)
-            seen[name] = torch.maximum(seen[name], value) if name in seen else value
-
-        return update
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linears.items()]
-    try:
-        with torch.no_grad():
-            for call in calls:
-                seen.clear()
-                run(call)
-                for name, value in seen.items():
-                    if name not in stats:
-                        stats[name] = value
-                    elif ema is None:
-                        stats[name] = torch.maximum(stats[name], value)
-                    else:
-                        stats[name] = ema * stats[name] + (1 - ema) * value
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(linears, see):
+        for call in calls:
+            seen.clear()
+            run(call)
+            for name, value in seen.items():
+                if name not in stats:
+                    stats[name] = value
+                elif ema is None:
+                    stats[name] = torch.maximum(stats[name], value)
+                else:
+                    stats[name] = ema * stats[name] + (1 - ema) * value
     missing = [name for name in linears if name not in stats]
     if missing:
         raise AttarError(

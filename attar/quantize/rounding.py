@@ -11,6 +11,7 @@ from torch import Tensor
 from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
+from attar.quantize.watch import watching
 from attar.runtime.formats import decode, encode, wide
 from attar.runtime.reference import quantize
 
@@ -51,18 +52,9 @@ def collect_hessians(
     Raises AttarError for a layer that no call reached.
     """
     found = {n: HessianAccumulator(layer.in_features, layer.weight.device) for n, layer in layers.items()}
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda layer, args: found[name].update(layer.transform_input(args[0]))
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            for call in calls:
-                run(call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(layers, lambda name, layer, x: found[name].update(layer.transform_input(x))):
+        for call in calls:
+            run(call)
     for accumulator in found.values():
         accumulator.merge()
     missing = [name for name, accumulator in found.items() if accumulator.tokens == 0]
