@@ -261,8 +261,8 @@ def forecast_text(result: dict[str, Any]) -> str:
     lines.append("")
     if any(row["presumed"] for row in result["layers"]):
         lines.append(
-            f"budget {result['budget']}: the layers marked ~ get their bits by measured sensitivity; those above keep to "
-            "it with equal sensitivity, and give the sizes"
+            f"budget {result['budget']}: the layers marked ~ get their bits by measured sensitivity; those above keep "
+            "to it with equal sensitivity, and give the sizes"
         )
     lines += [
         f"{result['recipe']} {result['bits']}: block linears {format_bytes(sizes['block_linears_bf16'])} → "
