@@ -22,10 +22,10 @@ from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
 from attar.models.weights import fill, weights_of
 from attar.progress import Progress
+from attar.quantize.batching import concatenate_calls
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan
-from attar.quantize.reconstruct import concatenate_calls
 from attar.recipe import Recipe
 from attar.settings import block_settings
 from attar.stored import (

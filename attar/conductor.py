@@ -27,6 +27,7 @@ from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.component import ComponentJob
 from attar.errors import AttarError
+from attar.finetuning import FinetuneJob, check_trainable
 from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
@@ -130,7 +131,8 @@ def run(
         for name, transformer in components.items():
             started = time.monotonic()
             plan = report.plans[name]
-            part = ComponentJob(name, transformer, plan, recipe, workspace, store, seed, progress)
+            kind = ComponentJob if recipe.finetune is None else FinetuneJob
+            part = kind(name, transformer, plan, recipe, workspace, store, seed, progress)
             report.components[name] = part.run(len(report.prompts))
             report.seconds[name] = time.monotonic() - started
             mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]
@@ -182,6 +184,8 @@ def _prepared(
     components = transformer_components(pipe)
     bits = recipe.quantize.weights
     plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))
+    if recipe.finetune is not None:
+        check_trainable(components)
     plan_text_encoders(pipe, recipe)
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))

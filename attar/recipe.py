@@ -22,7 +22,18 @@ from pydantic import Field, ValidationError, model_validator
 from attar.errors import AttarError
 from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.tables import check_trained_levels
-from attar.stages import Allocate, Paper, Quantize, Reconstruct, Rounding, Select, Stage, TextEncoder, Trace
+from attar.stages import (
+    Allocate,
+    Finetune,
+    Paper,
+    Quantize,
+    Reconstruct,
+    Rounding,
+    Select,
+    Stage,
+    TextEncoder,
+    Trace,
+)
 
 
 class Recipe(Stage):
@@ -38,11 +49,28 @@ class Recipe(Stage):
     allocate: Allocate | None = None
     reconstruct: Reconstruct | None = Reconstruct()
     rounding: Rounding = Rounding()
+    finetune: Finetune | None = None
     text_encoder: TextEncoder | None = None
 
     @model_validator(mode="after")
     def _levels_can_be_trained(self) -> Recipe:
         if self.reconstruct is not None and self.reconstruct.train_levels:
+            try:
+                check_trained_levels(self.quantize.weight_format)
+            except AttarError as error:
+                raise ValueError(f"{error.what}. {error.fix}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _trained_whole_or_by_blocks(self) -> Recipe:
+        if self.finetune is None:
+            return self
+        if self.reconstruct is not None or self.select is not None or self.rounding.method != "nearest":
+            raise ValueError(
+                "finetune trains on every traced step and rounds to nearest: set reconstruct and select to null, and "
+                "rounding.method to nearest"
+            )
+        if self.finetune.level_lr:
             try:
                 check_trained_levels(self.quantize.weight_format)
             except AttarError as error:
@@ -70,7 +98,8 @@ class Recipe(Stage):
     @property
     def needs_data(self) -> bool:
         """Whether calibration samples are used at all."""
-        learned = self.reconstruct is not None and self.reconstruct.epochs > 0
+        learned = self.finetune is not None
+        learned |= self.reconstruct is not None and self.reconstruct.epochs > 0
         branch = self.quantize.low_rank
         measured = branch is not None and branch.metric == "output"
         measured |= self.quantize.rotation == "adaptive"
@@ -144,7 +173,8 @@ def load_recipe(
         recipe = Recipe(**content)
     except (ValidationError, TypeError) as error:
         raise _readable(error, where) from error
-    if recipe.needs_data and (recipe.trace is None or recipe.select is None):
+    selects = recipe.finetune is None  # which learns from every traced step
+    if recipe.needs_data and (recipe.trace is None or (selects and recipe.select is None)):
         raise AttarError("the recipe learns from data but has no trace or select stage", where=where)
     return recipe
 

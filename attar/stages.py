@@ -216,6 +216,45 @@ class Reconstruct(Stage):
         return self
 
 
+class Finetune(Stage):
+    """End-to-end training of the quantized model against the original's outputs, on every traced step."""
+
+    steps: int = Field(default=1000, ge=1, description="updates")
+    batch_size: int = Field(default=4, ge=1, description="traced steps in one, each with both CFG branches")
+    layers: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="roles or names whose weights, biases and adapters are trained; null for all",
+    )
+    weight_lr: float = Field(
+        default=0.0, ge=0, description="of the weights behind the rounding; 0 leaves them"
+    )
+    bias_lr: float = Field(default=0.0, ge=0)
+    clip_lr: float = Field(default=0.0, ge=0, description="of the clipping factors of all layers")
+    level_lr: float = Field(default=0.0, ge=0, description="of what a table format's numbers depend on")
+    adapter_rank: int = Field(
+        default=0, ge=0, description="of low-rank adapters merged before rounding; 0 for none"
+    )
+    adapter_lr: float = Field(default=4e-4, gt=0, description="as a share of the layer's mean step size")
+    auxiliary_rank: int = Field(
+        default=0, ge=0, description="of branches behind the rounding, which decay while training; 0 for none"
+    )
+    auxiliary_lr: float = Field(default=3e-5, gt=0)
+    auxiliary_keep: float = Field(
+        default=0.5, ge=0, lt=1, description="share of the rank that a phase leaves"
+    )
+    schedule: Literal["cosine", "linear"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(default=1e-4, ge=0, description="of the weights")
+    max_norm: float | None = Field(default=1.0, gt=0, description="the gradient's norm is cut there")
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Finetune:
+        if not (self.weight_lr or self.bias_lr or self.clip_lr or self.level_lr or self.adapter_rank):
+            raise ValueError("nothing is trained: give a learning rate, or adapters a rank")
+        return self
+
+
 class Rounding(Stage):
     """How transformed weights become integers."""
 

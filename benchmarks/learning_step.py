@@ -30,10 +30,10 @@ from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall, run_block
 from attar.models.source import find_source, load_pipeline
 from attar.planning import plan_component
+from attar.quantize.batching import Streams, concatenate_calls
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.formats import fake_quantize_tokens, fake_quantize_weight
 from attar.quantize.plan import LayerPlan
-from attar.quantize.reconstruct import Streams, concatenate_calls
 from attar.quantize.transforms import LearnedKronecker, apply_kronecker
 from attar.recipe import load_recipe
 from attar.runtime.backend import backend_description, use_backend

@@ -23,7 +23,7 @@ from attar.models.block import BlockCall, run_block
 from attar.models.source import Source, load_pipeline
 from attar.models.zoo.clips import Scene, split_scenes
 from attar.models.zoo.judges import DigitReader, judge
-from attar.quantize.reconstruct import concatenate_calls
+from attar.quantize.batching import concatenate_calls
 from benchmarks.outliers import plant_outliers
 
 ATTRIBUTES = ("digit", "colour", "direction", "speed")

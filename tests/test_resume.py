@@ -19,6 +19,18 @@ RUNS = {
         ["--recipe", "s2q-vdit", *SMALL, "--set", "reconstruct.propagate=quant"],
     ),
     "no data": ("wan", ["--recipe", "hadamard"]),
+    "trained whole": (
+        "wan22",
+        [
+            "--recipe",
+            "efficientdm",
+            *SMALL[:2],
+            "--set",
+            "finetune.steps=4",
+            "--set",
+            "finetune.adapter_rank=2",
+        ],
+    ),
     "two segments": (
         "hunyuan",
         ["--recipe", "s2q-vdit", *SMALL, "--set", "trace.steps=3", "--set", "reconstruct.propagate=quant"],

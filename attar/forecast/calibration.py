@@ -51,6 +51,25 @@ def learning_seconds(blocks: Iterable[BlockCost], samples: int, epochs: int) -> 
     return sum(b.once + samples * (epochs * b.epoch + PASSES * b.forward) for b in blocks)
 
 
+def finetune_seconds(blocks: Iterable[BlockCost], samples: int, recipe: Recipe) -> float:
+    """Seconds of training the whole model: the original's outputs of all samples, and a training step of every block
+    for each sample of each update. Layers outside the blocks are left out."""
+    assert recipe.finetune is not None
+    updates = recipe.finetune.steps * recipe.finetune.batch_size
+    return sum(samples * b.forward + updates * b.epoch for b in blocks)
+
+
+def finetune_memory(
+    model: float, transformers: Iterable[nn.Module], recipe: Recipe, saved: float
+) -> CalibrationMemory:
+    """Peak bytes while a whole model is trained: its weights in float32, and where they are trained a copy of each, its
+    gradient and two moments; `saved` bytes that one sample keeps for its backward pass through all blocks."""
+    assert recipe.finetune is not None
+    count = max(sum(p.numel() for p in part.parameters()) for part in transformers)
+    trained = 4 if recipe.finetune.weight_lr else 0
+    return CalibrationMemory(model + 4 * count * (1 + trained) + recipe.finetune.batch_size * saved, 0.0)
+
+
 def allocation_seconds(block: BlockCost, planned: Mapping[str, LayerPlan], recipe: Recipe) -> float:
     """Seconds of one block for choosing bits: each sample passes it once for each layer and width, once for each
     width's statistics, for its target, and with all layers quantized. 0 without a budget."""
@@ -93,7 +112,7 @@ def block_costs(
     Blocks are learned in float32, whatever the model is stored in. For each linear GPTQ inverts a matrix of the
     input's width and walks its columns: about in³ + in²·out multiply-adds.
     """
-    learns = block_settings(recipe).learning is not None
+    learns = block_settings(recipe).learning is not None or recipe.finetune is not None
     costs = []
     for name in counts.blocks:
         block = in_float32(counts.where(lambda o, name=name: o.block == name))
@@ -155,11 +174,14 @@ def forecast_calibration(
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
     epochs = settings.learning.epochs if settings.learning else 0
-    learn = allocating = saved = streams = constants = 0.0
+    learn = allocating = saved = whole = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}
         costs = block_costs(counted, known, recipe, hardware)
-        if chosen:
+        if recipe.finetune is not None:
+            learn += finetune_seconds(costs, traced.prompts * (traced.steps or steps), recipe)
+            whole = max(whole, sum(c.saved for c in costs))
+        elif chosen:
             learn += learning_seconds(costs, chosen, epochs)
         for block, cost in zip(counted.blocks, costs, strict=True):
             inside = {path: plan for path, plan in known.items() if path.startswith(f"{block}.")}
@@ -170,6 +192,8 @@ def forecast_calibration(
             constants = max(constants, 2.0 * max(0, traffic.inputs - traffic.outputs))
     held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
     memory = calibration_memory(model, transformers, recipe, held, streams, constants, saved)
+    if recipe.finetune is not None:
+        memory = finetune_memory(model, transformers, recipe, whole)
     trace = traced.prompts * (traced.steps or steps) * step_seconds
     return {
         "trace_seconds": trace,

@@ -21,6 +21,8 @@ from attar.forecast.calibration import (
     BlockCost,
     allocation_seconds,
     calibration_memory,
+    finetune_memory,
+    finetune_seconds,
     learning_seconds,
 )
 from attar.forecast.sizes import planned_sizes
@@ -113,8 +115,11 @@ def _time_and_memory(
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     first, branches, step_seconds = _one_step(pipe, components, call)
     settings = block_settings(recipe)
+    if recipe.finetune is not None:  # what a training step costs does not depend on who takes it
+        settings = dataclasses.replace(settings, learning=ReconstructionSettings(epochs=1))
     epochs = settings.learning.epochs if settings.learning else 0
     learn = allocating = 0.0
+    costs: list[BlockCost] = []
     peaks, measured = [], [f"one denoising step ({step_seconds:.3g} s)"]
     adapters = {name: ModelAdapter.of(part) for name, part in components.items()}
     for (name, block), blocks in _kinds(adapters, plans, first).items():
@@ -124,6 +129,7 @@ def _time_and_memory(
         with weights_of(components[name]).opened(block.module):
             planned = _planned(block, plans[name])
             cost = _measure_block(block, planned, samples[0], settings)
+        costs += [cost] * (blocks * len(samples))
         if chosen:
             learn += learning_seconds([cost] * blocks, chosen * len(samples), epochs)
         allocating += blocks * allocation_seconds(cost, planned, recipe) * len(samples)
@@ -136,6 +142,10 @@ def _time_and_memory(
         if planned:
             what, seconds = ("training step", cost.epoch) if cost.epoch else ("forward", cost.forward)
             measured.append(f"one {what} of {name}.{block.name} ({seconds:.3g} s)")
+    if recipe.finetune is not None:
+        learn = finetune_seconds(costs, prompts * steps, recipe)
+        memory = finetune_memory(resident, components.values(), recipe, sum(c.saved for c in costs))
+        peaks = [memory.device + memory.host]
     tracing = prompts * steps * step_seconds
     return {
         "seconds": round(tracing + allocating + learn, 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +30,7 @@ from attar.quantize.reconstruct import (
     reconstruct_block,
 )
 from attar.quantize.rounding import collect_hessians, gptq
+from attar.quantize.seeds import seed_of
 from attar.quantize.transforms import LearnedScale
 from attar.runtime.layers import PackedLinear
 
@@ -126,7 +126,7 @@ def quantize_block(
     if calls:
         outcome.error_before = mean_relative_error(run, calls, targets)
     if settings.learning is not None:
-        generator = torch.Generator().manual_seed(_number(seed, "order"))
+        generator = torch.Generator().manual_seed(seed_of(seed, "order"))
         outcome.learning = reconstruct_block(
             run, calls, targets, _trained(layers.values(), settings), settings.learning, loss,
             contexts=contexts, generator=generator, progress=progress,
@@ -159,7 +159,7 @@ def wrap_linears(
     if samples is None:
         samples = _input_samples(plans, linears, run, calls, settings)
     calibrated = [name for name, plan in plans.items() if not plan.plain]
-    generators = {name: torch.Generator().manual_seed(_number(seed, name)) for name in calibrated}
+    generators = {name: torch.Generator().manual_seed(seed_of(seed, name)) for name in calibrated}
     rotations = {}
     if settings.transforms.order == "rotate_then_scale":  # its scales are of rotated inputs
         for name in calibrated:
@@ -230,7 +230,7 @@ def _start_branches(
     chosen = {name: layer for name, layer in layers.items() if plans[name].low_rank}
     moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
     for name, layer in chosen.items():
-        generator = torch.Generator().manual_seed(_number(seed, name, "branch"))
+        generator = torch.Generator().manual_seed(seed_of(seed, name, "branch"))
         start_branch(layer, settings, moments.pop(name, None), generator)
 
 
@@ -295,8 +295,3 @@ def mean_relative_error(
     ]
     total, count = ranks.sums(sum(errors), len(errors))
     return total / count
-
-
-def _number(*parts: str) -> int:
-    """A seed from words, the same on every machine."""
-    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:6], "big")

@@ -26,6 +26,7 @@ from attar.quantize.tables import (
     levels_for,
     number_of,
 )
+from attar.quantize.terms import LowRankTerm
 from attar.quantize.transforms import LearnedTransform, Matrices
 from attar.runtime.formats import check_format, code_range, decode, wide
 from attar.runtime.layers import PackedLinear
@@ -46,7 +47,7 @@ class _Frozen:
 class QuantizedLinear(nn.Module):
     """ŷ = Q_a(x T; a⁻, a⁺) · Q_w(W T^{-T}; g⁻, g⁺)ᵀ + b around one nn.Linear (S²Q-VDiT's base, FlatQuant).
 
-    linear: the layer; its weight and bias are shared, not copied, and never trained.
+    linear: the layer; its weight and bias are shared, not copied, and not trained here.
     weight_bits: those of the format, 2..16 of integers (up to 8 can be packed). act_bits: the same, or None for a
     weight-only layer.
     transforms: learnable transforms in the order in which they act on x.
@@ -54,7 +55,8 @@ class QuantizedLinear(nn.Module):
     weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
     weight_format: "int", "fp8" or a table (tables.py), which is fitted to the weight as the transforms start.
     train_levels: whether the parameters of the table, such as the exponent of "power", are learned from there on.
-    act_format: "int" or "fp8". A low-rank branch beside the quantized product comes from `set_branch`.
+    act_format: "int" or "fp8". A low-rank branch beside the quantized product comes from `set_branch`. Who trains the
+    layer end to end may set `adapter` and `auxiliary`, and let the weight and the bias have gradients.
     The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
     the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
     layer of `bake()` does.
@@ -104,6 +106,10 @@ class QuantizedLinear(nn.Module):
         self.weight_quant, self.act_quant = True, act_bits is not None
         self.branch_in = self.branch_out = None
         self.branch_subtracted = True
+        self.adapter: LowRankTerm | None = None  # added to the weight before anything else, and kept
+        self.auxiliary: LowRankTerm | None = (
+            None  # added to the rounded weight, and gone before the layer is packed
+        )
         self.table = None  # the parameters that its levels depend on
         self._frozen: _Frozen | None = None
         self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
@@ -207,7 +213,8 @@ class QuantizedLinear(nn.Module):
     def _evaluate(self) -> tuple[list[Matrices], Tensor]:
         matrices = [transform.matrices() for transform in self.transforms]  # type: ignore[operator]
         weight = self._transformed_weight(matrices)
-        return matrices, self._fake(weight) if self.weight_quant else weight
+        weight = self._fake(weight) if self.weight_quant else weight
+        return matrices, weight if self.auxiliary is None else weight + self.auxiliary()
 
     def _fake(self, weight: Tensor) -> Tensor:
         clip = self._weight_clip()
@@ -242,7 +249,9 @@ class QuantizedLinear(nn.Module):
         )
 
     def _rest(self, weight: Tensor) -> Tensor:
-        """What of the weight is quantized: W - B A, or W where the branch is not subtracted."""
+        """What of the weight is quantized: W - B A, or W where the branch is not subtracted; W with its adapter."""
+        if self.adapter is not None:
+            weight = weight + self.adapter().to(weight.dtype)
         branch = self._branch()
         if branch is None or not self.branch_subtracted:
             return weight
@@ -279,8 +288,13 @@ class QuantizedLinear(nn.Module):
         """Fixes transforms, clipping and codes.
 
         codes: (out, in) for the scales of `baked_weight`, e.g. from GPTQ; by default the weight is rounded to
-        nearest. Raises AttarError for codes of a wrong shape or range.
+        nearest. Raises AttarError for codes of a wrong shape or range, and while there is an auxiliary branch.
         """
+        if self.auxiliary is not None:
+            raise AttarError(
+                f"an auxiliary branch of rank {self.auxiliary.rank} is left, which a packed layer cannot have",
+                fix="Train until its rank has decayed to 0",
+            )
         weight, scale = self.baked_weight()
         if codes is None:
             codes = self._quantize(weight)[0]

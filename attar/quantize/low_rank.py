@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
+from attar.quantize.terms import leading
 from attar.runtime.formats import wide
 
 
@@ -84,9 +85,7 @@ def start_branch(
 
 def _leading(matrix: Tensor, rank: int, root: Tensor | None, back: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B (out, rank), A (rank, in)), the best approximation of that rank."""
-    left, values, right = torch.linalg.svd(matrix if root is None else matrix @ root, full_matrices=False)
-    share = values[:rank].sqrt()
-    up, down = left[:, :rank] * share, share[:, None] * right[:rank]
+    up, down = leading(matrix if root is None else matrix @ root, rank)
     return up, down if back is None else down @ back
 
 

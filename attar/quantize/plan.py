@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -173,6 +173,24 @@ def _with_formats(plan: LayerPlan, weight_format: str, act_format: str, low_rank
         act_format="int" if plan.act_bits is None else act_format,
         low_rank=0 if plan.plain else low_rank,
     )
+
+
+def matching(plans: Iterable[LayerPlan], patterns: Sequence[str]) -> list[str]:
+    """Names of the planned layers whose role or name one of the patterns fits, with the wildcards of a shell.
+
+    Raises AttarError for a pattern that fits none.
+    """
+    planned = [plan for plan in plans if not plan.skipped]
+    found = []
+    for pattern in patterns:
+        fits = [p.name for p in planned if fnmatchcase(p.role, pattern) or fnmatchcase(p.name, pattern)]
+        if not fits:
+            roles = sorted({plan.role for plan in planned})
+            raise AttarError(
+                "no quantized layer is called so", where=pattern, fix=f"Roles here: {', '.join(roles)}"
+            )
+        found += fits
+    return list(dict.fromkeys(found))
 
 
 def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -> None:

@@ -7,8 +7,9 @@ from torch import nn
 from attar.errors import AttarError
 from attar.losses import mse, streams_token_weighted_mse, token_weights
 from attar.models.block import BlockCall
+from attar.quantize.batching import concatenate_calls
 from attar.quantize.linear import QuantizedLinear, parameter_groups
-from attar.quantize.reconstruct import ReconstructionSettings, concatenate_calls, reconstruct_block
+from attar.quantize.reconstruct import ReconstructionSettings, reconstruct_block
 from attar.quantize.transforms import LearnedKronecker, LearnedScale
 
 

@@ -1,0 +1,267 @@
+"""End-to-end training of a quantized model against the outputs of the original, on samples of its own trajectories.
+
+One loop serves several systems, which differ in what they train: the weights behind the rounding, with auxiliary
+branches whose rank decays (QVGen, arXiv 2505.11497); low-rank adapters that are merged before the rounding
+(EfficientDM, arXiv 2310.03270); the numbers of a table (Polino et al., arXiv 1802.05668).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.losses import mse
+from attar.quantize.batching import Streams, join, like
+from attar.quantize.linear import QuantizedLinear
+from attar.quantize.rank_decay import RankDecay, decay, start_auxiliary
+from attar.quantize.seeds import seed_of
+from attar.quantize.terms import LowRankTerm
+
+Samples = Sequence[tuple[Any, Streams]]  # a call of the model, and what the original gave
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What is trained, and how. A rate of 0 leaves its parameters as they are.
+
+    steps: updates. batch_size: samples in one. weight_lr, bias_lr: of the full-precision weights and the biases.
+    adapter_rank: of merged adapters, 0 for none. adapter_lr: their rate as a share of the layer's mean step size, so
+    that in all layers about as many codes change (EfficientDM's scale-aware optimisation; under Adam scaling the
+    gradient would do nothing). auxiliary_rank: of branches that decay, 0 for none; auxiliary_lr their rate;
+    auxiliary_keep: share of the rank that a phase leaves. clip_lr, level_lr: of clipping factors and tables.
+    schedule: "cosine" or "linear" to zero, behind a linear warm-up over the share `warmup` of the steps. weight_decay:
+    of weights alone. max_norm: the gradient is cut there; None for never.
+    """
+
+    steps: int
+    batch_size: int = 1
+    weight_lr: float = 0.0
+    bias_lr: float = 0.0
+    adapter_rank: int = 0
+    adapter_lr: float = 1 / 2500
+    auxiliary_rank: int = 0
+    auxiliary_lr: float = 3e-5
+    auxiliary_keep: float = 0.5
+    clip_lr: float = 0.0
+    level_lr: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_norm: float | None = 1.0
+
+
+class Finetuner:
+    """A training run over the layers of a model, which can be stopped after any step and taken up again.
+
+    run: the model on one call, giving its output streams. samples: read again in every epoch, in an order that `seed`
+    and the epoch decide. layers: name -> what is trained, in the model that `run` runs; chosen: those whose weights,
+    biases and adapters are trained, by default all.
+    Raises AttarError when nothing is trained, or a rank does not fit.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Any], Streams],
+        samples: Samples,
+        layers: Mapping[str, QuantizedLinear],
+        settings: FinetuneSettings,
+        seed: str = "0",
+        chosen: Sequence[str] | None = None,
+    ) -> None:
+        if not samples:
+            raise AttarError("there are no samples to train on")
+        self.run, self.samples, self.layers, self.settings, self.seed = run, samples, layers, settings, seed
+        self.chosen = {name: layers[name] for name in (layers if chosen is None else chosen)}
+        self.decay: RankDecay | None = None
+        self.step = 0
+        self.history: list[tuple[int, float]] = []  # (step, mean loss of the steps since the last entry)
+        self._sums: list[float] = []
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._start()
+        self._main = self._optimizer(_main_groups(layers, self.chosen, settings))
+        self._side = self._optimizer(_auxiliary_groups(layers, settings))
+        if not self._main.param_groups and not self._side.param_groups:
+            raise AttarError("nothing is trained: all learning rates are 0", where="finetune")
+
+    def train(self, after: Callable[[Finetuner, float], None] | None = None) -> None:
+        """Runs the steps that are left. after: called with (this, loss) behind every step.
+
+        Raises AttarError when a loss is not finite; the parameters are those of the step before then.
+        """
+        with torch.enable_grad():
+            while self.step < self.settings.steps:
+                loss = self._update()
+                self._note(loss)
+                if after is not None:
+                    after(self, loss)
+        self._decay()  # the last phase may end with the last step
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON-able rest), from which `restore` goes on as if nothing had been stopped."""
+        tensors = {name: p.detach() for name, p in self._trained().items()}
+        names = {id(p): name for name, p in self._trained().items()}
+        for optimizer in (self._main, self._side):
+            for parameter, slots in optimizer.state.items():
+                for slot, value in slots.items():
+                    tensors[f"{slot} of {names[id(parameter)]}"] = value
+        return tensors, {"step": self.step, "history": self.history, "sums": self._sums}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        """Takes the state of a run with the same settings. Raises AttarError for any other."""
+        for name, layer in self.layers.items():
+            if layer.auxiliary is not None:
+                up, down = (tensors.get(f"{name}.auxiliary.{part}") for part in ("up", "down"))
+                layer.auxiliary = (
+                    None
+                    if up is None or down is None
+                    else LowRankTerm(up.to(layer.weight), down.to(layer.weight))
+                )
+        self._side = self._optimizer(_auxiliary_groups(self.layers, self.settings))
+        trained = self._trained()
+        known = {name for name in tensors if " of " not in name}
+        if known != set(trained) or any(tensors[name].shape != p.shape for name, p in trained.items()):
+            raise AttarError(
+                "the stored training state is of other parameters", fix="Delete it and run again"
+            )
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+        optimizers = {id(p): o for o in (self._main, self._side) for g in o.param_groups for p in g["params"]}
+        for name, value in tensors.items():
+            slot, _, of = name.partition(" of ")
+            if of:
+                parameter = trained[of]
+                optimizers[id(parameter)].state[parameter][slot] = value.clone().to(parameter.device)
+        self.step = rest["step"]
+        self.history, self._sums = [(int(s), float(x)) for s, x in rest["history"]], list(rest["sums"])
+
+    # -------------------------------------------------------------------------------------------- one step
+
+    def _update(self) -> float:
+        self._decay()
+        factor = _factor(self.settings, self.step)
+        for optimizer in (self._main, self._side):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+        batch = [(call, target, None) for call, target in map(self.samples.__getitem__, self._places())]
+        call, target, _ = join(batch)
+        prediction = self.run(call)
+        value = mse(prediction, like(target, prediction))
+        loss = value.item()
+        if not math.isfinite(loss):
+            raise AttarError(
+                f"the loss at step {self.step + 1} is {loss}",
+                where="finetune",
+                fix="Lower the learning rates, or train less of the model",
+            )
+        parameters = [p for o in (self._main, self._side) for g in o.param_groups for p in g["params"]]
+        for parameter in parameters:
+            parameter.grad = None
+        value.backward()
+        if self.settings.max_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.settings.max_norm)
+        self._main.step()
+        self._side.step()
+        self.step += 1
+        return loss
+
+    def _decay(self) -> None:
+        if self.decay is not None and decay(self.layers, self.decay, self.step):
+            # the moments of the old factors mean nothing for the new ones
+            self._side = self._optimizer(_auxiliary_groups(self.layers, self.settings))
+
+    def _places(self) -> list[int]:
+        """The samples of this step: each epoch has an order of its own, and leaves out what fills no batch."""
+        size, count = min(self.settings.batch_size, len(self.samples)), len(self.samples)
+        epoch, place = divmod(self.step, count // size)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "order", str(epoch)))
+            self._order = epoch, torch.randperm(count, generator=generator).tolist()
+        return self._order[1][place * size : (place + 1) * size]
+
+    def _note(self, loss: float) -> None:
+        self._sums.append(loss)
+        if self.step % max(1, self.settings.steps // 100) == 0 or self.step == self.settings.steps:
+            self.history.append((self.step, sum(self._sums) / len(self._sums)))
+            self._sums = []
+
+    # ------------------------------------------------------------------------------------- what is trained
+
+    def _start(self) -> None:
+        settings = self.settings
+        for name, layer in self.chosen.items():
+            if settings.weight_lr:  # a copy of its own, exact enough for small updates
+                layer.weight = nn.Parameter(layer.weight.detach().float().clone())
+            if settings.bias_lr and layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias.detach().float().clone())
+            if settings.adapter_rank:
+                generator = torch.Generator().manual_seed(seed_of(self.seed, name, "adapter"))
+                weight = layer.weight.detach().float()
+                layer.adapter = LowRankTerm.nothing(
+                    weight, min(settings.adapter_rank, *weight.shape), generator
+                )
+        if settings.auxiliary_rank:
+            self.decay = RankDecay(settings.auxiliary_rank, settings.steps, settings.auxiliary_keep)
+            start_auxiliary(self.chosen, settings.auxiliary_rank)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by its name."""
+        taken = {id(p) for o in (self._main, self._side) for g in o.param_groups for p in g["params"]}
+        return {
+            f"{name}.{path}": parameter
+            for name, layer in self.layers.items()
+            for path, parameter in layer.named_parameters()
+            if id(parameter) in taken
+        }
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if groups:
+            return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        idle = torch.optim.AdamW([nn.Parameter(torch.zeros(0))])
+        idle.param_groups.clear()
+        return idle
+
+
+def _main_groups(
+    layers: Mapping[str, QuantizedLinear], chosen: Mapping[str, QuantizedLinear], settings: FinetuneSettings
+) -> list[dict[str, Any]]:
+    groups = [
+        ([layer.weight for layer in chosen.values()], settings.weight_lr, settings.weight_decay),
+        ([layer.bias for layer in chosen.values() if layer.bias is not None], settings.bias_lr, 0.0),
+        ([p for layer in layers.values() for p in layer.clip_parameters()], settings.clip_lr, 0.0),
+        ([p for layer in layers.values() for p in layer.level_parameters()], settings.level_lr, 0.0),
+    ]
+    for layer in chosen.values() if settings.adapter_rank else ():
+        assert layer.adapter is not None
+        step = layer.baked_weight()[1].mean().item()
+        groups.append(([layer.adapter.up, layer.adapter.down], step * settings.adapter_lr, 0.0))
+    return [
+        {"params": parameters, "peak": rate, "lr": rate, "weight_decay": rest}
+        for parameters, rate, rest in groups
+        if parameters and rate
+    ]
+
+
+def _auxiliary_groups(
+    layers: Mapping[str, QuantizedLinear], settings: FinetuneSettings
+) -> list[dict[str, Any]]:
+    terms = [layer.auxiliary for layer in layers.values() if layer.auxiliary is not None]
+    if not terms or not settings.auxiliary_lr:
+        return []
+    rate, parameters = settings.auxiliary_lr, [p for term in terms for p in (term.up, term.down)]
+    return [{"params": parameters, "peak": rate, "lr": rate, "weight_decay": 0.0}]
+
+
+def _factor(settings: FinetuneSettings, step: int) -> float:
+    """Share of the learning rates in a step, counted from 0."""
+    warm = round(settings.warmup * settings.steps)
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / (settings.steps - warm)
+    return 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,87 @@
+"""Low-rank matrices that are added to a weight while its layer is trained, before or behind its rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+
+
+class LowRankTerm(nn.Module):
+    """L diag(γ) R, to be added to a weight of shape (out, in).
+
+    Added before rounding it is a merged adapter, Q(W + L R) (EfficientDM, arXiv 2310.03270, eq. of QALoRA; L is its B
+    and R its A). Behind rounding it is an auxiliary branch on the quantized activations, Q(W) + L diag(γ) R, which has
+    to be gone before the layer is packed (QVGen, arXiv 2505.11497).
+    up L: (out, rank). down R: (rank, in). gate γ: (rank,), ones at first, set by a schedule and not trained.
+    """
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(up.detach().clone()), nn.Parameter(down.detach().clone())
+        self.gate = nn.Parameter(up.new_ones(up.shape[1]), requires_grad=False)
+
+    @classmethod
+    def nothing(cls, weight: Tensor, rank: int, generator: torch.Generator) -> LowRankTerm:
+        """A term that starts as zero: R uniform in ±1/√in (Kaiming's with slope √5), L = 0. generator: on the CPU.
+
+        weight: (out, in), whose device and type are taken. Raises AttarError for a rank that does not fit.
+        """
+        _check(rank, weight)
+        bound = weight.shape[1] ** -0.5
+        down = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
+        return cls(weight.new_zeros(weight.shape[0], rank), down.to(weight))
+
+    @classmethod
+    @torch.no_grad()
+    def leading(cls, matrix: Tensor, rank: int) -> LowRankTerm:
+        """The best approximation of a matrix (out, in): L = U √S, R = √S Vᵀ of its largest singular values.
+
+        Raises AttarError for a rank that does not fit.
+        """
+        _check(rank, matrix)
+        return cls(*leading(matrix, rank))
+
+    @property
+    def rank(self) -> int:
+        return self.gate.numel()
+
+    def forward(self) -> Tensor:
+        """The matrix (out, in)."""
+        return (self.up * self.gate) @ self.down
+
+    @torch.no_grad()
+    def fade(self, keep: int, share: float) -> None:
+        """Gives the first `keep` directions the gate 1, and the others `share`."""
+        self.gate.fill_(share)
+        self.gate[:keep] = 1.0
+
+    @torch.no_grad()
+    def truncate(self, keep: int) -> None:
+        """Keeps the first directions, as singular vectors of their product: LᵀL = R Rᵀ = diag(S), S falling.
+
+        The parameters are new objects afterwards, so optimizers have to be given them again.
+        """
+        # singular values of L R from two small triangles; the matrix itself is never built
+        left, a = torch.linalg.qr(self.up[:, :keep].double())
+        right, b = torch.linalg.qr(self.down[:keep].double().T)
+        u, s, v = torch.linalg.svd(a @ b.T)
+        root = s.sqrt()
+        up, down = (left @ u) * root, root[:, None] * (v @ right.T)
+        self.up, self.down = nn.Parameter(up.to(self.up)), nn.Parameter(down.to(self.down))
+        self.gate = nn.Parameter(self.gate.new_ones(keep), requires_grad=False)
+
+
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(L (out, rank), R (rank, in)): L R is the best approximation of that rank; L = U √S, R = √S Vᵀ."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    share = values[:rank].sqrt()
+    return left[:, :rank] * share, share[:, None] * right[:rank]
+
+
+def _check(rank: int, matrix: Tensor) -> None:
+    if not 1 <= rank <= min(matrix.shape):
+        raise AttarError(
+            f"a matrix of {tuple(matrix.shape)} has no part of rank {rank}", fix="Choose a smaller rank"
+        )

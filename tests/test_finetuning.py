@@ -1,0 +1,163 @@
+"""Recipes that train the whole model, from the pipeline to the checkpoint."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from support import pipelines
+from support.commands import contents
+
+import attar
+from attar import finetuning
+from attar.errors import AttarError
+from attar.progress import SilentProgress
+from attar.recipe import load_recipe
+from attar.runtime.layers import packed_layers
+
+FEW = {"trace.prompts": 2, "finetune.steps": 6, "finetune.batch_size": 2}
+QVGEN = {**FEW, "finetune.auxiliary_rank": 2}
+EFFICIENT = {**FEW, "finetune.adapter_rank": 2}
+LEVELS = {**FEW, "quantize.weight_format": "lloyd", "finetune.level_lr": 1e-3, "finetune.weight_lr": 0}
+CASES = [
+    ("wan", "qvgen", QVGEN),
+    ("flux", "efficientdm", EFFICIENT),
+    ("hunyuan", "quantized-distillation", FEW),
+    ("wan", "quantized-distillation", LEVELS),
+]
+OPTIONS = [word for key, value in QVGEN.items() for word in ("--set", f"{key}={value}")]
+
+
+def compressed(name, recipe, overrides, **options):
+    case = pipelines.CASES[name]
+    settings = dict(
+        prompts=pipelines.PROMPTS[:2], generation={**case.generation, "num_inference_steps": case.steps}
+    )
+    return attar.compress(pipelines.make(name), recipe, overrides=overrides, **{**settings, **options})
+
+
+@pytest.mark.parametrize(("name", "recipe", "overrides"), CASES)
+def test_trained_models_are_packed_and_come_back_as_they_are(name, recipe, overrides, tmp_path):
+    pipe = compressed(name, recipe, overrides)
+    report = pipe.attar_compression.components["transformer"]
+    learned = report["finetune"]
+    assert learned["steps"] == 6 and learned["history"][-1][0] == 6
+    assert learned["samples"] == 2 * pipelines.CASES[name].steps
+    assert 0 < learned["error_after"] < 1 and learned["error_before"] > 0
+    assert [block["block"] for block in report["blocks"]]
+    json.dumps(pipe.attar_compression.to_json(), allow_nan=False)
+    assert packed_layers(pipe.transformer)
+    assert all(layer.low_rank == 0 for layer in packed_layers(pipe.transformer).values())
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    pipelines.assert_same_model(pipe, again, name)
+
+
+def test_training_longer_lowers_the_error():
+    report = compressed("wan", "qvgen", {**QVGEN, "finetune.steps": 60, "finetune.weight_lr": 1e-3})
+    learned = report.attar_compression.components["transformer"]["finetune"]
+    assert learned["error_after"] < 0.8 * learned["error_before"]
+
+
+def test_each_component_changes_the_result():
+    def codes(recipe, overrides):
+        pipe = compressed("wan", recipe, overrides)
+        return {n: layer.codes.clone() for n, layer in packed_layers(pipe.transformer).items()}
+
+    found = [
+        codes("rtn", {"quantize.acts": 4}),
+        codes("qvgen", QVGEN),
+        codes("qvgen", {**QVGEN, "finetune.auxiliary_rank": 0}),
+        codes("efficientdm", {**EFFICIENT, "finetune.adapter_lr": 0.5, "finetune.clip_lr": 0}),
+    ]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_layers_can_be_chosen():
+    def codes(rate):
+        rates = {f"finetune.{key}_lr": 1e-12 for key in ("clip", "auxiliary")} | {"finetune.weight_lr": rate}
+        pipe = compressed("wan", "qvgen", {**QVGEN, **rates, "finetune.layers": ["ffn.*"]})
+        return {name: layer.codes for name, layer in packed_layers(pipe.transformer).items()}
+
+    before, after = codes(1e-12), codes(1e-2)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".ffn." in name for name in changed)
+    with pytest.raises(AttarError, match="no quantized layer is called so"):
+        compressed("wan", "qvgen", {**QVGEN, "finetune.layers": ["convs.*"]})
+
+
+def test_a_run_stopped_while_it_trains_goes_on_to_the_same_bytes(monkeypatch, tmp_path):
+    monkeypatch.setattr(finetuning, "SAVE_SECONDS", 0.0)
+
+    class Stopped(Exception):
+        pass
+
+    class Stopping(SilentProgress):
+        def task(self, name, total):
+            inner = super().task(name, total)
+            return _stopping(inner) if name.endswith("train") else inner
+
+    from contextlib import contextmanager
+
+    @contextmanager
+    def _stopping(inner):
+        with inner as advance:
+
+            def after(done, note=""):
+                advance(done, note)
+                if done == 4:
+                    raise Stopped
+
+            yield after
+
+    whole = compressed("wan", "qvgen", QVGEN, workspace=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        compressed("wan", "qvgen", QVGEN, workspace=tmp_path / "stopped", progress=Stopping())
+    state = tmp_path / "stopped" / "transformer" / "finetune.safetensors"
+    assert any("exp_avg of " in key for key in load_file(state))
+    again = compressed("wan", "qvgen", QVGEN, workspace=tmp_path / "stopped")
+    first, second = (p.attar_compression.components["transformer"]["finetune"] for p in (whole, again))
+    assert first == second
+    files = [contents(tmp_path / name / "transformer") for name in ("whole", "stopped")]
+    assert files[0] == files[1]
+    assert not any("finetune.safetensors" in str(k) or "outputs" in str(k) for k in files[0])
+
+
+def test_the_dry_run_and_the_plan_know_it(cli, wan_folder):
+    done = cli("compress", wan_folder, "--dry-run", "--json", "--recipe", "qvgen", *OPTIONS)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["seconds"] >= result["trace_seconds"] > 0 and result["peak_bytes"] > 0
+
+    def costs(recipe, *options):
+        plan = ("plan", "digits-video", "--gpu", "h200", "--json", "--recipe", recipe)
+        return json.loads(cli(*plan, *options).out)["calibration"]
+
+    trained, longer = costs("qvgen"), costs("qvgen", "--set", "finetune.steps=2000")
+    assert longer["learn_seconds"] > 1.5 * trained["learn_seconds"] > 0
+    assert trained["device"] > 3 * costs("rtn")["device"]
+    assert trained["device"] > 1.3 * costs("efficientdm")["device"]  # which keeps no moments of the weights
+
+
+def test_what_is_refused(cli, wan_folder, tmp_path):
+    def refused(*options):
+        return cli(
+            "compress", wan_folder, "-o", tmp_path / "out", "--recipe", "qvgen", *OPTIONS, *options
+        ).message
+
+    assert "needs its weights in memory" in refused("--stream")
+    assert "set reconstruct and select to null" in refused("--set", "reconstruct={}")
+    assert "too few for 2 phases" in refused("--set", "finetune.steps=1")
+    assert "nothing is trained" in refused("--set", "finetune.weight_lr=0", "--set", "finetune.clip_lr=0")
+    assert "unknown key 'finetune.step'" in refused("--set", "finetune.step=3")
+    assert "trace" in refused("--set", "trace=null")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_say_what_they_train():
+    assert load_recipe("qvgen").finetune.auxiliary_rank == 32
+    assert load_recipe("efficientdm").finetune.weight_lr == 0
+    assert load_recipe("rtn").finetune is None and load_recipe("qvgen").needs_data
