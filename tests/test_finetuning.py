@@ -139,7 +139,7 @@ def test_the_dry_run_and_the_plan_know_it(cli, wan_folder):
     trained, longer = costs("qvgen"), costs("qvgen", "--set", "finetune.steps=2000")
     assert longer["learn_seconds"] > 1.5 * trained["learn_seconds"] > 0
     assert trained["device"] > 3 * costs("rtn")["device"]
-    assert trained["device"] > 1.3 * costs("efficientdm")["device"]  # which keeps no moments of the weights
+    assert trained["device"] > costs("efficientdm")["device"]  # which keeps no moments of the weights
 
 
 def test_what_is_refused(cli, wan_folder, tmp_path):
