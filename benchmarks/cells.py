@@ -350,6 +350,21 @@ SYSTEMS = Study(
     needs="temporal",
 )
 
+TRAINING = Study(
+    "training",
+    "What does training the whole model give, and what its parts? (1,000 steps)",
+    ((4, 4), (3, 3)),
+    (
+        Method("round to nearest", "rtn"),
+        Method("attar-ptq (default)", "attar-ptq"),
+        Method("clipping alone", "quantized-distillation", {"finetune.weight_lr": 0}),
+        Method("quantized distillation (all weights)", "quantized-distillation"),
+        Method("QVGen", "qvgen"),
+        Method("QVGen, branches removed at once", "qvgen", {"finetune.auxiliary_keep": 0}),
+        Method("EfficientDM", "efficientdm"),
+    ),
+)
+
 LEADERBOARD = Study(
     "leaderboard",
     "Which system keeps the model's videos, at which size?",
@@ -372,6 +387,6 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, LEADERBOARD),
+        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, TRAINING, LEADERBOARD),
     )
 }

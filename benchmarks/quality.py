@@ -24,6 +24,7 @@ import torch
 
 from attar.allocation import RESULT, Allocation, allocate
 from attar.component import ComponentJob
+from attar.finetuning import FinetuneJob
 from attar.models.source import find_source
 from attar.planning import plan_components
 from attar.progress import SilentProgress
@@ -64,7 +65,8 @@ def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
         tempfile.TemporaryDirectory() as folder,
         remembering(bench.folder / "learned" / learned) as memory,
     ):
-        job = ComponentJob(
+        kind = ComponentJob if recipe.finetune is None else FinetuneJob
+        job = kind(
             "transformer",
             pipe.transformer,
             plan,
@@ -78,6 +80,8 @@ def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     report: dict[str, Any] = {
         "calibration_errors": [[b["error_before"], b["error_after"]] for b in evidence["blocks"]]
     }
+    if "finetune" in evidence:
+        report["finetune"] = evidence["finetune"]
     if not memory.used:
         report["calibration_cpu_seconds"] = round(time.process_time() - started, 1)
     if "selection" in evidence:
