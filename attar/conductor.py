@@ -25,9 +25,8 @@ from attar.budget.plan_file import read_plan
 from attar.calibration.prompts import GENERAL_PROMPTS
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
-from attar.component import ComponentJob
 from attar.errors import AttarError
-from attar.finetuning import FinetuneJob, check_trainable
+from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
@@ -131,8 +130,7 @@ def run(
         for name, transformer in components.items():
             started = time.monotonic()
             plan = report.plans[name]
-            kind = ComponentJob if recipe.finetune is None else FinetuneJob
-            part = kind(name, transformer, plan, recipe, workspace, store, seed, progress)
+            part = job_of(recipe)(name, transformer, plan, recipe, workspace, store, seed, progress)
             report.components[name] = part.run(len(report.prompts))
             report.seconds[name] = time.monotonic() - started
             mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]

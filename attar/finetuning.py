@@ -1,35 +1,35 @@
-"""The compression of one transformer by training it whole: wrap its linears, train, round, keep everything on disk."""
+"""The compression of one transformer by training it whole, from the start or behind a calibration block by block."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from attar import ranks
 from attar.calibration.store import TraceStore
+from attar.component import ComponentJob
 from attar.errors import AttarError
 from attar.losses import relative_error
 from attar.models.adapter import ModelAdapter
-from attar.models.block import BlockCall, as_outputs, bind
+from attar.models.block import BlockCall, as_outputs
 from attar.models.weights import ResidentWeights, fill, weights_of
 from attar.progress import Progress
-from attar.quantize.batching import concatenate_calls
 from attar.quantize.block import wrap_linears
-from attar.quantize.finetune import Finetuner
+from attar.quantize.finetune import Finetuner, Layer
 from attar.quantize.linear import QuantizedLinear, replace_module
 from attar.quantize.plan import LayerPlan, matching
+from attar.quantize.polish import ScaledCodes
 from attar.recipe import Recipe
+from attar.runtime.layers import PackedLinear, packed_layers
 from attar.settings import block_settings, finetune_settings
-from attar.stored import OUTSIDE, block_file, read_layers, restore_block, save_block
+from attar.stored import OUTSIDE, block_file, read_layers, read_result, restore_block, save_block
+from attar.traced import OUTPUT, TracedSteps
 from attar.workspace import Workspace
 
-STATE, OUTPUT = "finetune.safetensors", "sample"
 SAVE_SECONDS = 120.0
 CHECKED = 16  # samples whose error is measured before and after
 
@@ -46,69 +46,18 @@ def check_trainable(components: Mapping[str, nn.Module]) -> None:
             raise AttarError("training a whole model needs its weights in memory", where=name, fix=fix)
 
 
-class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
-    """Every traced step of a component: its call, all guidance branches in one batch, and what the original gave.
-
-    Outputs are computed once and kept in the workspace, one file for a prompt; both are read when they are asked for.
-    """
-
-    def __init__(
-        self, name: str, transformer: nn.Module, store: TraceStore, prompts: int, workspace: Workspace
-    ) -> None:
-        self.name, self.transformer, self.store, self.workspace = name, transformer, store, workspace
-        self.places = [
-            (p, s) for p in range(prompts) for s in range(store.steps(p)) if name in store.components(p, s)
-        ]
-        self._files: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> tuple[BlockCall, dict[str, Tensor]]:
-        prompt, step = self.places[index]
-        if prompt not in self._files:
-            file = self._file(prompt)
-            if self.workspace.read_tensors(file) is None:
-                raise AttarError("the original's outputs are missing", where=file, fix="Run again")
-            self._files[prompt] = safe_open(self.workspace.folder / file, "pt")
-        return self.call(prompt, step), {OUTPUT: self._files[prompt].get_tensor(str(step))}
-
-    def call(self, prompt: int, step: int) -> BlockCall:
-        """The component's call at that step, with all its branches."""
-        branches = []
-        for arguments in self.store.calls(self.name, prompt, step):
-            bound: dict[str, Any] = bind(self.transformer, (), arguments) | {"return_dict": False}
-            stream = {"hidden_states": bound.pop("hidden_states")}
-            branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
-        return concatenate_calls(branches) if len(branches) > 1 else branches[0]
-
-    def compute(self, run: Any, progress: Progress) -> None:
-        """The original's outputs that are not there yet. run: the original on one call."""
-        prompts = list(dict.fromkeys(p for p, _ in self.places))
-        with progress.task(f"{self.name}: outputs of the original", len(prompts)) as advance:
-            for done, prompt in enumerate(prompts):
-                if not self.workspace.has(self._file(prompt)):
-                    steps = [s for p, s in self.places if p == prompt]
-                    with torch.no_grad():
-                        outputs = {str(s): run(self.call(prompt, s))[OUTPUT] for s in steps}
-                    self.workspace.write_tensors(self._file(prompt), outputs)
-                advance(done + 1, f"prompt {prompt}")
-
-    def remove(self) -> None:
-        """Deletes the outputs, which nothing needs any more."""
-        self._files.clear()
-        for prompt in dict.fromkeys(p for p, _ in self.places):
-            self.workspace.remove(self._file(prompt))
-
-    def _file(self, prompt: int) -> str:
-        return f"{self.name}/outputs-{prompt:04d}.safetensors"
+def job_of(recipe: Recipe) -> type[ComponentJob | FinetuneJob | PolishJob]:
+    """How a transformer is compressed by the recipe."""
+    if recipe.finetune is None:
+        return ComponentJob
+    return PolishJob if recipe.polishes else FinetuneJob
 
 
-class FinetuneJob:
-    """Compresses one transformer in place, as `ComponentJob` does, by training it end to end on all traced steps.
+class _WholeModel:
+    """What both ways share: one model in float32, the outputs of the original, a loop that can be killed.
 
-    The model is held once, in float32 while it is trained; the original's outputs are computed before its linears are
-    wrapped. A killed run goes on from its last state, which is kept every two minutes, to the same result.
+    The model is held once: the original's outputs are computed before anything of it is replaced. The state of the
+    training is kept every two minutes, and a run that is taken up again ends with the same bits.
     """
 
     def __init__(
@@ -122,125 +71,207 @@ class FinetuneJob:
         seed: int,
         progress: Progress,
     ) -> None:
-        assert recipe.finetune is not None
         self.name, self.transformer, self.recipe = name, transformer, recipe
         self.plan = {p.name: p for p in plan if not p.skipped}
         self.workspace, self.seed, self.progress, self.store = workspace, seed, progress, store
-        self.adapter = ModelAdapter.of(transformer)
         self.device = weights_of(transformer).device
+        self.blocks = ModelAdapter.of(transformer).blocks
 
-    def run(self, prompts: int) -> dict[str, Any]:
-        """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
-        self.transformer.requires_grad_(False).eval()
-        files = self._files()
-        if not all(self.workspace.has(file) for file in files):
-            self._make(prompts)
-        results = {}
-        for file, (module, _) in files.items():
-            results[file] = restore_block(self.workspace, file, module)
-            fill(module, partial(read_layers, self.workspace, file)().get, self.device)
-        learned = self.workspace.read_json(f"{self.name}/finetune.json")
-        return {
-            "blocks": [r for file, r in results.items() if not file.endswith(OUTSIDE)],
-            "finetune": learned,
-        }
+    def samples(self, prompts: int) -> TracedSteps:
+        return TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace)
 
-    def _make(self, prompts: int) -> None:
-        samples = TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace)
-        if not samples:
-            raise AttarError("the component did not run in any traced step", where=self.name)
-        dtypes = {key: t.dtype for key, t in self._tensors()}
-        self.transformer.float()
-        samples.compute(self._run, self.progress)
-        layers = self._wrapped(samples)
-        report = self._train(layers, samples)
-        for key, tensor in self._tensors():
-            if key in dtypes:
-                tensor.data = tensor.data.to(dtypes[key])
-        self._bake(layers, dtypes)
-        self.workspace.write_json(f"{self.name}/finetune.json", report)
-        self.workspace.remove(self._state)
-        samples.remove()
-
-    def _wrapped(self, samples: TracedSteps) -> dict[str, QuantizedLinear]:
-        linears: dict[str, nn.Module] = {name: self.transformer.get_submodule(name) for name in self.plan}
-        chosen = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
-        settings, seed = block_settings(self.recipe), f"{self.seed}/{self.name}"
-        return wrap_linears(self.transformer, self.plan, linears, self._run, chosen, settings, seed)
-
-    def _train(self, layers: dict[str, QuantizedLinear], samples: TracedSteps) -> dict[str, Any]:
-        settings, patterns = finetune_settings(self.recipe), self.recipe.finetune.layers  # type: ignore[union-attr]
-        chosen = None if patterns is None else matching(self.plan.values(), patterns)
-        before = self._error(samples)
-        tuner = Finetuner(self._run, samples, layers, settings, f"{self.seed}/{self.name}", chosen)
-        known = self.workspace.read_tensors(self._state)
+    def train(self, layers: Mapping[str, Layer], samples: TracedSteps) -> dict[str, Any]:
+        """Trains the layers, which are in the model; returns what the evidence says of it."""
+        whole = self.recipe.finetune
+        assert whole is not None
+        chosen = None if whole.layers is None else matching(self.plan.values(), whole.layers)
+        before, seed = self.error(samples), f"{self.seed}/{self.name}"
+        tuner = Finetuner(self.forward, samples, layers, finetune_settings(self.recipe), seed, chosen)
+        known = self.workspace.read_tensors(self.state_file)
         if known is not None:
             tuner.restore(*known)
         saved = time.monotonic()
-        with self.progress.task(f"{self.name}: train", settings.steps) as advance:
+        with self.progress.task(f"{self.name}: train", whole.steps) as advance:
 
             def after(tuner: Finetuner, loss: float) -> None:
                 nonlocal saved
                 advance(tuner.step, f"loss {loss:.2e}")
                 if time.monotonic() - saved > SAVE_SECONDS:
-                    self.workspace.write_tensors(self._state, *tuner.state())
+                    self.workspace.write_tensors(self.state_file, *tuner.state())
                     saved = time.monotonic()
 
             tuner.train(after)
         for layer in layers.values():
             layer.requires_grad_(False)
-            layer.freeze()
+            if isinstance(layer, QuantizedLinear):
+                layer.freeze()
         return {
-            "steps": settings.steps, "samples": len(samples), "history": tuner.history,
-            "error_before": before, "error_after": self._error(samples),
+            "steps": whole.steps, "samples": len(samples), "history": tuner.history,
+            "error_before": before, "error_after": self.error(samples),
         }  # fmt: skip
 
-    def _bake(self, layers: dict[str, QuantizedLinear], dtypes: dict[str, torch.dtype]) -> None:
-        """Blocks go to disk one by one."""
-        for file, (_, prefix) in self._files().items():
-            inside = [n for n in layers if n.startswith(prefix)] if prefix else list(layers)
-            packed = {}
-            for name in inside:
-                layer = layers.pop(name)
-                baked = layer.bake()
-                baked.compute_dtype = dtypes[f"{name}.weight"]
-                if baked.bias is not None:
-                    baked.bias.data = baked.bias.data.to(dtypes[f"{name}.bias"])
-                replace_module(self.transformer, name, baked)
-                packed[name.removeprefix(prefix)] = baked
-            result = dict.fromkeys(
-                ("error_before", "error_after", "loss", "rolled_back", "stopped", "attention")
-            )
-            save_block(self.workspace, file, packed, {"block": prefix.removesuffix("."), **result})
-
-    def _files(self) -> dict[str, tuple[nn.Module, str]]:
-        """File -> (module that its layers are in, its prefix); the layers that are in no block last."""
-        blocks = self.adapter.blocks
-        files = {f"{self.name}/{block_file(b.index)}": (b.module, f"{b.name}.") for b in blocks}
-        if any(not name.startswith(tuple(f"{b.name}." for b in blocks)) for name in self.plan):
-            files[f"{self.name}/{OUTSIDE}"] = (self.transformer, "")
-        return files
-
-    def _run(self, call: BlockCall) -> dict[str, Tensor]:
+    def forward(self, call: BlockCall) -> dict[str, Tensor]:
+        """The model's output on one call."""
         call = call.to(self.device)
         return {OUTPUT: as_outputs(self.transformer(**call.streams, **call.constants))[0]}
 
     @torch.no_grad()
-    def _error(self, samples: TracedSteps) -> float:
+    def error(self, samples: TracedSteps) -> float:
         """Squared error of the model's output relative to the original's output, mean over some samples."""
         errors = []
         for index in _spread(len(samples)):
             call, target = samples[index]
             zero = {OUTPUT: torch.zeros_like(target[OUTPUT])}
-            errors.append(relative_error(self._run(call), target, zero).item())
+            errors.append(relative_error(self.forward(call), target, zero).item())
         return sum(errors) / len(errors)
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.transformer.named_parameters(), *self.transformer.named_buffers()]
+    def tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.transformer.named_parameters()), **dict(self.transformer.named_buffers())}
+
+    def types(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self.tensors().items()}
+
+    def give_types_back(self, types: Mapping[str, torch.dtype]) -> None:
+        for name, tensor in self.tensors().items():
+            if name in types:
+                tensor.data = tensor.data.to(types[name])
+
+    def files(self) -> dict[str, tuple[nn.Module, str, list[str]]]:
+        """File -> (module that its layers are in, prefix of their names, their names); those in no block last."""
+        left, files = list(self.plan), {}
+        for block in self.blocks:
+            prefix = f"{block.name}."
+            names = [name for name in left if name.startswith(prefix)]
+            left = [name for name in left if not name.startswith(prefix)]
+            files[f"{self.name}/{block_file(block.index)}"] = (block.module, prefix, names)
+        if left:
+            files[f"{self.name}/{OUTSIDE}"] = (self.transformer, "", left)
+        return files
 
     @property
-    def _state(self) -> str:
-        return f"{self.name}/{STATE}"
+    def state_file(self) -> str:
+        return f"{self.name}/finetune.safetensors"
+
+    @property
+    def report_file(self) -> str:
+        return f"{self.name}/finetune.json"
+
+
+class FinetuneJob:
+    """Compresses one transformer in place, as `ComponentJob` does, by training it end to end on all traced steps."""
+
+    def __init__(self, *job: Any) -> None:
+        """The arguments of `ComponentJob`."""
+        self.whole = _WholeModel(*job)
+
+    def run(self, prompts: int) -> dict[str, Any]:
+        """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
+        whole = self.whole
+        whole.transformer.requires_grad_(False).eval()
+        if not all(map(whole.workspace.has, [*whole.files(), whole.report_file])):
+            self._make(whole.samples(prompts))
+        results = []
+        for file, (module, prefix, _) in whole.files().items():
+            result = restore_block(whole.workspace, file, module)
+            fill(module, read_layers(whole.workspace, file).get, whole.device)
+            results += [result] if prefix else []
+        return {"blocks": results, "finetune": whole.workspace.read_json(whole.report_file)}
+
+    def _make(self, samples: TracedSteps) -> None:
+        whole = self.whole
+        types = whole.types()
+        whole.transformer.float()
+        samples.compute(whole.forward, whole.progress)
+        few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
+        linears: dict[str, nn.Module] = {name: whole.transformer.get_submodule(name) for name in whole.plan}
+        layers = wrap_linears(
+            whole.transformer, whole.plan, linears, whole.forward, few, block_settings(whole.recipe),
+            f"{whole.seed}/{whole.name}",
+        )  # fmt: skip
+        report = whole.train(layers, samples)
+        whole.give_types_back(types)
+        for file, (_, prefix, names) in whole.files().items():
+            packed = {name.removeprefix(prefix): self._bake(name, layers.pop(name), types) for name in names}
+            save_block(whole.workspace, file, packed, {"block": prefix.removesuffix("."), **UNKNOWN})
+        whole.workspace.write_json(whole.report_file, report)
+        whole.workspace.remove(whole.state_file)
+        samples.remove()
+
+    def _bake(self, name: str, layer: QuantizedLinear, types: Mapping[str, torch.dtype]) -> PackedLinear:
+        """The packed layer in the model's type, in the place of the trained one."""
+        packed = layer.bake()
+        packed.compute_dtype = types[f"{name}.weight"]
+        if packed.bias is not None:
+            packed.bias.data = packed.bias.data.to(types[f"{name}.bias"])
+        replace_module(self.whole.transformer, name, packed)
+        return packed
+
+
+UNKNOWN = dict.fromkeys(("error_before", "error_after", "loss", "rolled_back", "stopped", "attention"))
+
+
+class PolishJob:
+    """Compresses one transformer block by block, and then trains its scales, biases and clipping end to end.
+
+    Codes, transforms and bytes are those of `ComponentJob`. Until all is trained the blocks on disk are its own; then
+    they are written once more, with values that do not depend on what they held.
+    """
+
+    def __init__(self, *job: Any) -> None:
+        """The arguments of `ComponentJob`."""
+        self.whole, self.blocks = _WholeModel(*job), ComponentJob(*job)
+
+    def run(self, prompts: int) -> dict[str, Any]:
+        """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
+        whole = self.whole
+        whole.transformer.requires_grad_(False).eval()
+        samples, trained = whole.samples(prompts), whole.workspace.has(whole.report_file)
+        if not trained:
+            types = whole.types()
+            whole.transformer.float()
+            samples.compute(whole.forward, whole.progress)
+            whole.give_types_back(types)
+        evidence = self.blocks.run(prompts)
+        if not trained:
+            self._polish(samples)
+        self._apply()
+        samples.remove()
+        return evidence | {"finetune": whole.workspace.read_json(whole.report_file)}
+
+    def _polish(self, samples: TracedSteps) -> None:
+        whole = self.whole
+        packed, types = packed_layers(whole.transformer), whole.types()
+        whole.transformer.float()
+        layers = {name: ScaledCodes(layer) for name, layer in packed.items()}
+        for name, layer in layers.items():
+            replace_module(whole.transformer, name, layer)
+        report = whole.train(layers, samples)
+        for name, layer in packed.items():
+            replace_module(whole.transformer, name, layer)
+        whole.give_types_back(types)
+        found = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.trained().items()}
+        whole.workspace.write_tensors(self._file, {key: t.to(types[key]) for key, t in found.items()})
+        # the report comes last: from then on the blocks are written over
+        whole.workspace.write_json(whole.report_file, report)
+        whole.workspace.remove(whole.state_file)
+
+    def _apply(self) -> None:
+        """Puts the trained tensors into the model and into the blocks on disk."""
+        whole = self.whole
+        stored = whole.workspace.read_tensors(self._file)
+        if stored is None:
+            raise AttarError("the trained scales are missing", where=self._file, fix="Use another workspace")
+        model = whole.tensors()
+        for key, tensor in stored[0].items():
+            model[key].data = tensor.to(whole.device)
+        packed = packed_layers(whole.transformer)
+        for file, (_, prefix, names) in whole.files().items():
+            inside = {name.removeprefix(prefix): packed[name] for name in names}
+            save_block(whole.workspace, file, inside, read_result(whole.workspace, file))
+
+    @property
+    def _file(self) -> str:
+        return f"{self.whole.name}/polished.safetensors"
 
 
 def _spread(count: int) -> list[int]:

@@ -65,11 +65,21 @@ class Recipe(Stage):
     def _trained_whole_or_by_blocks(self) -> Recipe:
         if self.finetune is None:
             return self
-        if self.reconstruct is not None or self.select is not None or self.rounding.method != "nearest":
+        whole = self.finetune
+        if not self.polishes and whole.scale_lr:
             raise ValueError(
-                "finetune trains on every traced step and rounds to nearest: set reconstruct and select to null, and "
+                "finetune.scale_lr is for codes that stay: it needs reconstruct, or rounding.method gptq"
+            )
+        if self.polishes and (
+            whole.weight_lr or whole.level_lr or whole.adapter_rank or whole.auxiliary_rank
+        ):
+            raise ValueError(
+                "behind reconstruct or gptq the codes stay, so finetune can train scales, biases and clipping alone: "
+                "set its weight_lr, level_lr, adapter_rank and auxiliary_rank to 0, or reconstruct to null and "
                 "rounding.method to nearest"
             )
+        if not self.polishes and self.select is not None:
+            raise ValueError("finetune trains on every traced step: set select to null")
         if self.finetune.level_lr:
             try:
                 check_trained_levels(self.quantize.weight_format)
@@ -94,6 +104,12 @@ class Recipe(Stage):
             # GPTQ makes other errors than those that the branch has learned to undo
             raise ValueError("a branch that is not subtracted needs rounding.method nearest")
         return self
+
+    @property
+    def polishes(self) -> bool:
+        """Whether the whole model is trained behind a calibration block by block, with codes that stay."""
+        learned = self.reconstruct is not None or self.rounding.method == "gptq"
+        return self.finetune is not None and learned
 
     @property
     def needs_data(self) -> bool:
@@ -173,7 +189,7 @@ def load_recipe(
         recipe = Recipe(**content)
     except (ValidationError, TypeError) as error:
         raise _readable(error, where) from error
-    selects = recipe.finetune is None  # which learns from every traced step
+    selects = recipe.finetune is None or recipe.polishes  # training alone uses every traced step
     if recipe.needs_data and (recipe.trace is None or (selects and recipe.select is None)):
         raise AttarError("the recipe learns from data but has no trace or select stage", where=where)
     return recipe

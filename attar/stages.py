@@ -232,6 +232,9 @@ class Finetune(Stage):
     bias_lr: float = Field(default=0.0, ge=0)
     clip_lr: float = Field(default=0.0, ge=0, description="of the clipping factors of all layers")
     level_lr: float = Field(default=0.0, ge=0, description="of what a table format's numbers depend on")
+    scale_lr: float = Field(
+        default=0.0, ge=0, description="of the logarithms of scales, behind a calibration whose codes stay"
+    )
     adapter_rank: int = Field(
         default=0, ge=0, description="of low-rank adapters merged before rounding; 0 for none"
     )
@@ -250,7 +253,8 @@ class Finetune(Stage):
 
     @model_validator(mode="after")
     def _trains_something(self) -> Finetune:
-        if not (self.weight_lr or self.bias_lr or self.clip_lr or self.level_lr or self.adapter_rank):
+        rates = (self.weight_lr, self.bias_lr, self.clip_lr, self.level_lr, self.scale_lr)
+        if not any(rates) and not self.adapter_rank:
             raise ValueError("nothing is trained: give a learning rate, or adapters a rank")
         return self
 

@@ -64,6 +64,11 @@ def read_layers(workspace: Workspace, file: str) -> dict[str, Tensor]:
     return _read(workspace, file)[0]
 
 
+def read_result(workspace: Workspace, file: str) -> dict[str, Any]:
+    """What was saved with the layers of one block."""
+    return _read(workspace, file)[1]["result"]
+
+
 def _read(workspace: Workspace, file: str) -> tuple[dict[str, Tensor], Any]:
     stored = workspace.read_tensors(file)
     if stored is None:

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from attar.allocation import RESULT, Allocation, allocate
-from attar.component import ComponentJob
-from attar.finetuning import FinetuneJob
+from attar.finetuning import job_of
 from attar.models.source import find_source
 from attar.planning import plan_components
 from attar.progress import SilentProgress
@@ -59,14 +58,13 @@ def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     pipe = bench.load()
     plan = plan_components({"transformer": pipe.transformer}, recipe)["transformer"]
     propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
-    learned = digest(recipe) if propagates else digest(recipe, "rounding")
+    learned = digest(recipe) if propagates else digest(recipe, "rounding", "finetune")
     started = time.process_time()  # the machine may be busy with other cells
     with (
         tempfile.TemporaryDirectory() as folder,
         remembering(bench.folder / "learned" / learned) as memory,
     ):
-        kind = ComponentJob if recipe.finetune is None else FinetuneJob
-        job = kind(
+        job = job_of(recipe)(
             "transformer",
             pipe.transformer,
             plan,

@@ -19,6 +19,10 @@ RUNS = {
         ["--recipe", "s2q-vdit", *SMALL, "--set", "reconstruct.propagate=quant"],
     ),
     "no data": ("wan", ["--recipe", "hadamard"]),
+    "polished": (
+        "wan",
+        ["--recipe", "attar-ptq", *SMALL, "--set", "finetune={steps: 4, batch_size: 2, scale_lr: 1e-3}"],
+    ),
     "trained whole": (
         "wan22",
         [

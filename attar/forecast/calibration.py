@@ -181,7 +181,7 @@ def forecast_calibration(
         if recipe.finetune is not None:
             learn += finetune_seconds(costs, traced.prompts * (traced.steps or steps), recipe)
             whole = max(whole, sum(c.saved for c in costs))
-        elif chosen:
+        if chosen:
             learn += learning_seconds(costs, chosen, epochs)
         for block, cost in zip(counted.blocks, costs, strict=True):
             inside = {path: plan for path, plan in known.items() if path.startswith(f"{block}.")}
@@ -193,7 +193,8 @@ def forecast_calibration(
     held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
     memory = calibration_memory(model, transformers, recipe, held, streams, constants, saved)
     if recipe.finetune is not None:
-        memory = finetune_memory(model, transformers, recipe, whole)
+        trained = finetune_memory(model, transformers, recipe, whole)
+        memory = CalibrationMemory(max(memory.device, trained.device), memory.host)
     trace = traced.prompts * (traced.steps or steps) * step_seconds
     return {
         "trace_seconds": trace,

@@ -115,9 +115,9 @@ def _time_and_memory(
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     first, branches, step_seconds = _one_step(pipe, components, call)
     settings = block_settings(recipe)
-    if recipe.finetune is not None:  # what a training step costs does not depend on who takes it
+    if recipe.finetune is not None and settings.learning is None:  # the price of a training step is needed
         settings = dataclasses.replace(settings, learning=ReconstructionSettings(epochs=1))
-    epochs = settings.learning.epochs if settings.learning else 0
+    epochs = recipe.reconstruct.epochs if recipe.reconstruct is not None else 0
     learn = allocating = 0.0
     costs: list[BlockCost] = []
     peaks, measured = [], [f"one denoising step ({step_seconds:.3g} s)"]
@@ -143,9 +143,9 @@ def _time_and_memory(
             what, seconds = ("training step", cost.epoch) if cost.epoch else ("forward", cost.forward)
             measured.append(f"one {what} of {name}.{block.name} ({seconds:.3g} s)")
     if recipe.finetune is not None:
-        learn = finetune_seconds(costs, prompts * steps, recipe)
+        learn += finetune_seconds(costs, prompts * steps, recipe)
         memory = finetune_memory(resident, components.values(), recipe, sum(c.saved for c in costs))
-        peaks = [memory.device + memory.host]
+        peaks.append(memory.device + memory.host)
     tracing = prompts * steps * step_seconds
     return {
         "seconds": round(tracing + allocating + learn, 1),

@@ -2,7 +2,8 @@
 
 One loop serves several systems, which differ in what they train: the weights behind the rounding, with auxiliary
 branches whose rank decays (QVGen, arXiv 2505.11497); low-rank adapters that are merged before the rounding
-(EfficientDM, arXiv 2310.03270); the numbers of a table (Polino et al., arXiv 1802.05668).
+(EfficientDM, arXiv 2310.03270); the numbers of a table (Polino et al., arXiv 1802.05668); scales, biases and clipping
+alone, behind a calibration whose codes stay (`polish.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from attar.errors import AttarError
 from attar.losses import mse
 from attar.quantize.batching import Streams, join, like
 from attar.quantize.linear import QuantizedLinear
+from attar.quantize.polish import ScaledCodes
 from attar.quantize.rank_decay import RankDecay, decay, start_auxiliary
 from attar.quantize.seeds import seed_of
 from attar.quantize.terms import LowRankTerm
 
+Layer = QuantizedLinear | ScaledCodes
 Samples = Sequence[tuple[Any, Streams]]  # a call of the model, and what the original gave
 
 
@@ -34,7 +37,8 @@ class FinetuneSettings:
     adapter_rank: of merged adapters, 0 for none. adapter_lr: their rate as a share of the layer's mean step size, so
     that in all layers about as many codes change (EfficientDM's scale-aware optimisation; under Adam scaling the
     gradient would do nothing). auxiliary_rank: of branches that decay, 0 for none; auxiliary_lr their rate;
-    auxiliary_keep: share of the rank that a phase leaves. clip_lr, level_lr: of clipping factors and tables.
+    auxiliary_keep: share of the rank that a phase leaves. clip_lr, level_lr: of clipping factors and tables. scale_lr:
+    of the logarithms of scales whose codes stay.
     schedule: "cosine" or "linear" to zero, behind a linear warm-up over the share `warmup` of the steps. weight_decay:
     of weights alone. max_norm: the gradient is cut there; None for never.
     """
@@ -50,6 +54,7 @@ class FinetuneSettings:
     auxiliary_keep: float = 0.5
     clip_lr: float = 0.0
     level_lr: float = 0.0
+    scale_lr: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.0
     weight_decay: float = 0.0
@@ -69,7 +74,7 @@ class Finetuner:
         self,
         run: Callable[[Any], Streams],
         samples: Samples,
-        layers: Mapping[str, QuantizedLinear],
+        layers: Mapping[str, Layer],
         settings: FinetuneSettings,
         seed: str = "0",
         chosen: Sequence[str] | None = None,
@@ -78,6 +83,7 @@ class Finetuner:
             raise AttarError("there are no samples to train on")
         self.run, self.samples, self.layers, self.settings, self.seed = run, samples, layers, settings, seed
         self.chosen = {name: layers[name] for name in (layers if chosen is None else chosen)}
+        self._open = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
         self.decay: RankDecay | None = None
         self.step = 0
         self.history: list[tuple[int, float]] = []  # (step, mean loss of the steps since the last entry)
@@ -115,7 +121,7 @@ class Finetuner:
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Takes the state of a run with the same settings. Raises AttarError for any other."""
-        for name, layer in self.layers.items():
+        for name, layer in self._open.items():
             if layer.auxiliary is not None:
                 up, down = (tensors.get(f"{name}.auxiliary.{part}") for part in ("up", "down"))
                 layer.auxiliary = (
@@ -172,7 +178,7 @@ class Finetuner:
         return loss
 
     def _decay(self) -> None:
-        if self.decay is not None and decay(self.layers, self.decay, self.step):
+        if self.decay is not None and decay(self._open, self.decay, self.step):
             # the moments of the old factors mean nothing for the new ones
             self._side = self._optimizer(_auxiliary_groups(self.layers, self.settings))
 
@@ -195,7 +201,9 @@ class Finetuner:
 
     def _start(self) -> None:
         settings = self.settings
-        for name, layer in self.chosen.items():
+        chosen = {name: layer for name, layer in self.chosen.items() if name in self._open}
+        for name, layer in chosen.items():
+            assert isinstance(layer, QuantizedLinear)
             if settings.weight_lr:  # a copy of its own, exact enough for small updates
                 layer.weight = nn.Parameter(layer.weight.detach().float().clone())
             if settings.bias_lr and layer.bias is not None:
@@ -208,7 +216,7 @@ class Finetuner:
                 )
         if settings.auxiliary_rank:
             self.decay = RankDecay(settings.auxiliary_rank, settings.steps, settings.auxiliary_keep)
-            start_auxiliary(self.chosen, settings.auxiliary_rank)
+            start_auxiliary({name: self._open[name] for name in chosen}, settings.auxiliary_rank)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by its name."""
@@ -229,18 +237,24 @@ class Finetuner:
 
 
 def _main_groups(
-    layers: Mapping[str, QuantizedLinear], chosen: Mapping[str, QuantizedLinear], settings: FinetuneSettings
+    layers: Mapping[str, Layer], chosen: Mapping[str, Layer], settings: FinetuneSettings
 ) -> list[dict[str, Any]]:
+    open_layers = [layer for layer in layers.values() if isinstance(layer, QuantizedLinear)]
+    packed = [layer for layer in layers.values() if isinstance(layer, ScaledCodes)]
+    weights = [layer.weight for layer in chosen.values() if isinstance(layer, QuantizedLinear)]
+    clips = [p for layer in open_layers for p in layer.clip_parameters()]
+    clips += [layer.clip for layer in packed if layer.clip is not None]
     groups = [
-        ([layer.weight for layer in chosen.values()], settings.weight_lr, settings.weight_decay),
+        (weights, settings.weight_lr, settings.weight_decay),
         ([layer.bias for layer in chosen.values() if layer.bias is not None], settings.bias_lr, 0.0),
-        ([p for layer in layers.values() for p in layer.clip_parameters()], settings.clip_lr, 0.0),
-        ([p for layer in layers.values() for p in layer.level_parameters()], settings.level_lr, 0.0),
+        (clips, settings.clip_lr, 0.0),
+        ([p for layer in open_layers for p in layer.level_parameters()], settings.level_lr, 0.0),
+        ([layer.log_scale for layer in packed], settings.scale_lr, 0.0),
     ]
-    for layer in chosen.values() if settings.adapter_rank else ():
-        assert layer.adapter is not None
-        step = layer.baked_weight()[1].mean().item()
-        groups.append(([layer.adapter.up, layer.adapter.down], step * settings.adapter_lr, 0.0))
+    for layer in chosen.values():
+        if isinstance(layer, QuantizedLinear) and layer.adapter is not None:
+            step = layer.baked_weight()[1].mean().item()
+            groups.append(([layer.adapter.up, layer.adapter.down], step * settings.adapter_lr, 0.0))
     return [
         {"params": parameters, "peak": rate, "lr": rate, "weight_decay": rest}
         for parameters, rate, rest in groups
@@ -248,10 +262,9 @@ def _main_groups(
     ]
 
 
-def _auxiliary_groups(
-    layers: Mapping[str, QuantizedLinear], settings: FinetuneSettings
-) -> list[dict[str, Any]]:
-    terms = [layer.auxiliary for layer in layers.values() if layer.auxiliary is not None]
+def _auxiliary_groups(layers: Mapping[str, Layer], settings: FinetuneSettings) -> list[dict[str, Any]]:
+    opened = [layer for layer in layers.values() if isinstance(layer, QuantizedLinear)]
+    terms = [layer.auxiliary for layer in opened if layer.auxiliary is not None]
     if not terms or not settings.auxiliary_lr:
         return []
     rate, parameters = settings.auxiliary_lr, [p for term in terms for p in (term.up, term.down)]

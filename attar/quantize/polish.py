@@ -1,0 +1,55 @@
+"""A packed layer whose codes stay while its scales, its bias and the clipping of its activations are trained.
+
+Training step sizes end to end behind a block-by-block calibration is the second phase of EfficientQAT (arXiv
+2407.11062, section 3.3), there for weights alone. The checkpoint has the same codes, bytes and kernels as before.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attar.quantize.formats import fake_quantize_tokens
+from attar.runtime.formats import decode, wide
+from attar.runtime.layers import PackedLinear
+
+
+class ScaledCodes(nn.Module):
+    """What a packed layer computes, differentiable in its input, scales, bias and clipping factors.
+
+    log_scale: (out, groups), so that a learning rate is a relative change and scales stay positive. clip: (2,), or None
+    for a layer without clipping. Values are those of the packed layer up to the rounding of the exponential.
+    """
+
+    def __init__(self, packed: PackedLinear) -> None:
+        super().__init__()
+        self.packed = packed
+        codes = packed.unpacked().unflatten(1, (packed.weight_scale.shape[1], -1))
+        numbers = decode(codes, packed.weight_format, packed.weight_bits, packed.levels)
+        self.register_buffer("numbers", numbers.float(), persistent=False)
+        self.log_scale = nn.Parameter(packed.weight_scale.log())
+        self.bias = None if packed.bias is None else nn.Parameter(packed.bias.detach().float().clone())
+        self.clip = None if packed.act_clip is None else nn.Parameter(packed.act_clip.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, packed = wide(x), self.packed
+        for transform in packed.transforms:
+            y = transform(y)
+        if packed.act_bits is not None:
+            y = fake_quantize_tokens(y, packed.act_bits, self.clip, packed.act_format)
+        weight = (self.numbers * self.log_scale.exp().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
+        z = F.linear(y, weight.to(y.dtype), self.bias).to(x.dtype)
+        if packed.low_rank_in is None or packed.low_rank_out is None:
+            return z
+        return z + F.linear(F.linear(x, packed.low_rank_in.to(x.dtype)), packed.low_rank_out.to(x.dtype))
+
+    @torch.no_grad()
+    def trained(self) -> dict[str, Tensor]:
+        """The packed layer's tensors as they are now, by their names in it and in its types."""
+        found = {"weight_scale": self.log_scale.exp()}
+        if self.bias is not None and self.packed.bias is not None:
+            found["bias"] = self.bias.to(self.packed.bias.dtype)
+        if self.clip is not None:
+            found["act_clip"] = self.clip.detach().clone()
+        return found

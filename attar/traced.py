@@ -1,0 +1,80 @@
+"""Every traced step of a transformer as a sample for training it whole, with what the original gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from attar.calibration.store import TraceStore
+from attar.errors import AttarError
+from attar.models.block import BlockCall, bind
+from attar.progress import Progress
+from attar.quantize.batching import concatenate_calls
+from attar.workspace import Workspace
+
+OUTPUT = "sample"
+
+
+class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
+    """Every traced step of a component: its call, all guidance branches in one batch, and what the original gave.
+
+    Outputs are computed once and kept in the workspace, one file for a prompt; both are read when they are asked for.
+    Raises AttarError when the component did not run at all.
+    """
+
+    def __init__(
+        self, name: str, transformer: nn.Module, store: TraceStore, prompts: int, workspace: Workspace
+    ) -> None:
+        self.name, self.transformer, self.store, self.workspace = name, transformer, store, workspace
+        self.places = [
+            (p, s) for p in range(prompts) for s in range(store.steps(p)) if name in store.components(p, s)
+        ]
+        if not self.places:
+            raise AttarError("the component did not run in any traced step", where=name)
+        self._files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> tuple[BlockCall, dict[str, Tensor]]:
+        prompt, step = self.places[index]
+        if prompt not in self._files:
+            file = self._file(prompt)
+            if self.workspace.read_tensors(file) is None:
+                raise AttarError("the original's outputs are missing", where=file, fix="Run again")
+            self._files[prompt] = safe_open(self.workspace.folder / file, "pt")
+        return self.call(prompt, step), {OUTPUT: self._files[prompt].get_tensor(str(step))}
+
+    def call(self, prompt: int, step: int) -> BlockCall:
+        """The component's call at that step, with all its branches."""
+        branches = []
+        for arguments in self.store.calls(self.name, prompt, step):
+            bound: dict[str, Any] = bind(self.transformer, (), arguments) | {"return_dict": False}
+            stream = {"hidden_states": bound.pop("hidden_states")}
+            branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
+        return concatenate_calls(branches) if len(branches) > 1 else branches[0]
+
+    def compute(self, run: Callable[[BlockCall], dict[str, Tensor]], progress: Progress) -> None:
+        """The original's outputs that are not there yet. run: the original on one call."""
+        prompts = list(dict.fromkeys(p for p, _ in self.places))
+        with progress.task(f"{self.name}: outputs of the original", len(prompts)) as advance:
+            for done, prompt in enumerate(prompts):
+                if not self.workspace.has(self._file(prompt)):
+                    steps = [s for p, s in self.places if p == prompt]
+                    with torch.no_grad():
+                        outputs = {str(s): run(self.call(prompt, s))[OUTPUT] for s in steps}
+                    self.workspace.write_tensors(self._file(prompt), outputs)
+                advance(done + 1, f"prompt {prompt}")
+
+    def remove(self) -> None:
+        """Deletes the outputs, which nothing needs any more."""
+        self._files.clear()
+        for prompt in dict.fromkeys(p for p, _ in self.places):
+            self.workspace.remove(self._file(prompt))
+
+    def _file(self, prompt: int) -> str:
+        return f"{self.name}/outputs-{prompt:04d}.safetensors"
