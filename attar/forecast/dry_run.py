@@ -21,6 +21,7 @@ from attar.forecast.sizes import planned_sizes
 from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind, run_block
+from attar.models.calls import conditioning, latents_only
 from attar.models.source import Source, stored_dtypes
 from attar.models.weights import weights_of
 from attar.planning import plan_components
@@ -64,7 +65,7 @@ def forecast_job(
             **planned_sizes(components, plans, recipe, _stored(components, source)),
             "text_encoders": text_encoder_bytes(pipe, text, source),
         },
-        **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
+        **_time_and_memory(pipe, components, plans, recipe, chosen, call),
     }
 
 
@@ -85,7 +86,7 @@ def _time_and_memory(
     components: Mapping[str, nn.Module],
     plans: Mapping[str, list[LayerPlan]],
     recipe: Recipe,
-    prompts: int,
+    prompts: Sequence[str],
     call: dict[str, Any],
 ) -> dict[str, Any]:
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -95,7 +96,7 @@ def _time_and_memory(
         memory = calibration_memory(resident, components.values(), recipe)
         return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": int(memory.device), "measured_on": None}
     steps = recipe.trace.steps or call.get("num_inference_steps") or 50
-    first, branches, step_seconds = _one_step(pipe, components, call)
+    first, branches, step_seconds = _one_step(pipe, components, prompts[0], call)
     settings = block_settings(recipe)
     epochs = settings.learning.epochs if settings.learning else 0
     learn, peaks, measured = 0.0, [], [f"one denoising step ({step_seconds:.3g} s)"]
@@ -117,8 +118,8 @@ def _time_and_memory(
         if planned:
             measured.append(f"one training step of {name}.{block.name} ({cost.epoch:.3g} s)")
     return {
-        "seconds": round(prompts * steps * step_seconds + learn, 1),
-        "trace_seconds": round(prompts * steps * step_seconds, 1),
+        "seconds": round(len(prompts) * steps * step_seconds + learn, 1),
+        "trace_seconds": round(len(prompts) * steps * step_seconds, 1),
         "peak_bytes": int(max(peaks)),
         "measured_on": f"{' and '.join(measured)} on this machine",
     }
@@ -148,7 +149,7 @@ def _planned(block: Block, plan: list[LayerPlan]) -> dict[str, LayerPlan]:
 
 @torch.no_grad()
 def _one_step(
-    pipe: Any, components: Mapping[str, nn.Module], call: dict[str, Any]
+    pipe: Any, components: Mapping[str, nn.Module], prompt: str, call: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]], float]:
     """(the component that runs first, its calls in one denoising step, the seconds of that step)."""
     calls: list[tuple[str, dict[str, Any]]] = []
@@ -169,8 +170,8 @@ def _one_step(
             started = time.perf_counter()
             generator = torch.Generator().manual_seed(0)
             options = {**call, "num_inference_steps": 1}
-            with calling(pipe):
-                pipe(prompt="a test", output_type="latent", generator=generator, **options)
+            with calling(pipe), latents_only(pipe) as undecoded:
+                pipe(**conditioning(pipe, prompt), generator=generator, **undecoded, **options)
             seconds = time.perf_counter() - started
     finally:
         for handle in handles:
