@@ -51,7 +51,11 @@ def generate(
     for i, condition in enumerate(conditions):
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed + i)
-        with nullcontext({}) if step is None else following(pipe, count) as followed, torch.no_grad(), calling(pipe):
+        with (
+            nullcontext({}) if step is None else following(pipe, count) as followed,
+            torch.no_grad(),
+            calling(pipe),
+        ):
             result = pipe(**condition, generator=generator, output_type="pt", **followed, **options)
         seconds.append(time.perf_counter() - started)
         frames = result.frames if hasattr(result, "frames") else result.images[:, None]

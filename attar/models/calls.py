@@ -65,7 +65,9 @@ def _class_number(pipe: Any, prompt: str) -> int:
         return int(text)
     some = [*known_classes(pipe)[:3], f"a number from {min(numbers)} to {max(numbers)}"]
     raise AttarError(
-        "the model knows no such class", where=repr(prompt), fix=f"Give a class, for example: {', '.join(some)}"
+        "the model knows no such class",
+        where=repr(prompt),
+        fix=f"Give a class, for example: {', '.join(some)}",
     )
 
 

@@ -41,7 +41,9 @@ class Source:
     folder: Path | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)  # calibration prompts that come with the model
-    classes: list[str] = field(default_factory=list)  # names of a class-conditional model's classes, well mixed
+    classes: list[str] = field(
+        default_factory=list
+    )  # names of a class-conditional model's classes, well mixed
 
     @property
     def pipeline_class(self) -> type | None:

@@ -52,7 +52,12 @@ def test_every_linear_in_a_block_has_a_role(case):
 def test_each_block_of_dit_has_the_embedding_of_time(case):
     name, model, _ = case
     adapter = ModelAdapter.of(model)
-    found = [line for block in adapter.blocks for line in adapter.linears(block) if "timestep_embedder" in line.name]
+    found = [
+        line
+        for block in adapter.blocks
+        for line in adapter.linears(block)
+        if "timestep_embedder" in line.name
+    ]
     assert [line.role for line in found] == ["time_conditioning"] * (6 if name == "dit" else 0)
     if name == "dit":
         roles = {line.name: line.role for line in adapter.linears(adapter.blocks[0])}

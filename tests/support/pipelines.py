@@ -188,7 +188,9 @@ def generate(pipe: Any, name: str, prompt: str = PROMPTS[0], seed: int = 3, **ov
     options = {**case.generation, "num_inference_steps": case.steps, **overrides}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), latents_only(pipe) as undecoded:
-        made = pipe(**conditioning(pipe, prompt), generator=generator, return_dict=False, **undecoded, **options)
+        made = pipe(
+            **conditioning(pipe, prompt), generator=generator, return_dict=False, **undecoded, **options
+        )
     return made[0]
 
 

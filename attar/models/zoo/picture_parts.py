@@ -13,7 +13,7 @@ def build_vae() -> AutoencoderKL:
     """4x smaller in both directions. Latents have zero mean and unit variance, so the scaling factor is 1."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 96), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
         sample_size=SIZE, scaling_factor=1.0, mid_block_add_attention=False,
     )  # fmt: skip
 

@@ -34,9 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(work=WORK)
     parser.add_argument("--minutes", type=float, default=50.0, help="the denoiser")
     parser.add_argument(
-        "--vae-minutes", type=float, default=12.0, help="the autoencoder of both picture models"
+        "--vae-minutes", type=float, default=15.0, help="the autoencoder of both picture models"
     )
-    parser.add_argument("--batch", type=int, default=64, help="pictures in a step")
+    parser.add_argument("--batch", type=int, default=48, help="pictures in a step")
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW")
     parser.add_argument(
         "--muon-rate", type=float, default=0.0, help="Muon for the matrices; 0 uses AdamW for all"
