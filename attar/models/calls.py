@@ -1,4 +1,4 @@
-"""How a diffusers pipeline is called and followed for one prompt, whatever it takes: a sentence, or the name of a class.
+"""How a diffusers pipeline is called and followed for one prompt: a sentence, or the name of a class.
 
 Class-conditional pipelines (`DiTPipeline`) take numbers of classes instead of a prompt, call nobody back after a step,
 and always decode. What that needs is here, so that tracing and generation need not know it.
@@ -25,7 +25,7 @@ def call_parameters(pipe: Any) -> set[str]:
 
 def makes_videos(pipe: Any) -> bool:
     """Whether the pipeline, or a class of pipelines, is asked for a number of frames; else it makes images."""
-    return "num_frames" in call_parameters(pipe)
+    return bool({"num_frames", "video_length"} & call_parameters(pipe))
 
 
 def by_class(pipe: Any) -> bool:
@@ -52,7 +52,8 @@ def class_names(id2label: Mapping[Any, str]) -> list[str]:
 def known_classes(pipe: Any) -> list[str]:
     """The same for a pipeline; none where it is not class-conditional, or has no labels."""
     labels: dict[str, int] = getattr(pipe, "labels", None) or {}
-    return class_names({number: name for name, number in labels.items()}) if labels and by_class(pipe) else []
+    first = {number: name for name, number in sorted(labels.items(), reverse=True)}
+    return class_names(first) if labels and by_class(pipe) else []
 
 
 def _class_number(pipe: Any, prompt: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attar.models.zoo.canvas import COLOURS, DIGITS, INK_SIZE, SIZE, paint, render_ink
+from attar.models.zoo.canvas import COLOURS, DIGITS, SIZE, paint, render_ink
 
 SENTENCES = (
     "a {colour} {digit}",

@@ -108,7 +108,7 @@ def train_vae(pictures: Pictures, args: argparse.Namespace) -> tuple[Autoencoder
     trainer.use_average()
     torch.manual_seed(SEED + 3)
     with torch.no_grad():
-        sample = vae.encode(pictures.draw(2048)[1] * 2 - 1).latent_dist.mean
+        sample = vae.encode(pictures.draw(min(2048, args.pictures))[1] * 2 - 1).latent_dist.mean
         normalise_latents(vae, sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)))
     return round_weights(vae.eval(), torch.float16), trainer.curve
 
