@@ -13,6 +13,7 @@ ROOT = Path(attar.__file__).parent
 VERBS = {"calibration", "quantize"}
 CONDUCTING = {
     "allocation",
+    "candidates",
     "planning",
     "conductor",
     "component",
@@ -42,9 +43,11 @@ ALLOWED = {
     "stages": {"budget", "calibration", "quantize", "runtime"},
     "recipe": {"quantize", "stages"},
     "planning": {"budget", "models", "quantize", "recipe", "runtime", "settings"},
+    "candidates": {"budget", "planning", "recipe", "settings"},
     "allocation": {
         "budget",
         "calibration",
+        "candidates",
         "component",
         "models",
         "planning",
@@ -116,6 +119,7 @@ ALLOWED = {
     },
     "forecast": {
         *VERBS,
+        "candidates",
         "component",
         "conductor",
         "evaluate",
@@ -128,7 +132,17 @@ ALLOWED = {
         "settings",
         "text_encoder",
     },
-    "bench": {"calibration", "evaluate", "forecast", "models", "quantize", "recipe", "runtime", "settings"},
+    "bench": {
+        "calibration",
+        "candidates",
+        "evaluate",
+        "forecast",
+        "models",
+        "quantize",
+        "recipe",
+        "runtime",
+        "settings",
+    },
     "errors": set(),
     "files": set(),
     "tensorfile": set(),
