@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -44,21 +46,24 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+    config: dict[str, Any] = dict(
         sample_size=LATENT_SIZE, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(96, 160, 160), layers_per_block=1, norm_num_groups=16, attention_head_dim=4,
         cross_attention_dim=TEXT_WIDTH,
     )  # fmt: skip
+    return UNet2DConditionModel(**config)
 
 
 def build_pipeline(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, build_scheduler(), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+    nothing: dict[str, Any] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, build_scheduler(), **nothing)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import AutoencoderKL, DDIMScheduler
 
 from attar.models.zoo.canvas import SIZE
@@ -11,11 +13,12 @@ LATENT_CHANNELS, LATENT_SIZE = 4, SIZE // 4
 
 def build_vae() -> AutoencoderKL:
     """4x smaller in both directions. Latents have zero mean and unit variance, so the scaling factor is 1."""
-    return AutoencoderKL(
+    config: dict[str, Any] = dict(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
         sample_size=SIZE, scaling_factor=1.0, mid_block_add_attention=False,
     )  # fmt: skip
+    return AutoencoderKL(**config)
 
 
 def build_scheduler() -> DDIMScheduler:
