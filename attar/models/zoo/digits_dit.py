@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from torch import nn
@@ -30,7 +32,8 @@ def build_transformer() -> DiTTransformer2DModel:
                 nn.init.normal_(module.weight, std=0.02)
                 module.weight[len(ID2LABEL) : NO_CLASS] = 0  # classes that do not exist
         nn.init.xavier_uniform_(transformer.pos_embed.proj.weight.flatten(1))
-        for block in transformer.transformer_blocks:
+        blocks: Any = transformer.transformer_blocks
+        for block in blocks:
             nn.init.zeros_(block.norm1.linear.weight)
         for last in (transformer.proj_out_1, transformer.proj_out_2):
             nn.init.zeros_(last.weight)
@@ -39,7 +42,8 @@ def build_transformer() -> DiTTransformer2DModel:
 
 
 def build_pipeline(vae: AutoencoderKL, transformer: DiTTransformer2DModel) -> DiTPipeline:
-    pipe = DiTPipeline(transformer, vae, build_scheduler(), id2label=ID2LABEL)
+    scheduler: Any = build_scheduler()
+    pipe = DiTPipeline(transformer, vae, scheduler, id2label=ID2LABEL)
     pipe.register_to_config(
         id2label=ID2LABEL
     )  # diffusers reads the labels from model_index.json, yet writes none

@@ -33,14 +33,18 @@ def build_tokenizer() -> CLIPTokenizer:
         for k in range(1, len(parts)):
             merges["".join(parts[:k]), parts[k]] = None
             vocabulary.setdefault("".join(parts[: k + 1]), len(vocabulary))
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=TEXT_TOKENS)
+    pairs: Any = list(merges)
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=TEXT_TOKENS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    marks: dict[str, Any] = {
+        key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=TEXT_TOKENS, projection_dim=TEXT_WIDTH,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **marks,
     )  # fmt: skip
     return CLIPTextModel(config)
 
@@ -59,11 +63,12 @@ def build_unet() -> UNet2DConditionModel:
 def build_pipeline(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
+    scheduler: Any = build_scheduler()
     nothing: dict[str, Any] = {
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
-    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, build_scheduler(), **nothing)
+    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, **nothing)
     pipe.set_progress_bar_config(disable=True)
     return pipe
