@@ -1,6 +1,7 @@
 """Pictures say what their words say; the parts of the two picture models, and a short training of each."""
 
 import json
+import math
 from dataclasses import astuple
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from attar.errors import AttarError
+from attar.evaluate.compare import compare
 from attar.evaluate.generate import generate
 from attar.models.calls import conditioning
 from attar.models.source import find_source, load
@@ -28,6 +30,7 @@ from attar.models.zoo.training import digits_dit as dit_training
 from attar.models.zoo.training import digits_image as image_training
 from attar.models.zoo.training.data import Pictures, handwriting
 from attar.models.zoo.training.stages import VelocityLoss, normalise_latents, reader_accuracy
+from attar.progress import SilentProgress
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,20 @@ def test_a_short_training_of_the_unet(trained):
         for name in ("digits-dit", "digits-image")
     ]
     assert both[0].read_bytes() == both[1].read_bytes()
+
+
+def test_the_comparison_judges_pictures(trained, tmp_path):
+    source = find_source(str(trained / "digits-dit"))
+    steps = {"num_inference_steps": 2}
+    data = compare(
+        source, source, ["red seven", "12"], tmp_path / "a", overrides=steps, progress=SilentProgress()
+    )
+    assert all(pair.reference_quality == {} for pair in data.pairs)  # a number is none of the judges' words
+    data = compare(source, source, ["red seven"], tmp_path / "b", overrides=steps, progress=SilentProgress())
+    assert data.pairs[0].reference_quality.keys() == {"digit", "colour"}
+    assert (
+        data.pairs[0].reference_quality == data.pairs[0].compressed_quality and data.pairs[0].psnr == math.inf
+    )
 
 
 def test_a_training_that_is_done_gives_the_same_weights_again(trained):
