@@ -242,10 +242,11 @@ def _folder_source(name: str, folder: Path) -> Source:
         )
     prompts = folder / "calibration_prompts.txt"
     labels = _index(folder).get("id2label")
-    labelled = isinstance(labels, dict) and all(str(number).isdecimal() for number in labels)
+    if not isinstance(labels, dict) or not all(str(number).isdecimal() for number in labels):
+        labels = {}
     return Source(
         name, folder, _generation(folder), read_prompts(prompts) if prompts.is_file() else [],
-        class_names(labels) if labelled else [],
+        class_names(labels),
     )  # fmt: skip
 
 
