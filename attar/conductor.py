@@ -28,6 +28,7 @@ from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.errors import AttarError
 from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
+from attar.models.calls import known_classes
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.planning import Plans, plan_components, with_plan, with_widths
@@ -100,7 +101,7 @@ def compress(
         source = find_source(str(model))
         pipe = load_pipeline(source)
     else:
-        source, pipe = Source(type(model).__name__), model
+        source, pipe = Source(type(model).__name__, classes=known_classes(model)), model
     if layers is not None:
         recipe = with_plan(recipe, layers, transformer_components(pipe))
     if workspace is None:
@@ -220,14 +221,15 @@ def _prepared(
 
 
 def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | None) -> list[str]:
-    """The prompts that are traced: the given ones, else the model's, else general ones; as many as the recipe says."""
+    """The prompts that are traced: the given ones, else the model's, else its classes, else general ones; as many as
+    the recipe says."""
     if recipe.traced is None:
         return []
     if given is not None:
         if not given:
             raise AttarError("no prompts were given", fix="Give at least one, or leave them to the model")
         return list(given)
-    pool = source.prompts or list(GENERAL_PROMPTS)
+    pool = source.prompts or source.classes or list(GENERAL_PROMPTS)
     if len(pool) < recipe.traced.prompts:
         raise AttarError(
             f"the recipe traces {recipe.traced.prompts} prompts, the model brings {len(pool)}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from attar.evaluate.model_card import ModelCard, model_card
 from attar.evaluate.report_data import PlanRow
 from attar.evaluate.size import model_size
 from attar.files import check_writable, not_written
+from attar.models.calls import by_class, makes_videos
 from attar.models.shards import Shards
 from attar.models.source import Source
 from attar.quantize.plan import LayerPlan
@@ -244,13 +244,13 @@ def _card(
         key: f"{value} (published recipe: {published})" for key, (value, published) in changed.items()
     }
     call = {k: v for k, v in source.generation.items() if k in _CALL}
-    video = "num_frames" in inspect.signature(pipe.__call__).parameters
+    prompts = source.prompts or source.classes or ["a red fox runs through snow"]
     return ModelCard(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
-        pipeline_tag="text-to-video" if video else "text-to-image",
+        pipeline_tag="text-to-video" if makes_videos(pipe) else "text-to-image", by_class=by_class(pipe),
         fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
         call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), **_license(source),
-        example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
+        example_prompt=prompts[0],
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from attar.recipe import Recipe
 from attar.runtime.diffusers_integration import use_kernels
 from attar.settings import block_settings, plan_for
 
-IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel")
+IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel")
 LAYER_KEYS = ("num_layers", "num_single_layers")  # of a transformer's config: blocks of each kind
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from attar import ranks
 from attar.calibration.store import PromptRecord, TraceStore
 from attar.errors import AttarError, calling
 from attar.models.block import bind
+from attar.models.calls import by_class, call_parameters, conditioning, following, latents_only
 
 Progress = Callable[[int, int, int], None]
 
@@ -55,12 +55,13 @@ def trace_pipeline(
     JSON-able.
     progress: called as progress(prompt index, steps done, steps) after every step.
     Raises AttarError if the pipeline cannot be traced (no step callback that shows the latents), if it
-    rejects its arguments, or if a finished prompt was traced with other settings.
+    rejects its arguments or does not know a class, or if a finished prompt was traced with other settings.
     """
     _check_traceable(pipe)
     options = dict(generation or {})
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
+    conditions = [conditioning(pipe, prompt) for prompt in prompts]
     done = set(store.prompts_done())
     for index, prompt in enumerate(prompts):
         settings = _plain({"prompt": prompt, "seed": seed + index, "steps": steps, **options})
@@ -70,7 +71,7 @@ def trace_pipeline(
         if index % ranks.size() != ranks.rank():
             continue  # another process generates it
         record = PromptRecord(settings)
-        final = _generate(pipe, prompt, record, steps, seed + index, options, index, progress)
+        final = _generate(pipe, conditions[index], record, steps, seed + index, options, index, progress)
         record.end(final)
         store.save_prompt(index, record)
     ranks.barrier()
@@ -78,7 +79,7 @@ def trace_pipeline(
 
 def _generate(
     pipe: Any,
-    prompt: str,
+    condition: Mapping[str, Any],
     record: PromptRecord,
     steps: int,
     seed: int,
@@ -86,36 +87,40 @@ def _generate(
     index: int,
     progress: Progress | None,
 ) -> Tensor:
-    def on_step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        on_step(step, timestep, tensors["latents"])
-        return {}
+    latents: list[Tensor] = []  # the last ones
 
-    def on_step(step: int, timestep: Any, latents: Tensor) -> None:
-        record.end_step(float(timestep), latents)
+    def on_step(step: int, timestep: Any, made: Tensor) -> None:
+        record.end_step(float(timestep), made)
+        latents[:] = [made]
         if progress is not None:
             progress(index, step + 1, steps)
 
-    callback: dict[str, Any] = {"callback": on_step, "callback_steps": 1}
-    if "callback_on_step_end" in _call_parameters(pipe):
-        callback = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": ["latents"]}
-    with _recording(pipe, record), _quiet(pipe), torch.no_grad(), calling(pipe):
+    with (
+        _recording(pipe, record),
+        following(pipe, on_step, record.add_latents) as followed,
+        latents_only(pipe) as undecoded,
+        _quiet(pipe),
+        torch.no_grad(),
+        calling(pipe),
+    ):
         result = pipe(
-            prompt=prompt,
+            **condition,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
             return_dict=False,
-            **callback,
+            **undecoded,
+            **followed,
             **options,
         )
-    if not isinstance(result[0], Tensor):
+    final = latents[-1] if by_class(pipe) else result[0]
+    if not isinstance(final, Tensor):
         raise AttarError('the pipeline returns no tensor for output_type="latent"', where=type(pipe).__name__)
-    return result[0]
+    return final
 
 
 @contextmanager
 def _recording(pipe: Any, record: PromptRecord) -> Iterator[None]:
-    """Inside, the record receives every transformer call, and the noise that enters the first step."""
+    """Inside, the record receives every transformer call."""
 
     def watch(component: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -123,28 +128,13 @@ def _recording(pipe: Any, record: PromptRecord) -> Iterator[None]:
 
         return hook
 
-    step = pipe.scheduler.step
-    signature = inspect.signature(step)
-
-    @functools.wraps(step)
-    def watched_step(*args: Any, **kwargs: Any) -> Any:
-        # pipelines draw the noise inside; here it shows, in its own precision
-        if not record.latents:
-            record.add_latents(signature.bind(*args, **kwargs).arguments["sample"])
-        return step(*args, **kwargs)
-
     handles = [
         module.register_forward_pre_hook(watch(name), with_kwargs=True)
         for name, module in transformer_components(pipe).items()
     ]
-    own = vars(pipe.scheduler).get("step")  # set on the object itself, by others
-    pipe.scheduler.step = watched_step
     try:
         yield
     finally:
-        del pipe.scheduler.step
-        if own is not None:
-            pipe.scheduler.step = own
         for handle in handles:
             handle.remove()
 
@@ -166,20 +156,16 @@ def _quiet(pipe: Any) -> Iterator[None]:
 def _check_traceable(pipe: Any) -> None:
     where = type(pipe).__name__
     transformer_components(pipe)
-    parameters = _call_parameters(pipe)
+    parameters = call_parameters(pipe)
     if "callback_on_step_end" in parameters:
         if "latents" not in getattr(pipe, "_callback_tensor_inputs", ()):
             raise AttarError("the pipeline does not show its latents to callbacks", where=where)
-    elif not {"callback", "callback_steps"} <= parameters:  # the older form, as in PixArt
+    elif not ({"callback", "callback_steps"} <= parameters or by_class(pipe)):
         raise AttarError(
             "the pipeline has no callback_on_step_end, so its steps cannot be followed", where=where
         )
     if "sample" not in inspect.signature(pipe.scheduler.step).parameters:
         raise AttarError("the scheduler's step takes no sample", where=type(pipe.scheduler).__name__)
-
-
-def _call_parameters(pipe: Any) -> set[str]:
-    return set(inspect.signature(pipe.__call__).parameters)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -197,17 +197,19 @@ def compress(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Argument(help="one or more sentences")],
+    prompt: Annotated[
+        list[str], typer.Argument(help="one or more sentences, or classes of a class-conditional model")
+    ],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "-o",
             "--output",
             parser=named_path,
             metavar="FILE",
-            help="an .mp4 file (numbered for several prompts)",
+            help="an .mp4 file, or .png for images (numbered for several prompts; default: out)",
         ),
-    ] = Path("out.mp4"),
+    ] = None,
     seed: NoiseSeed = 0,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="classifier-free guidance scale")] = None,
@@ -219,17 +221,28 @@ def generate(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Generate videos with any pipeline, compressed or not."""
+    """Generate videos or images with any pipeline, compressed or not."""
     from attar.evaluate.generate import generate as make
+    from attar.evaluate.image import save_image
     from attar.evaluate.video import save_video, to_frames
+    from attar.models.calls import makes_videos
     from attar.models.source import find_source, load_pipeline
     from attar.progress import RichProgress
     from attar.runtime.describe import describe_backend
 
-    if output.suffix != ".mp4":
-        raise AttarError("the output is not an .mp4 file", where=str(output), fix="Name it something.mp4")
-    check_writable(output.parent)
+    if output is not None and output.suffix not in (".mp4", ".png"):
+        fix = "Name it something.mp4, or something.png for images"
+        raise AttarError("the output is not an .mp4 or .png file", where=str(output), fix=fix)
     source = find_source(model)
+    video = source.pipeline_class is None or makes_videos(source.pipeline_class)
+    suffix = ".mp4" if video else ".png"
+    output = output or Path(f"out{suffix}")
+    if output.suffix != suffix:
+        what = f"the output is not {'an .mp4' if video else 'a .png'} file"
+        raise AttarError(what, where=str(output), fix=f"Name it something{suffix}")
+    if fps is not None and not video:
+        raise AttarError("images have no frame rate", where="--fps", fix="Leave it out")
+    check_writable(output.parent)
     pipe = load_pipeline(source, dtype=torch_dtype(dtype), device=device)
     backend = describe_backend(pipe.components.values(), pipe.device)
     if backend is not None:
@@ -244,7 +257,11 @@ def generate(
     for i, (sentence, clip) in enumerate(zip(prompt, to_frames(made.videos), strict=True)):
         path = output if len(prompt) == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
         meta = {"prompt": sentence, "seed": seed + i, "model": source.name, **{k: v for k, v in call.items()}}
-        save_video(clip, path, fps or source.fps, max(1, 192 // clip.shape[2]), meta)
+        upscale = max(1, 192 // clip.shape[2])
+        if video:
+            save_video(clip, path, fps or source.fps, upscale, meta)
+        else:
+            save_image(clip[0], path, upscale, meta)
         written.append(
             {"file": str(path), "prompt": sentence, "seed": seed + i, "seconds": round(made.seconds[i], 2)}
         )
@@ -279,7 +296,7 @@ def compare(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Videos side by side from the same noise, with every figure, as one HTML page."""
+    """Videos or images side by side from the same noise, with every figure, as one HTML page."""
     from attar.calibration.prompts import GENERAL_PROMPTS
     from attar.evaluate.compare import compare as run
     from attar.models.source import find_source, read_prompts
@@ -290,8 +307,9 @@ def compare(
     check_writable(output)
     own = original.folder / "evaluation_prompts.txt"
     chosen = (
-        read_prompts(prompts) if prompts else read_prompts(own) if own.is_file() else list(GENERAL_PROMPTS)
-    )
+        read_prompts(prompts) if prompts else read_prompts(own) if own.is_file()
+        else original.classes or list(GENERAL_PROMPTS)
+    )  # fmt: skip
     data = run(
         original, small, chosen[:count], output, seed=seed,
         overrides={"num_inference_steps": steps}, dtype=torch_dtype(dtype), device=device, progress=RichProgress(),

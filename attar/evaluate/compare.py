@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.evaluate.fidelity import psnr, ssim
 from attar.evaluate.generate import Generated, generate
+from attar.evaluate.image import save_image
 from attar.evaluate.report import build_report, check_report_folder
 from attar.evaluate.report_data import (
     AttentionMass,
@@ -32,8 +34,7 @@ from attar.evaluate.video import save_video, to_frames
 from attar.models.block import bind
 from attar.models.source import Source, load_pipeline
 from attar.models.tree import map_tensors
-from attar.models.zoo.clips import parse_prompt
-from attar.models.zoo.judges import DigitReader, judge
+from attar.models.zoo.judges import DigitReader, verdicts
 from attar.progress import Progress
 from attar.runtime.describe import describe_backend
 
@@ -52,7 +53,7 @@ def compare(
     device: str | None = None,
     progress: Progress,
 ) -> ReportData:
-    """Generates every prompt with both models and writes `out`/index.html, report.json and videos/*.mp4.
+    """Generates every prompt with both models; writes `out`/index.html, report.json, and videos/*.mp4 or images/*.png.
 
     One model is in memory at a time; a former report in `out` is replaced. Raises AttarError when the two do not
     belong together, and when `out` holds something else than a report.
@@ -76,7 +77,7 @@ def compare(
     with progress.task("compressed", len(prompts) * steps) as advance:
         after = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
     if before.videos.shape != after.videos.shape:
-        raise AttarError("the two models make videos of different sizes", where=compressed.name)
+        raise AttarError(f"the two models make {_noun(before)}s of different sizes", where=compressed.name)
     data = ReportData(
         title=f"{compressed.name.rstrip('/').split('/')[-1]} beside {reference.name.rstrip('/').split('/')[-1]}",
         reference=_facts(reference, precision, None, before),
@@ -87,7 +88,7 @@ def compare(
         ),
         pairs=_pairs(reference, prompts, before, after, out, seed),
         timestep_errors=_timestep_errors(pipe, recorded),
-        notes=_notes(len(prompts), _record(compressed)),
+        notes=_notes(len(prompts), _noun(before), _record(compressed)),
         **evidence,
     )  # fmt: skip
     build_report(data, out)
@@ -100,30 +101,36 @@ def _pairs(
     closeness = psnr(before.videos, after.videos).tolist()
     small = min(before.videos.shape[-2:]) < 11
     similarity = [None] * len(prompts) if small else ssim(before.videos, after.videos).tolist()
-    verdicts = [_verdicts(source, prompts, videos) for videos in (before.videos, after.videos)]
-    upscale = max(1, 192 // before.videos.shape[-1])
+    judged = [_verdicts(source, prompts, videos) for videos in (before.videos, after.videos)]
     frames = [to_frames(before.videos), to_frames(after.videos)]
     pairs = []
     for i, prompt in enumerate(prompts):
         paths = []
         for name, clips in zip(("original", "compressed"), frames, strict=True):
             meta = {"prompt": prompt, "seed": seed + i, "model": name}
-            paths.append(
-                save_video(clips[i], out / "videos" / f"{i:03d}-{name}.mp4", source.fps, upscale, meta)
-            )
-        quality = {"reference_quality": verdicts[0][i], "compressed_quality": verdicts[1][i]}
+            paths.append(_save(clips[i], out, f"{i:03d}-{name}", source.fps, meta))
+        quality = {"reference_quality": judged[0][i], "compressed_quality": judged[1][i]}
         files = str(paths[0]), str(paths[1])
         pairs.append(VideoPair(prompt, *files, closeness[i], similarity[i], **quality, seed=seed + i))
     return pairs
 
 
+def _noun(made: Generated) -> str:
+    return "image" if made.videos.shape[1] == 1 else "video"
+
+
+def _save(clip: np.ndarray, out: Path, name: str, fps: float, meta: dict[str, Any]) -> Path:
+    """A clip (F, H, W, 3) as mp4, or one frame as PNG."""
+    if len(clip) == 1:
+        return save_image(clip[0], out / "images" / f"{name}.png", metadata=meta)
+    return save_video(clip, out / "videos" / f"{name}.mp4", fps, max(1, 192 // clip.shape[2]), meta)
+
+
 def _verdicts(source: Source, prompts: Sequence[str], videos: Tensor) -> list[dict[str, bool]]:
     """What the built-in judges see, for models and prompts that have judges; else nothing."""
-    scenes = [parse_prompt(prompt) for prompt in prompts]
-    if source.folder is None or not (source.folder / "judge").is_dir() or None in scenes:
+    if source.folder is None or not (source.folder / "judge").is_dir():
         return [{} for _ in prompts]
-    reader = DigitReader.load(source.folder)
-    return [verdict.as_dict() for verdict in judge(videos, [s for s in scenes if s is not None], reader)]
+    return verdicts(videos, prompts, DigitReader.load(source.folder)) or [{} for _ in prompts]
 
 
 class _Recorder:
@@ -257,7 +264,7 @@ def _selection(part: dict[str, Any], prompts: list[str]) -> Selection:
     return Selection(part["policy"], prompts, scores, chosen, table.get("norm_correlation"))
 
 
-def _notes(count: int, record: dict[str, Any] | None) -> list[str]:
+def _notes(count: int, noun: str, record: dict[str, Any] | None) -> list[str]:
     notes = ["Sizes are those of the weight files, whatever type the model runs in."]
     changed = record.get("changed_settings") if record else None
     if record and changed:
@@ -266,7 +273,7 @@ def _notes(count: int, record: dict[str, Any] | None) -> list[str]:
         )
         notes.append(f"The recipe {record['recipe']['name']} ran with {told}.")
     if count < 30:
-        notes.append(f"Figures over {count} videos are indicative only; intervals are 95 %.")
+        notes.append(f"Figures over {count} {noun}s are indicative only; intervals are 95 %.")
     return notes
 
 

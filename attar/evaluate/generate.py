@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attar.errors import AttarError, calling
+from attar.models.calls import conditioning, following
 
 
 @dataclass
@@ -34,34 +35,31 @@ def generate(
 
     So two models that are given the same prompts and seed start from the same noise. call: further arguments of the
     pipeline. step: called with the number of denoising steps done in all. Images come out as videos of one frame.
-    Raises AttarError when the pipeline rejects its arguments or gives something that is not finite.
+    Of a class-conditional pipeline a prompt names a class. Raises AttarError when the pipeline rejects its arguments,
+    does not know a class, or gives something that is not finite.
     """
     videos, seconds, done = [], [], 0
     options = dict(call or {})
-    parameters = inspect.signature(pipe.__call__).parameters
+    conditions = [conditioning(pipe, prompt) for prompt in prompts]
 
-    def count() -> None:
+    def count(*_: Any) -> None:
         nonlocal done
         done += 1
         if step is not None:
             step(done)
 
-    def on_step_end(_: Any, k: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        count()
-        return {}
-
-    if step is not None and "callback_on_step_end" in parameters:
-        options["callback_on_step_end"] = on_step_end
-    elif step is not None and "callback" in parameters:  # the older form, as in PixArt
-        options |= {"callback": lambda k, t, latents: count(), "callback_steps": 1}
-    for i, prompt in enumerate(prompts):
+    for i, condition in enumerate(conditions):
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(seed + i)
-        with torch.no_grad(), calling(pipe):
-            result = pipe(prompt=prompt, generator=generator, output_type="pt", **options)
+        with (
+            nullcontext({}) if step is None else following(pipe, count) as followed,
+            torch.no_grad(),
+            calling(pipe),
+        ):
+            result = pipe(**condition, generator=generator, output_type="pt", **followed, **options)
         seconds.append(time.perf_counter() - started)
         frames = result.frames if hasattr(result, "frames") else result.images[:, None]
         if not bool(torch.isfinite(frames).all()):
-            raise AttarError("the generated video is not finite", where=prompt)
+            raise AttarError("the generated video is not finite", where=prompts[i])
         videos.append(frames.float().cpu())
     return Generated(torch.cat(videos), seconds)

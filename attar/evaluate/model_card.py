@@ -33,8 +33,8 @@ class ModelCard:
     matter). sizes: bytes by component as (original, compressed). settings: of calibration, by name.
     generation: of the figures, by name (steps, guidance, seeds, …). call: arguments of the example's
     pipeline call besides the prompt (num_frames, height, …), where the pipeline's defaults do not suit the
-    model. dtype: of the example, a torch name. license: an SPDX or hub identifier, inherited from the base
-    model.
+    model. by_class: the example's prompt is the name of a class. dtype: of the example, a torch name.
+    license: an SPDX or hub identifier, inherited from the base model.
     """
 
     name: str
@@ -49,6 +49,7 @@ class ModelCard:
     license_link: str | None = None
     tags: list[str] = field(default_factory=list)
     example_prompt: str = "a red fox runs through snow"
+    by_class: bool = False
     fps: float = 16
     dtype: str = "bfloat16"
     call: dict[str, Any] = field(default_factory=dict)
@@ -89,9 +90,8 @@ def model_card(info: ModelCard | Mapping[str, Any]) -> str:
             repo=card.name if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", card.name) else _last_part(card.name),
             base=base,
             on_hub=on_hub,
-            arguments=", ".join(
-                [repr(card.example_prompt), *(f"{name}={value!r}" for name, value in card.call.items())]
-            ),
+            video=card.pipeline_tag == "text-to-video",
+            arguments=_arguments(card),
             front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
             sizes=sizes,
             totals=[format_bytes(sum(pair[k] for pair in card.sizes.values())) for k in (0, 1)],
@@ -116,6 +116,15 @@ def _from_mapping(info: Mapping[str, Any]) -> ModelCard:
         return ModelCard(**values)
     except TypeError as error:
         raise AttarError(f"not a model card: {error}", fix="Give every required field") from error
+
+
+def _arguments(card: ModelCard) -> str:
+    """Of the example's call, but for the noise."""
+    prompt = repr(card.example_prompt)
+    if card.by_class:
+        number = card.example_prompt.isdecimal()
+        prompt = f"[{card.example_prompt}]" if number else f"pipe.get_label_ids([{prompt}])"
+    return ", ".join([prompt, *(f"{name}={value!r}" for name, value in card.call.items())])
 
 
 def _last_part(name: str) -> str:

@@ -31,7 +31,7 @@ from attar.evaluate.report_data import (
     summarise,
 )
 from attar.evaluate.size import format_bytes
-from attar.evaluate.video import to_data_uri
+from attar.evaluate.video import media_type, to_data_uri
 from attar.files import writing
 
 __all__ = [
@@ -51,25 +51,31 @@ __all__ = [
     "summarise",
 ]
 
-_VIDEO = re.compile(r"\.?\d{3}-(original|compressed)\.mp4(\.\d+\.tmp)?")  # or one that was being written
+_MEDIA = re.compile(
+    r"\.?\d{3}-(original|compressed)\.(mp4|png)(\.\d+\.tmp)?"
+)  # or one that was being written
 _PIXEL_WIDTH = 128  # videos up to this wide are shown with square pixels
 
 
 def build_report(data: ReportData, out_dir: str | Path) -> Path:
-    """Write `index.html` (videos inside, no network needed) and `report.json`; return the page's path.
+    """Write `index.html` (videos or images inside, no network needed) and `report.json`; return the page's path.
 
     Each file is written whole or not at all. In `report.json` video paths are relative to `out_dir`, and the
-    summary is filled in. Raises AttarError for data that contradict themselves, a video that is missing or
-    no mp4, and a folder that cannot be written.
+    summary is filled in. Raises AttarError for data that contradict themselves, a video or image that is missing or
+    neither mp4 nor PNG, a mixture of both, and a folder that cannot be written.
     """
     data.check()
     out = Path(out_dir)
-    videos = [
-        (_video(pair.reference, f"pairs[{k}].reference"), _video(pair.compressed, f"pairs[{k}].compressed"))
+    media = [
+        (_media(pair.reference, f"pairs[{k}].reference"), _media(pair.compressed, f"pairs[{k}].compressed"))
         for k, pair in enumerate(data.pairs)
     ]
+    kinds = {uri.partition(";")[0] for pair in media for uri in pair}
+    if len(kinds) > 1:
+        raise AttarError("videos and images are mixed", where="pairs", fix="Give one kind")
+    still = kinds == {"data:image/png"}
     data = dataclasses.replace(data, summary=data.summary or summarise(data.pairs))
-    page = environment().get_template("report.html.j2").render(**_context(data), videos=videos)
+    page = environment().get_template("report.html.j2").render(**_context(data, still), media=media)
     pairs = [
         dataclasses.replace(
             pair, reference=_relative(pair.reference, out), compressed=_relative(pair.compressed, out)
@@ -95,7 +101,8 @@ def check_report_folder(folder: Path) -> None:
 
 def _begun(path: Path) -> bool:
     """Whether an entry is what a comparison leaves that was stopped before its report."""
-    return path.name == "videos" and path.is_dir() and all(map(_VIDEO.fullmatch, os.listdir(path)))
+    known = path.name in ("videos", "images") and path.is_dir()
+    return known and all(map(_MEDIA.fullmatch, os.listdir(path)))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -126,7 +133,7 @@ def environment() -> Environment:
     return env
 
 
-def _context(data: ReportData) -> dict[str, Any]:
+def _context(data: ReportData, still: bool) -> dict[str, Any]:
     summary, reference, compressed = data.summary, data.reference, data.compressed
     assert summary is not None
     parts = list(dict.fromkeys([*reference.parts, *compressed.parts]))
@@ -139,6 +146,8 @@ def _context(data: ReportData) -> dict[str, Any]:
     selection = data.selection
     return {
         "data": data,
+        "still": still,
+        "noun": "image" if still else "video",
         "summary": summary,
         "infinity": math.inf,
         "size_ratio": before / after if before and after else None,
@@ -153,7 +162,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "plan_parameters": any(row.parameters is not None for row in data.plan),
         "plan_reasons": any(row.reason for row in data.plan),
         "plan_treatments": any(row.treatment for row in data.plan),
-        "notes": _notes(data),
+        "notes": _notes(data, "an image" if still else "a video"),
         "charts": {
             "selection": charts.selection_map(selection) if selection else None,
             "blocks": charts.block_errors(data.block_errors) if data.block_errors else None,
@@ -164,14 +173,14 @@ def _context(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _notes(data: ReportData) -> list[str]:
+def _notes(data: ReportData, one: str) -> list[str]:
     """What a reader must know to judge the figures: who computed them, and where."""
     notes = []
     for model in (data.reference, data.compressed):
         facts = [model.backend.strip().rstrip(".")] if model.backend else []
         if model.seconds_per_video is not None:
             place = f" on {model.hardware}" if model.hardware else ", hardware not named"
-            facts.append(f"{_figure(model.seconds_per_video, 2)} s for a video{place}")
+            facts.append(f"{_figure(model.seconds_per_video, 2)} s for {one}{place}")
         if facts:
             notes.append(f"{model.name}, {model.bits}: {'; '.join(facts)}.")
     return [*notes, *data.notes]
@@ -199,16 +208,17 @@ def _relative(video: str, out: Path) -> str:
     return video if video.startswith("data:") else Path(os.path.relpath(video, out)).as_posix()
 
 
-def _video(source: str, where: str) -> str:
-    """The data URI of a video, after a look at its first bytes: an mp4 begins with an `ftyp` box."""
+def _media(source: str, where: str) -> str:
+    """The data URI of a video or an image, after a look at its first bytes."""
     uri = source if source.startswith("data:") else to_data_uri(source)
     try:
-        start = base64.b64decode(uri.partition(",")[2][:16], validate=True)
+        found = media_type(base64.b64decode(uri.partition(",")[2][:16], validate=True))
     except ValueError as error:
         raise AttarError(
-            "not a video", where=where, fix="Give the path or the bytes of an mp4 file"
+            "not a video", where=where, fix="Give the path or the bytes of an mp4 or PNG file"
         ) from error
-    if start[4:8] != b"ftyp":
+    if found is None:
         name = "" if source.startswith("data:") else f" {source}"
-        raise AttarError("not an mp4 file", where=f"{where}{name}", fix="Write it with save_video")
-    return uri
+        fix = "Write it with save_video or save_image"
+        raise AttarError("not an mp4 or PNG file", where=f"{where}{name}", fix=fix)
+    return f"data:{found};{uri.partition(';')[2]}"

@@ -49,7 +49,7 @@ class Generation:
 
 @dataclass
 class VideoPair:
-    """The two videos of one prompt and one noise. Each is a path of an mp4, or its bytes.
+    """The two videos of one prompt and one noise. Each is a path of an mp4, or of a PNG for images, or its bytes.
 
     Bytes are kept as a data URI. `psnr` in dB, `inf` for identical videos. The two quality dictionaries
     hold the same attributes, e.g. {"digit": True, "colour": True}: whether the video shows what the prompt

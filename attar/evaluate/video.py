@@ -138,13 +138,21 @@ def contact_sheet(
     return sheet
 
 
-def to_data_uri(source: str | Path | bytes, mime: str = "video/mp4") -> str:
-    """The content of a file, or bytes, as a base64 data URI."""
+def media_type(start: bytes) -> str | None:
+    """The MIME type of an mp4 or PNG file by its first 8 bytes; an mp4 begins with an `ftyp` box. None for others."""
+    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    return "video/mp4" if start[4:8] == b"ftyp" else None
+
+
+def to_data_uri(source: str | Path | bytes, mime: str | None = None) -> str:
+    """The content of a file, or bytes, as a base64 data URI. mime: what it is, told by its first bytes if not given."""
     if not isinstance(source, bytes):
         try:
             source = Path(source).read_bytes()
         except OSError as error:
             raise AttarError(f"cannot read the file: {error.strerror}", where=str(source)) from error
+    mime = mime or media_type(source) or "video/mp4"
     return f"data:{mime};base64,{base64.b64encode(source).decode('ascii')}"
 
 

@@ -69,6 +69,14 @@ def latent_of(architecture: Architecture, size: Size) -> Latent:
     return Latent(frames, size.height // space, size.width // space)
 
 
+def fixed_side(architecture: Architecture) -> int | None:
+    """Pixels of a side of the square images of a class-conditional model, which is asked for no size; else None."""
+    transformer: Any = next(iter(architecture.transformers.values()))
+    if type(transformer).__name__ != "DiTTransformer2DModel":
+        return None
+    return transformer.config.sample_size * _factors(architecture)[0]
+
+
 def makes_images(architecture: Architecture) -> bool:
     """Whether the autoencoder knows no time, so that there is one frame."""
     return type(architecture.vae).__name__ == "AutoencoderKL"
@@ -195,6 +203,14 @@ def _pixart(c: Any, z: Latent, text: int, pipeline: Any) -> dict[str, Any]:
     )
 
 
+def _dit(c: Any, z: Latent, text: int, pipeline: Any) -> dict[str, Any]:
+    return dict(
+        hidden_states=empty(1, c.in_channels, z.height, z.width),
+        timestep=empty(1, dtype=torch.long),
+        class_labels=empty(1, dtype=torch.long),
+    )
+
+
 CALLS: dict[str, Callable[[Any, Latent, int, Any], dict[str, Any]]] = {
     "WanTransformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": _hunyuan,
@@ -202,12 +218,14 @@ CALLS: dict[str, Callable[[Any, Latent, int, Any], dict[str, Any]]] = {
     "LTXVideoTransformer3DModel": _ltx,
     "FluxTransformer2DModel": _flux,
     "PixArtTransformer2DModel": _pixart,
+    "DiTTransformer2DModel": _dit,
 }
 
 # tokens that a family pads its prompts to, where the folder does not say
 TEXT_TOKENS = {
     "WanTransformer3DModel": 512, "HunyuanVideoTransformer3DModel": 256, "CogVideoXTransformer3DModel": 226,
     "LTXVideoTransformer3DModel": 128, "FluxTransformer2DModel": 512, "PixArtTransformer2DModel": 120,
+    "DiTTransformer2DModel": 0,
 }  # fmt: skip
 
 # families whose guidance scale is an input of the transformer, or that have none: one branch a step
@@ -218,6 +236,6 @@ def text_length(architecture: Architecture, given: int | None = None) -> int:
     """Tokens of the text: the given number, else the model's, else its family's. Raises AttarError without any."""
     family = type(next(iter(architecture.transformers.values()))).__name__
     text = given or architecture.default.get("text_tokens") or TEXT_TOKENS.get(family)
-    if not text:
+    if text is None:
         raise AttarError("the length of the text is not known", where=family, fix="Add --text-tokens N")
     return text

@@ -29,6 +29,7 @@ from attar.forecast.sizes import planned_sizes
 from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind, run_block
+from attar.models.calls import conditioning, latents_only
 from attar.models.source import Source, stored_dtypes
 from attar.models.weights import weights_of
 from attar.planning import plan_components
@@ -79,7 +80,7 @@ def forecast_job(
             **planned_sizes(components, plans, presumed, _stored(components, source)),
             "text_encoders": text_encoder_bytes(pipe, text, source),
         },
-        **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
+        **_time_and_memory(pipe, components, plans, recipe, chosen, call),
     }
 
 
@@ -101,7 +102,7 @@ def _time_and_memory(
     components: Mapping[str, nn.Module],
     plans: Mapping[str, list[LayerPlan]],
     recipe: Recipe,
-    prompts: int,
+    prompts: Sequence[str],
     call: dict[str, Any],
 ) -> dict[str, Any]:
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -113,7 +114,7 @@ def _time_and_memory(
         return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": int(memory.device), "measured_on": None}
     steps = traced.steps or call.get("num_inference_steps") or 50
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
-    first, branches, step_seconds = _one_step(pipe, components, call)
+    first, branches, step_seconds = _one_step(pipe, components, prompts[0], call)
     settings = block_settings(recipe)
     if recipe.finetune is not None and settings.learning is None:  # the price of a training step is needed
         settings = dataclasses.replace(settings, learning=ReconstructionSettings(epochs=1))
@@ -143,10 +144,10 @@ def _time_and_memory(
             what, seconds = ("training step", cost.epoch) if cost.epoch else ("forward", cost.forward)
             measured.append(f"one {what} of {name}.{block.name} ({seconds:.3g} s)")
     if recipe.finetune is not None:
-        learn += finetune_seconds(costs, prompts * steps, recipe)
+        learn += finetune_seconds(costs, len(prompts) * steps, recipe)
         memory = finetune_memory(resident, components.values(), recipe, sum(c.saved for c in costs))
         peaks.append(memory.device + memory.host)
-    tracing = prompts * steps * step_seconds
+    tracing = len(prompts) * steps * step_seconds
     return {
         "seconds": round(tracing + allocating + learn, 1),
         "trace_seconds": round(tracing, 1),
@@ -180,7 +181,7 @@ def _planned(block: Block, plan: list[LayerPlan]) -> dict[str, LayerPlan]:
 
 @torch.no_grad()
 def _one_step(
-    pipe: Any, components: Mapping[str, nn.Module], call: dict[str, Any]
+    pipe: Any, components: Mapping[str, nn.Module], prompt: str, call: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]], float]:
     """(the component that runs first, its calls in one denoising step, the seconds of that step)."""
     calls: list[tuple[str, dict[str, Any]]] = []
@@ -201,8 +202,8 @@ def _one_step(
             started = time.perf_counter()
             generator = torch.Generator().manual_seed(0)
             options = {**call, "num_inference_steps": 1}
-            with calling(pipe):
-                pipe(prompt="a test", output_type="latent", generator=generator, **options)
+            with calling(pipe), latents_only(pipe) as undecoded:
+                pipe(**conditioning(pipe, prompt), generator=generator, **undecoded, **options)
             seconds = time.perf_counter() - started
     finally:
         for handle in handles:

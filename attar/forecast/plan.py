@@ -15,6 +15,7 @@ from attar.forecast.calls import (
     Size,
     decode,
     encode,
+    fixed_side,
     latent_of,
     makes_images,
     text_length,
@@ -47,8 +48,8 @@ def size_for(
 
     Raises AttarError for a resolution that is not WIDTHxHEIGHT, and where neither says a number.
     """
-    default = architecture.default
-    width, height = default.get("width"), default.get("height")
+    default, side = architecture.default, fixed_side(architecture)
+    width, height = default.get("width") or side, default.get("height") or side
     if resolution is not None:
         parts = resolution.lower().split("x")
         if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):

@@ -121,6 +121,8 @@ class ModelAdapter:
         """The attention modules of a block, in order, with their kind."""
         paths = [(p, m) for p, m in block.module.named_modules() if p and roles.is_attention(m)]
         takes_text = any(name in signature_of(block.module).parameters for name in SECOND_STREAM)
+        if getattr(block.module, "attn2", block) is None:  # text would go there, as in the blocks of DiT
+            takes_text = False
         two_streams = takes_text and len(block._streams) != 1  # one, if observed, cannot be joint
         return [
             Attention(f"{block.name}.{path}", m, _attention_kind(path, m, two_streams and len(paths) == 1))

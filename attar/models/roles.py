@@ -49,6 +49,8 @@ def block_role(path: str, linear: nn.Linear) -> str:
             return f"{role}.down" if linear.out_features < linear.in_features or last else f"{role}.up"
     if parts[0] in FUSED:
         return FUSED[parts[0]]
+    if "timestep_embedder" in parts:  # DiT has the embedding of time in every block
+        return "time_conditioning"
     if any(part.startswith(MODULATION) for part in parts):
         return "modulation"
     return "other"

@@ -16,6 +16,7 @@ from torch import nn
 
 from attar.errors import AttarError, reason
 from attar.files import named_path
+from attar.models.calls import class_names
 from attar.models.components import check_complete
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.aligned import align
@@ -40,6 +41,17 @@ class Source:
     folder: Path | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)  # calibration prompts that come with the model
+    classes: list[str] = field(
+        default_factory=list
+    )  # names of a class-conditional model's classes, well mixed
+
+    @property
+    def pipeline_class(self) -> type | None:
+        """The class that diffusers has for the folder's pipeline; None where the code is someone else's."""
+        import diffusers
+
+        name = None if self.folder is None else _index(self.folder).get("_class_name")
+        return getattr(diffusers, name, None) if isinstance(name, str) else None
 
     @property
     def fps(self) -> float:
@@ -104,6 +116,9 @@ def load_pipeline(
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module) and (source.folder / name).is_dir():
                 check_complete(part, source.folder / name)
+    labels = _index(source.folder).get("id2label")
+    if labels is not None:  # diffusers reads them, and would not write them again
+        pipe.register_to_config(id2label=labels)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for part in pipe.components.values():
@@ -226,7 +241,25 @@ def _folder_source(name: str, folder: Path) -> Source:
             fix="Give the folder that has model_index.json in it",
         )
     prompts = folder / "calibration_prompts.txt"
-    return Source(name, folder, _generation(folder), read_prompts(prompts) if prompts.is_file() else [])
+    labels = _index(folder).get("id2label")
+    if not isinstance(labels, dict) or not all(str(number).isdecimal() for number in labels):
+        labels = {}
+    return Source(
+        name, folder, _generation(folder), read_prompts(prompts) if prompts.is_file() else [],
+        class_names(labels),
+    )  # fmt: skip
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """model_index.json. Raises AttarError where it is no mapping."""
+    path = folder / "model_index.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise AttarError("model_index.json is not valid JSON, or no mapping", where=str(path))
+    return content
 
 
 def _generation(folder: Path) -> dict[str, Any]:

@@ -111,9 +111,14 @@ class StreamedWeights:
         self._aliases = tied_names(model, shards)
         inside = tuple(f"{name}." for name in units)
         fill(model, lambda key: None if key.startswith(inside) else self._read(key), device)
-        for module in self.units.values():
+        for name, module in self.units.items():
             empty(module)  # buffers have values from the start, which are not those of the files
-            module.register_forward_pre_hook(self._enter)
+            for (
+                part
+            ) in module.modules():  # a model may run a part of a block by itself, as the head of DiT does
+                if part is module or next(part.children(), None) is not None:
+                    self._names[id(part)] = name
+                    part.register_forward_pre_hook(self._enter)
         model.attar_weights = self  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedWeights:

@@ -22,6 +22,7 @@ from attar.runtime.packing import packed_width
 # Of all layers, those whose inputs make an adaptive rotation the dual one: about 5 % in LRQ-DiT's models.
 SALIENT_SHARE = 0.05
 KEEP = 16  # the bit width that means "leave it in full precision"
+ONE_TOKEN = ("modulation", "time_conditioning")  # roles in blocks whose input is a single token
 _OVERRIDE_KEYS = {"weights", "acts", "skip"}
 
 
@@ -103,7 +104,8 @@ def plan_layers(
 
     Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
     others): linears in blocks get `weights` and `acts` bits, modulation gets `weights` bits with
-    floating-point activations, linears outside blocks stay as they are, or become weight-only by an override.
+    floating-point activations, linears outside blocks, and the embedding of time where blocks have one, stay as they
+    are, or become weight-only by an override.
     Modulation with floating-point activations and linears outside blocks are plain: nothing is to be learned from
     one token, and no calibration data passes outside.
     weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
@@ -227,6 +229,8 @@ def _plan(
         weights, acts, reason = KEEP, None, "outside the transformer blocks"
     elif weights == KEEP:
         reason = "16 bits asked for"
+    elif linear.role == "time_conditioning":
+        weights, acts, reason = KEEP, None, "embedding of time"
     elif linear.role == "modulation":
         acts, reason = None, "modulation: one token steers all others, so activations stay in floating point"
     if chosen:
@@ -254,7 +258,7 @@ def _plan(
         out_features=module.out_features,
         bias=module.bias is not None,
         group_size=groups,
-        plain=not kept and act_bits is None and (not inside or linear.role == "modulation"),
+        plain=not kept and act_bits is None and (not inside or linear.role in ONE_TOKEN),
     )
 
 

@@ -104,7 +104,7 @@ def test_both_norms_are_compared(wan):
     assert ranked.score == expected.tolist()
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "hunyuan", "ltx", "flux", "pixart"])
+@pytest.mark.parametrize("name", ["cogvideox", "hunyuan", "ltx", "flux", "pixart", "dit"])
 @pytest.mark.parametrize("features", FEATURES)
 def test_other_families(name, features, tmp_path):
     pipe, store = traced(name, tmp_path, prompts=1)

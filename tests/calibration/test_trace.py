@@ -5,7 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXPipeline
-from support import tiny
+from support import pipelines, tiny
 from transformers import T5Config, T5EncoderModel
 
 from attar.calibration.catch import catch_block_calls
@@ -205,6 +205,27 @@ def test_guidance_in_one_doubled_batch(tmp_path):
     (caught,) = catch_block_calls(pipe.transformer, adapter, 2, store.calls("transformer", 0, 1))
     assert caught.streams["hidden_states"].shape == (2, 18, 32)
     assert adapter.token_grid(store.calls("transformer", 0, 1)[0]).tokens == 18
+
+
+def test_a_class_conditional_pipeline(tmp_path):
+    """Both branches run as one call; the latents are those of one image, and nothing is decoded."""
+    pipe = pipelines.make("dit")
+    pipe.vae.decode = None
+    store = TraceStore(tmp_path)
+    names = ["a dog", "3"]
+    trace_pipeline(pipe, names, store, steps=3, guidance_scale=4.0, seed=2)
+    for index, number in enumerate((2, 3)):
+        x, timesteps = store.latents(index)
+        assert x.shape == (4, 1, 4, 8, 8) and timesteps.tolist() == [666, 333, 0]
+        assert torch.equal(x[0], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2 + index)))
+        assert torch.equal(x[-1], store.final_latents(index))
+        for step in range(3):
+            (call,) = store.calls("transformer", index, step)
+            assert torch.equal(call["hidden_states"], torch.cat([x[step]] * 2))
+            assert call["class_labels"].tolist() == [number, 1000]
+    with pytest.raises(AttarError, match="knows no such class"):
+        trace_pipeline(pipe, ["a dog", "a wolf"], TraceStore(tmp_path / "other"), steps=3)
+    assert not list((tmp_path / "other").glob("*"))
 
 
 class NoCallback:

@@ -57,7 +57,7 @@ def test_a_model_beside_itself(wan_folder, tmp_path):
     assert data.selection is None and data.block_errors == []
 
 
-@pytest.mark.parametrize("name", ["wan", "wan22", "cogvideox", "hunyuan", "ltx", "flux", "pixart"])
+@pytest.mark.parametrize("name", ["wan", "wan22", "cogvideox", "hunyuan", "ltx", "flux", "pixart", "dit"])
 def test_recorded_calls_give_what_they_gave(name):
     """One call for each step of the first video only, whatever the pipeline does about guidance."""
     case, pipe = pipelines.CASES[name], pipelines.make(name)
@@ -99,7 +99,7 @@ def test_models_that_do_not_belong_together(wan_folder, tmp_path):
 # ---------------------------------------------------------------------------------------------- generate
 
 
-@pytest.mark.parametrize(("name", "frames"), [("wan", 9), ("flux", 1), ("pixart", 1)])
+@pytest.mark.parametrize(("name", "frames"), [("wan", 9), ("flux", 1), ("pixart", 1), ("dit", 1)])
 def test_videos_and_images_from_seeded_noise(name, frames):
     case, pipe = pipelines.CASES[name], pipelines.make(name)
     done = []

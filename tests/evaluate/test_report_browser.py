@@ -1,7 +1,11 @@
 """The page in a real browser: everything loads, plays in step, and answers to mouse, finger and keyboard."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from attar.evaluate.image import save_image
 from attar.evaluate.report import build_report
 
 TIMES = "[...document.querySelectorAll('video')].map(v => v.currentTime)"
@@ -123,3 +127,26 @@ def test_every_control_has_a_name(page):
       .map(n => n.outerHTML.slice(0, 80))"""
     )
     assert nameless == []
+
+
+def test_images_have_no_player_but_can_be_swapped_and_subtracted(browser, report_data, tmp_path):
+    grey = [np.full((6, 5, 3), value, dtype=np.uint8) for value in (90, 130)]
+    files = [save_image(frame, tmp_path / f"{k}.png") for k, frame in enumerate(grey)]
+    report_data.pairs = [
+        replace(pair, reference=str(files[0]), compressed=str(files[k]))
+        for k, pair in enumerate(report_data.pairs)
+    ]
+    browser.open(build_report(report_data, tmp_path / "report"), 1280, 900)
+    browser.wait("document.body.dataset.loaded === '4'")
+    assert browser.run("document.body.dataset.images + document.body.dataset.videos") == "40"
+    assert browser.run("document.body.dataset.status") == "paused"
+    assert browser.run("document.querySelectorAll('#play, #scrub, #speed, video').length") == 0
+    for key in (" ", "ArrowRight"):
+        browser.key(key)
+    browser.key("d")
+    browser.wait(PIXELS % 1 + " === 160")  # four times the difference
+    assert browser.run(PIXELS % 0) == 0
+    browser.key("s")
+    browser.wait("document.querySelectorAll('.swapped').length === 2")
+    assert browser.run("getComputedStyle(document.querySelector('.stage img')).imageRendering") == "pixelated"
+    assert browser.run("document.body.dataset.errors") == "0" and browser.problems == []

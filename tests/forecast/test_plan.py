@@ -160,7 +160,7 @@ def test_a_folder(cli, wan_folder, tmp_path):
     assert {k: planned[k] for k in same} == {k: dry[k] for k in same}
 
 
-@pytest.mark.parametrize("name", ["wan22", "cogvideox", "hunyuan", "ltx", "flux", "pixart"])
+@pytest.mark.parametrize("name", ["wan22", "cogvideox", "hunyuan", "ltx", "flux", "pixart", "dit"])
 def test_folders_of_every_family(cli, tmp_path, name):
     case = pipelines.CASES[name]
     folder = pipelines.save(tmp_path / name, name, case.steps)

@@ -1,4 +1,4 @@
-"""The adapter on tiny random models of six real diffusers classes."""
+"""The adapter on tiny random models of seven real diffusers classes."""
 
 import pytest
 import torch
@@ -49,14 +49,30 @@ def test_every_linear_in_a_block_has_a_role(case):
         assert all(line.module.in_features >= 32 for line in linears)
 
 
+def test_each_block_of_dit_has_the_embedding_of_time(case):
+    name, model, _ = case
+    adapter = ModelAdapter.of(model)
+    found = [
+        line
+        for block in adapter.blocks
+        for line in adapter.linears(block)
+        if "timestep_embedder" in line.name
+    ]
+    assert [line.role for line in found] == ["time_conditioning"] * (6 if name == "dit" else 0)
+    if name == "dit":
+        roles = {line.name: line.role for line in adapter.linears(adapter.blocks[0])}
+        assert roles["transformer_blocks.0.norm1.linear"] == "modulation"
+
+
 def test_outside_linears_are_the_rest(case):
-    _, model, _ = case
+    name, model, _ = case
     adapter = ModelAdapter.of(model)
     outside = adapter.outside_linears()
     inside = [line for block in adapter.blocks for line in adapter.linears(block)]
     assert len(outside) + len(inside) == sum(isinstance(m, nn.Linear) for m in model.modules())
     assert all(line.role != "other" for line in outside)
-    assert {"head", "time_conditioning", "text_conditioning"} <= {line.role for line in outside}
+    conditioning = set() if name == "dit" else {"time_conditioning", "text_conditioning"}  # in its blocks
+    assert {"head", *conditioning} <= {line.role for line in outside}
 
 
 def test_attention_kinds_and_joint_order(case):
@@ -65,7 +81,7 @@ def test_attention_kinds_and_joint_order(case):
     adapter.observe(call)
     for block in adapter.blocks:
         kinds = [a.kind for a in adapter.attentions(block)]
-        assert kinds == (["joint"] if name in JOINT else ["self", "cross"])
+        assert kinds == (["joint"] if name in JOINT else ["self"] if name == "dit" else ["self", "cross"])
         assert adapter.joint_order(block) == JOINT.get(name, ("hidden_states",))
 
 
@@ -142,6 +158,7 @@ GRIDS = {
     "ltx": (3, 2, 3),
     "flux": (1, 4, 3),
     "pixart": (1, 4, 4),
+    "dit": (1, 4, 4),
 }
 
 
@@ -150,7 +167,7 @@ def test_token_grid_counts_the_tokens_of_the_blocks(case):
     adapter = ModelAdapter.of(model)
     grid = adapter.token_grid(call)
     assert (grid.frames, grid.height, grid.width) == GRIDS[name]
-    assert grid.text_tokens == 5
+    assert grid.text_tokens == (0 if name == "dit" else 5)
     (caught,) = catch_block_calls(model, adapter, 0, [call])
     assert caught.streams["hidden_states"].shape[1] == grid.tokens
 

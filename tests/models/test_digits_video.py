@@ -40,7 +40,7 @@ def test_its_prompts_are_its_own_sentences_and_evaluation_ones_were_held_out():
 
 
 def test_the_reader_reads_handwriting_that_it_was_not_trained_on():
-    from attar.models.zoo.train import Scenes, handwriting
+    from attar.models.zoo.training.data import Scenes, handwriting
 
     _, _, scans, labels = handwriting()
     held_out = Scenes(scans, labels, split_scenes()[1], torch.device("cpu"))
@@ -65,7 +65,7 @@ def test_a_few_held_out_prompts_come_out_as_the_card_says(pipe):
 
 @pytest.mark.slow
 def test_every_held_out_prompt_against_the_bar(pipe):
-    from attar.models.zoo.train import score
+    from attar.models.zoo.training.digits_video import score
 
     shares = score(pipe, DigitReader.load(FOLDER), split_scenes()[1])
     promised = json.loads((FOLDER / "training.json").read_text())["scores"]

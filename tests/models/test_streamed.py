@@ -16,7 +16,7 @@ from attar.models.source import find_source, load_pipeline
 from attar.models.streamed import not_streamable, streamed_pipeline
 from attar.models.weights import weights_of
 
-NAMES = ("wan22", "cogvideox", "hunyuan", "flux")
+NAMES = ("wan22", "cogvideox", "hunyuan", "flux", "dit")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
+    DDIMScheduler,
+    DiTPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -33,6 +35,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from attar.models.calls import conditioning, latents_only
 from attar.runtime.backend import use_backend
 
 VOCABULARY = len(tiny.WORDS) + 3
@@ -142,6 +145,16 @@ def pixart_pipeline() -> PixArtAlphaPipeline:
     )  # fmt: skip
 
 
+def dit_pipeline() -> DiTPipeline:
+    """Class-conditional; its classes are called like the prompts that the other pipelines are given."""
+    torch.manual_seed(8)
+    labels = {number: prompt for number, prompt in enumerate([*PROMPTS, "a digit, a figure"])}
+    scheduler = DDIMScheduler(clip_sample=False)
+    pipe = DiTPipeline(tiny.dit(), image_vae(4), scheduler, id2label=labels)  # type: ignore[arg-type]
+    pipe.register_to_config(id2label=labels)
+    return pipe
+
+
 # HunyuanVideo cuts the tokens of its own template away; these words need none
 _PLAIN = {"template": "{}", "crop_start": 0}
 
@@ -159,6 +172,7 @@ CASES: dict[str, Case] = {
         pixart_pipeline,
         dict(height=16, width=16, max_sequence_length=8, use_resolution_binning=False, clean_caption=False),
     ),
+    "dit": Case(dit_pipeline, {}),
 }
 
 
@@ -173,8 +187,11 @@ def generate(pipe: Any, name: str, prompt: str = PROMPTS[0], seed: int = 3, **ov
     case = CASES[name]
     options = {**case.generation, "num_inference_steps": case.steps, **overrides}
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        return pipe(prompt=prompt, generator=generator, output_type="latent", return_dict=False, **options)[0]
+    with torch.no_grad(), latents_only(pipe) as undecoded:
+        made = pipe(
+            **conditioning(pipe, prompt), generator=generator, return_dict=False, **undecoded, **options
+        )
+    return made[0]
 
 
 def save(

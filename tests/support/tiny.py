@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     CogVideoXTransformer3DModel,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
@@ -222,6 +223,29 @@ def pixart_call(model: PixArtTransformer2DModel, batch: int = 1, seed: int = 0) 
     )
 
 
+def dit(**overrides: Any) -> DiTTransformer2DModel:
+    config = dict(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,  # DiTPipeline asks for this class where it wants none
+    )
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(**{**config, **overrides}).eval()
+
+
+def dit_call(model: DiTTransformer2DModel, batch: int = 1, seed: int = 0) -> dict[str, Any]:
+    return dict(
+        hidden_states=randn(batch, model.config.in_channels, 8, 8, seed=seed),
+        timestep=torch.full((batch,), 500),
+        class_labels=torch.arange(batch),
+    )
+
+
 # name -> (build(**config overrides), call(model, batch=1, seed=0) -> keyword arguments of one forward)
 MODELS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "wan": (wan, wan_call),
@@ -230,6 +254,7 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "ltx": (ltx, ltx_call),
     "flux": (flux, flux_call),
     "pixart": (pixart, pixart_call),
+    "dit": (dit, dit_call),
 }
 
 

@@ -11,7 +11,9 @@ from attar.runtime.layers import packed_layers
 
 FEW = {"trace.prompts": 2, "select.count": 3, "reconstruct.epochs": 2}
 # linears in the blocks, and of these the ones that modulate (weight-only)
-LAYERS = {"cogvideox": (24, 6), "hunyuan": (40, 6), "ltx": (30, 0), "flux": (40, 6), "pixart": (30, 0)}
+LAYERS = {
+    "cogvideox": (24, 6), "hunyuan": (40, 6), "ltx": (30, 0), "flux": (40, 6), "pixart": (30, 0), "dit": (21, 3)
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS))
@@ -48,7 +50,7 @@ def test_blocks_of_two_kinds(name, options):
     assert torch.isfinite(pipelines.generate(small, name)).all()
 
 
-@pytest.mark.parametrize("name", ["pixart", "cogvideox"])
+@pytest.mark.parametrize("name", ["pixart", "cogvideox", "dit"])
 def test_the_command_line_on_other_families(name, cli, tmp_path):
     """PixArt has the older callback; CogVideoX runs both guidance branches as one batch."""
     model = pipelines.save(tmp_path / name, name)

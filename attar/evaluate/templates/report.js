@@ -2,9 +2,11 @@
 (() => {
   // One clock drives all videos. They play by themselves (smooth at any size); small drift is taken back through
   // playbackRate, large drift by a seek. When paused, every video is put on the middle of the same frame.
+  // Of images there is no clock and no player; swapping and the difference are the same.
   const body = document.body;
   const find = (name) => document.getElementById(name);
   const videos = [...document.querySelectorAll("video")];
+  const images = [...document.querySelectorAll(".stage img")];
   const stages = [...document.querySelectorAll(".stage")];
   const fps = Number(body.dataset.fps);
   const frames = Number(body.dataset.frames);
@@ -20,10 +22,12 @@
   addEventListener("unhandledrejection", fail);
   body.dataset.errors = "0";
   body.dataset.videos = String(videos.length);
+  body.dataset.images = String(images.length);
 
   const frameAt = (time) => Math.min(frames - 1, Math.max(0, Math.floor(time * fps + 1e-6)));
 
   function show(frame) {
+    if (!scrub) return;
     scrub.value = String(frame);
     where.textContent = `${frame + 1} / ${frames}`;
   }
@@ -36,7 +40,7 @@
   function setPlaying(on) {
     state.playing = on;
     body.dataset.status = on ? "playing" : "paused";
-    play.setAttribute("aria-label", on ? "Pause" : "Play");
+    play?.setAttribute("aria-label", on ? "Pause" : "Play");
     if (on) return;
     for (const video of videos) { video.pause(); settle(video); }
   }
@@ -62,12 +66,15 @@
     if (video.currentTime > 0) advanced.add(video);
   }
 
+  const ready = (medium) => medium.complete || medium.readyState >= 2;
+
   function drawDifference(stage) {
     // |a − b| by the compositor, then twice added to itself: four times the difference, clipped at white.
-    const [a, b] = stage.querySelectorAll("video");
+    const [a, b] = stage.querySelectorAll("video, img");
     const canvas = stage.querySelector("canvas");
-    if (a.readyState < 2 || b.readyState < 2) return;
-    if (canvas.width !== a.videoWidth) { canvas.width = a.videoWidth; canvas.height = a.videoHeight; }
+    if (!ready(a) || !ready(b)) return;
+    const width = a.videoWidth || a.naturalWidth;
+    if (canvas.width !== width) { canvas.width = width; canvas.height = a.videoHeight || a.naturalHeight; }
     const pen = canvas.getContext("2d");
     pen.globalCompositeOperation = "copy";
     pen.drawImage(a, 0, 0);
@@ -92,7 +99,7 @@
       body.dataset.advanced = String(advanced.size);
     }
     if (state.difference) {
-      for (const stage of stages) if (visible.has(stage.querySelector("video"))) drawDifference(stage);
+      for (const stage of stages) if (visible.has(stage.querySelector("video, img"))) drawDifference(stage);
     }
     requestAnimationFrame(tick);
   }
@@ -105,7 +112,7 @@
         if (!state.playing) settle(target);
       } else {
         visible.delete(target);
-        target.pause();
+        target.pause?.();
       }
     }
   }, { rootMargin: "80px" });
@@ -116,6 +123,11 @@
     video.addEventListener("loadedmetadata", () => { if (!state.playing) settle(video); });
     video.addEventListener("error", fail);
     watcher.observe(video);
+  }
+  for (const image of images) {
+    if (image.complete) count(); else image.addEventListener("load", count, { once: true });
+    image.addEventListener("error", fail);
+    watcher.observe(image);
   }
 
   const press = (button, on) => button.setAttribute("aria-pressed", String(on));
@@ -151,20 +163,20 @@
     });
   }
 
-  play.addEventListener("click", () => setPlaying(!state.playing));
-  find("back").addEventListener("click", () => seek((frameAt(state.time) + frames - 1) % frames));
-  find("next").addEventListener("click", () => seek((frameAt(state.time) + 1) % frames));
-  scrub.addEventListener("input", () => seek(Number(scrub.value)));
-  speed.addEventListener("change", () => { state.rate = Number(speed.value); });
+  play?.addEventListener("click", () => setPlaying(!state.playing));
+  find("back")?.addEventListener("click", () => seek((frameAt(state.time) + frames - 1) % frames));
+  find("next")?.addEventListener("click", () => seek((frameAt(state.time) + 1) % frames));
+  scrub?.addEventListener("input", () => seek(Number(scrub.value)));
+  speed?.addEventListener("change", () => { state.rate = Number(speed.value); });
   find("swap").addEventListener("click", toggleAll);
   find("difference").addEventListener("click", toggleDifference);
 
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const inside = event.target.closest("button, select, input, summary, .scroll");
-    if (event.key === " " && !(inside && inside.matches("button, select, summary"))) setPlaying(!state.playing);
-    else if (event.key === "ArrowLeft" && !inside) find("back").click();
-    else if (event.key === "ArrowRight" && !inside) find("next").click();
+    if (event.key === " " && play && !(inside && inside.matches("button, select, summary"))) setPlaying(!state.playing);
+    else if (event.key === "ArrowLeft" && !inside) find("back")?.click();
+    else if (event.key === "ArrowRight" && !inside) find("next")?.click();
     else if (event.key === "Enter" && event.target.classList.contains("stage")) swap(event.target, !pressed(event.target));
     else if (event.key === "s") toggleAll();
     else if (event.key === "d") toggleDifference();
@@ -173,6 +185,6 @@
   });
 
   show(0);
-  setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  setPlaying(Boolean(play) && !matchMedia("(prefers-reduced-motion: reduce)").matches);
   requestAnimationFrame((now) => { state.last = now; tick(now); });
 })();

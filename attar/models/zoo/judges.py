@@ -1,4 +1,4 @@
-"""Judges of `digits-video`: does a clip show what its sentence says?
+"""Judges of the built-in models: does a clip or a picture show what its sentence says?
 
 The digit is read by a small convolutional network trained on handwriting that the generator never produced; colour,
 direction and speed are measured from the pixels in closed form.
@@ -7,6 +7,7 @@ direction and speed are measured from the pixels in closed form.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attar.errors import AttarError
-from attar.models.zoo.clips import BACKGROUND, COLOURS, SPEEDS, Scene
+from attar.models.zoo.canvas import BACKGROUND, COLOURS
+from attar.models.zoo.clips import SPEEDS, Scene, parse_prompt
+from attar.models.zoo.pictures import Picture, parse_picture
 
 CROP = 20  # side in pixels of the window around the ink that the reader sees
 
@@ -121,13 +124,24 @@ class DigitReader(nn.Module):
         path = Path(folder) / "judge" / "digit_reader.safetensors"
         if not path.is_file():
             raise AttarError(
-                "the digit reader is missing", where=str(path), fix="use the folder of digits-video"
+                "the digit reader is missing", where=str(path), fix="use the folder of a built-in model"
             )
         reader = cls()
         reader.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         )
         return reader.eval()
+
+
+@dataclass(frozen=True)
+class PictureVerdict:
+    """Which parts of the sentence the picture shows."""
+
+    digit: bool
+    colour: bool
+
+    def as_dict(self) -> dict[str, bool]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -153,3 +167,26 @@ def judge(video: Tensor, scenes: list[Scene], reader: DigitReader) -> list[Verdi
         Verdict(d == s.digit, c == s.colour, r == s.direction, p == s.speed)
         for s, d, c, r, p in zip(scenes, *(part.tolist() for part in read), strict=True)
     ]
+
+
+def judge_pictures(pictures: Tensor, wanted: list[Picture], reader: DigitReader) -> list[PictureVerdict]:
+    """Compare pictures with what was asked for. pictures: (B, 3, H, W) in [0, 1], one wanted for each."""
+    if len(wanted) != pictures.shape[0]:
+        raise AttarError(f"{pictures.shape[0]} pictures but {len(wanted)} wanted", where="judge_pictures")
+    frames = pictures[:, None]
+    read = reader.read(frames).argmax(-1).tolist(), read_colour(frames).tolist()
+    return [PictureVerdict(d == w.digit, c == w.colour) for w, d, c in zip(wanted, *read, strict=True)]
+
+
+def verdicts(videos: Tensor, prompts: Sequence[str], reader: DigitReader) -> list[dict[str, bool]] | None:
+    """What the judges see in videos (B, F, 3, H, W), or in images as videos of one frame, by attribute.
+
+    None when a prompt is in no built-in model's words, or asks for the other kind.
+    """
+    if videos.shape[1] == 1:
+        pictures = [picture for picture in map(parse_picture, prompts) if picture is not None]
+        found = judge_pictures(videos[:, 0], pictures, reader) if len(pictures) == len(prompts) else None
+    else:
+        scenes = [scene for scene in map(parse_prompt, prompts) if scene is not None]
+        found = judge(videos, scenes, reader) if len(scenes) == len(prompts) else None
+    return None if found is None else [verdict.as_dict() for verdict in found]

@@ -1,0 +1,1 @@
+"""How the built-in models are trained: one file for each, and what they share."""
