@@ -24,7 +24,7 @@ from attar.models.weights import fill, weights_of
 from attar.progress import Progress
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import LayerPlan
+from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import concatenate_calls
 from attar.recipe import Recipe
 from attar.settings import block_settings
@@ -195,6 +195,7 @@ class ComponentJob:
         """Quantizes the block and saves it; returns its result and the calls of the next block."""
         module, prefix = block.module, f"{block.name}."
         plans = {name.removeprefix(prefix): p for name, p in self.plan.items() if name.startswith(prefix)}
+        open_planned(module, plans)
         dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
         if full:
             module.float()  # learned in float32 whatever the model is stored in

@@ -18,10 +18,13 @@ from attar.runtime.block_rotations import block_width
 from attar.runtime.formats import check_format
 from attar.runtime.hadamard import base_order
 from attar.runtime.packing import packed_width
+from attar.runtime.patches import open_layers, split_sizes
 
 # Of all layers, those whose inputs make an adaptive rotation the dual one: about 5 % in LRQ-DiT's models.
 SALIENT_SHARE = 0.05
 KEEP = 16  # the bit width that means "leave it in full precision"
+# roles of layers whose input is a single token, from which all others are steered
+ONE_TOKEN = {"modulation": "modulation", "resnet.time": "time projection"}
 _OVERRIDE_KEYS = {"weights", "acts", "skip"}
 
 
@@ -34,6 +37,8 @@ class NamedLinear(Protocol):
     def module(self) -> nn.Module: ...
     @property
     def role(self) -> str: ...
+    @property
+    def kept(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ def plan_layers(
     """The plan of every linear layer of a transformer, in the order given.
 
     Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
-    others): linears in blocks get `weights` and `acts` bits, modulation gets `weights` bits with
-    floating-point activations, linears outside blocks stay as they are, or become weight-only by an override.
+    others): linears in blocks get `weights` and `acts` bits, modulation, and in a U-Net the projections of the time, get
+    `weights` bits with floating-point activations, linears outside blocks stay as they are, or become weight-only by an override.
     Modulation with floating-point activations and linears outside blocks are plain: nothing is to be learned from
     one token, and no calibration data passes outside.
     weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
@@ -175,6 +180,12 @@ def _with_formats(plan: LayerPlan, weight_format: str, act_format: str, low_rank
     )
 
 
+def open_planned(module: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
+    """Gives the module the linears that are planned (attar.runtime.patches), in place. plans: by their names in it."""
+    widths = {name: plan.in_features for name, plan in plans.items()}
+    open_layers(module, widths, split_sizes(widths))
+
+
 def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -> None:
     """Raises AttarError for the first layer whose width has no rotation of the kind that these settings ask for."""
     for plan in plans:
@@ -209,8 +220,9 @@ def _plan(
         weights, acts, reason = KEEP, None, "outside the transformer blocks"
     elif weights == KEEP:
         reason = "16 bits asked for"
-    elif linear.role == "modulation":
-        acts, reason = None, "modulation: one token steers all others, so activations stay in floating point"
+    elif linear.role in ONE_TOKEN:
+        what = ONE_TOKEN[linear.role]
+        acts, reason = None, f"{what}: one token steers all others, so activations stay in floating point"
     if chosen:
         weights, acts = chosen.get("weights", weights), chosen.get("acts", acts)
         # An override of a skipped layer's activations alone must not quantize it, so `weights` decides.
@@ -220,6 +232,8 @@ def _plan(
         if not inside:  # no calibration data passes here
             acts = None
             reason += ", outside the transformer blocks" + ("" if weights == KEEP else ": weights only")
+    if linear.kept is not None:
+        weights, reason = KEEP, linear.kept
     kept = weights == KEEP
     act_bits = None if kept or acts in (None, KEEP) else acts
     module: Any = linear.module
@@ -236,7 +250,7 @@ def _plan(
         out_features=module.out_features,
         bias=module.bias is not None,
         group_size=groups,
-        plain=not kept and act_bits is None and (not inside or linear.role == "modulation"),
+        plain=not kept and act_bits is None and (not inside or linear.role in ONE_TOKEN),
     )
 
 
