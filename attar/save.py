@@ -244,11 +244,12 @@ def _card(
         key: f"{value} (published recipe: {published})" for key, (value, published) in changed.items()
     }
     call = {k: v for k, v in source.generation.items() if k in _CALL}
+    first = next(next(iter(transformer_components(pipe).values())).parameters())
     video = "num_frames" in inspect.signature(pipe.__call__).parameters
     return ModelCard(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
         pipeline_tag="text-to-video" if video else "text-to-image",
-        fps=source.fps, dtype="float32" if next(pipe.transformer.parameters()).dtype == torch.float32 else "bfloat16",
+        fps=source.fps, dtype="float32" if first.dtype == torch.float32 else "bfloat16",
         call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), **_license(source),
         example_prompt=source.prompts[0] if source.prompts else "a red fox runs through snow",
     )  # fmt: skip

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
-from attar.component import catch_samples
 from attar.conductor import calibration_prompts, check_pool
 from attar.errors import calling
 from attar.forecast.calibration import BlockCost, calibration_memory, learning_seconds
@@ -28,6 +27,7 @@ from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.plan import LayerPlan
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
+from attar.samples import catch_samples
 from attar.save import plan_rows
 from attar.settings import block_settings
 from attar.text_encoder import plan_text_encoders, text_encoder_bytes

@@ -31,7 +31,8 @@ SECOND_STREAM = ("encoder_hidden_states", "context", "txt", "encoder_hidden_stat
 
 @dataclass(eq=False)
 class Block:
-    """One transformer block, or one unit of a U-Net. `outputs` and `streams` are known once the adapter has observed a call."""
+    """One transformer block, or one unit of a U-Net. `outputs` and `streams` are known once the adapter has observed a
+    call."""
 
     name: str  # "blocks.3"
     module: nn.Module

@@ -19,9 +19,7 @@ UNET_UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "Downsample
 
 def is_unet(model: nn.Module) -> bool:
     """Whether the model goes down and up again, as diffusers' U-Nets do."""
-    return all(
-        isinstance(getattr(model, name, None), nn.ModuleList) for name in ("down_blocks", "up_blocks")
-    )
+    return all(isinstance(getattr(model, name, None), nn.ModuleList) for name in ("down_blocks", "up_blocks"))
 
 
 def find_units(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -107,10 +107,10 @@ def plan_layers(
     """The plan of every linear layer of a transformer, in the order given.
 
     Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
-    others): linears in blocks get `weights` and `acts` bits, modulation, and in a U-Net the projections of the time, get
-    `weights` bits with floating-point activations, linears outside blocks stay as they are, or become weight-only by an override.
-    Modulation with floating-point activations and linears outside blocks are plain: nothing is to be learned from
-    one token, and no calibration data passes outside.
+    others): linears in blocks get `weights` and `acts` bits; modulation, and in a U-Net the projections of the time,
+    get `weights` bits with floating-point activations; linears outside blocks stay as they are, or become weight-only
+    by an override. Modulation with floating-point activations and linears outside blocks are plain: nothing is to be
+    learned from one token, and no calibration data passes outside.
     weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
     group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
     scale per output channel, and its reason says so.

@@ -15,7 +15,8 @@ class says which convolution that is. Layers that are split over their input hav
 
      "splits": {"up_blocks.0.resnets.0.conv1.linear": [11520, 5760]}
 
-Models that have either are of format version 3. The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
+Models that have either are of format version 3.
+The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
 

@@ -41,7 +41,9 @@ class PatchLinear(nn.Module):
             raise AttarError(f"the convolution cannot become a linear: {reason}")
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding: tuple[int, ...] = tuple(conv._reversed_padding_repeated_twice)  # left, right, top, bottom
+        self.padding: tuple[int, ...] = tuple(
+            conv._reversed_padding_repeated_twice
+        )  # left, right, top, bottom
         linear = matrix_form(conv)
         linear.weight = nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad)
         linear.bias = conv.bias
@@ -77,7 +79,9 @@ class PatchLinear(nn.Module):
         return self.linear.bias  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        )
 
 
 class SplitLinear(nn.Module):

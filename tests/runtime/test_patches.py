@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
-from attar.runtime.patches import PatchLinear, SplitLinear, dense_biases, dense_place, open_layers, split_sizes
+from attar.runtime.patches import (
+    PatchLinear,
+    SplitLinear,
+    dense_biases,
+    dense_place,
+    open_layers,
+    split_sizes,
+)
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -61,14 +68,14 @@ def test_moves_with_the_model(dtype):
 def test_gradients_equal_the_convolutions():
     conv = nn.Conv2d(3, 5, 3, padding=1, stride=2).double()
     patch = PatchLinear(conv)
-    inputs = [torch.randn(2, 3, 6, 7, dtype=torch.float64).requires_grad_() for _ in range(1)] * 2
-    grads = [torch.autograd.grad(layer(x).square().sum(), x)[0] for layer, x in zip((conv, patch), inputs)]
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64).requires_grad_()
+    grads = [torch.autograd.grad(layer(x).square().sum(), x)[0] for layer in (conv, patch)]
     torch.testing.assert_close(grads[0], grads[1])
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"padding_mode": "reflect", "padding": 1}])
 def test_refuses_what_is_no_product_with_whole_patches(options):
-    with pytest.raises(AttarError, match="groups|reflect"):
+    with pytest.raises(AttarError, match=r"groups|reflect"):
         PatchLinear(nn.Conv2d(4, 4, 3, **options))
 
 

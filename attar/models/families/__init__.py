@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from attar.models.families import cogvideox, flux, ltx
+from torch import nn
+
+from attar.models.families import cogvideox, flux, ltx, unet
+from attar.models.units import is_unet
 
 FAMILIES: dict[str, ModuleType] = {
     "ChromaTransformer2DModel": flux,
     "CogVideoXTransformer3DModel": cogvideox,
     "FluxTransformer2DModel": flux,
     "LTXVideoTransformer3DModel": ltx,
+    "UNet2DConditionModel": unet,
+    "UNet2DModel": unet,
 }
+
+
+def latents_argument(model: nn.Module) -> str:
+    """The argument in which a denoiser gets the latents."""
+    return "sample" if is_unet(model) else "hidden_states"
