@@ -18,7 +18,7 @@ from attar.runtime.block_rotations import block_width
 from attar.runtime.formats import check_format
 from attar.runtime.hadamard import base_order
 from attar.runtime.packing import packed_width
-from attar.runtime.patches import open_layers, split_sizes
+from attar.runtime.patches import PARTS, open_layers, split_sizes
 
 # Of all layers, those whose inputs make an adaptive rotation the dual one: about 5 % in LRQ-DiT's models.
 SALIENT_SHARE = 0.05
@@ -149,6 +149,7 @@ def plan_layers(
         raise AttarError(
             "an override matches no layer", where=sorted(unmatched)[0], fix=f"Roles here: {', '.join(roles)}"
         )
+    _check_parts(plans)
     planned = [plan for plan in plans if not plan.skipped]
     if group_size is not None and planned and all(plan.act_bits is not None for plan in planned):
         raise AttarError(
@@ -157,6 +158,19 @@ def plan_layers(
             fix="Leave it out, or keep activations at 16 bits",
         )
     return plans
+
+
+def _check_parts(plans: Iterable[LayerPlan]) -> None:
+    """The parts of a split layer take its place together."""
+    kept: dict[str, bool] = {}
+    for plan in plans:
+        place, parts, _ = plan.name.rpartition(PARTS)
+        if parts and kept.setdefault(place, plan.skipped) != plan.skipped:
+            raise AttarError(
+                "one part of a split layer is kept and another is not",
+                where=plan.name,
+                fix=f"Name all parts: {place}{PARTS}*",
+            )
 
 
 def _with_formats(plan: LayerPlan, weight_format: str, act_format: str, low_rank: int) -> LayerPlan:

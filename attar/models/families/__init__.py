@@ -1,7 +1,8 @@
 """What must be known of a family of models and cannot be derived: one small module for each family.
 
 A family module may define `token_grid(config, call) -> (frames, height, width)`, in tokens of the main
-stream, and LATENT_LAYOUT, the axes of its video latents where they are not BCFHW.
+stream, LATENT_LAYOUT, the axes of its video latents where they are not BCFHW, and `example_call(model)`, arguments
+of a call on the meta device.
 """
 
 from __future__ import annotations
