@@ -68,6 +68,12 @@ def find_architecture(model: str, compressed: bool = False) -> Architecture:
     source = find_source(model)
     assert source.folder is not None
     index = _json(source.folder / "model_index.json")
+    if "unet" in index:
+        raise AttarError(
+            "plans are for transformers, and the model is a U-Net",
+            where=model,
+            fix="See attar compress --dry-run, which loads the model",
+        )
     components = {}
     for name, entry in index.items():
         wanted = name.startswith(("transformer", "text_encoder")) or name == "vae"
@@ -117,12 +123,6 @@ def _architecture(
             method = config["quantization_config"].get("quant_method")
             what = "already compressed" if method == QUANT_METHOD else f"quantized already ({method})"
             raise AttarError(f"the model is {what}", where=f"{name}/{part}", fix="Plan the original")
-    if "unet" in components:
-        raise AttarError(
-            "plans are for transformers, and the model is a U-Net",
-            where=name,
-            fix="See attar compress --dry-run, which loads the model",
-        )
     modules = {part: build(*entry) for part, entry in components.items()}
     transformers = {k: m for k, m in modules.items() if k.startswith("transformer")}
     if not transformers:
