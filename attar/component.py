@@ -115,7 +115,7 @@ class ComponentJob:
                 if result["error_before"] is not None:
                     note = f"{block.name} error {result['error_before']:.4f} → {result['error_after']:.4f}"
                 advance(block.index + 1, note)
-        starts.clear()
+        starts.end()
         self._outside()
         return evidence
 

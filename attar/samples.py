@@ -57,7 +57,7 @@ class SegmentStarts:
         self.workspace, self.folder = workspace, f"{component}/waiting-{ranks.rank()}"
         self._held: dict[int, Calls] = {}
         self._waiting: dict[int, int] = {}  # block -> how many calls
-        self.clear()
+        shutil.rmtree(workspace.folder / self.folder, ignore_errors=True)  # of a killed run
         if not samples or not heads:
             return
         first, *later = [block.index for block in heads]
@@ -73,7 +73,7 @@ class SegmentStarts:
             for index in later:
                 for call in _one_batch([calls[index] for calls in found]):
                     number = self._waiting.get(index, 0)
-                    workspace.write_tensors(self._file(index, number), *call.flatten())
+                    workspace.write_tensors(self._file(index, number), *call.flatten(), kept=False)
                     self._waiting[index] = number + 1
 
     def __contains__(self, index: int) -> bool:
@@ -92,9 +92,11 @@ class SegmentStarts:
             self.workspace.remove(file)
         return calls
 
-    def clear(self) -> None:
-        """Removes what waits, also what a killed run has left."""
-        shutil.rmtree(self.workspace.folder / self.folder, ignore_errors=True)
+    def end(self) -> None:
+        """Removes what waits, also what a killed run of more processes has left. All processes have taken theirs."""
+        if ranks.is_first():
+            for folder in (self.workspace.folder / self.folder).parent.glob("waiting-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _file(self, index: int, number: int) -> str:
         return f"{self.folder}/{index:03d}-{number:04d}.safetensors"

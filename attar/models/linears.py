@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,11 +32,12 @@ def open_linears(
 
     convolutions: whether those count too. splits: path of a layer -> the channels of each part of its input.
     """
+    names = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False)) if convolutions else {}
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and not getattr(layer, "is_attar_packed", False):
             place, form, kept, area = path, layer, None, 1
         elif convolutions and isinstance(layer, nn.Conv2d):
-            kept = why_not(layer)
+            kept = why_not(layer) or ("a convolution of several names" if names[id(layer)] > 1 else None)
             place, form = path if kept else f"{path}{PATCHES}", matrix_form(layer)
             area = layer.kernel_size[0] * layer.kernel_size[1]
         else:

@@ -92,7 +92,7 @@ def test_one_forward_catches_the_inputs_of_all_segments(name, tmp_path):
             for key, stream in call.streams.items():
                 assert torch.equal(stream, torch.cat([a.streams[key], b.streams[key]]))
         assert head.index not in starts
-    starts.clear()
+    starts.end()
     assert not list((tmp_path / "unet").iterdir())
 
 
@@ -166,6 +166,9 @@ def test_convolutions_in_groups_stay_and_the_plan_says_why():
     plans: list[LayerPlan] = plan_layers([x for b in adapter.blocks for x in adapter.linears(b)], [], 4, 6)
     (kept,) = [p for p in plans if p.skipped]
     assert kept.name == "mid_block.resnets.0.conv1" and kept.reason == "a convolution in 4 groups"
+    resnet.conv1 = resnet.conv_again = nn.Conv2d(32, 32, 3, padding=1)
+    plans = plan_layers(adapter.linears(next(b for b in adapter.blocks if b.module is resnet)), [], 4, 6)
+    assert [p.reason for p in plans if p.skipped] == ["a convolution of several names"]
 
 
 def test_a_u_net_of_unknown_units_is_refused():
