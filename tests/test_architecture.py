@@ -45,6 +45,7 @@ ALLOWED = {
     "planning": {"budget", "models", "quantize", "recipe", "runtime", "settings"},
     "allocation": {
         "budget",
+        "calibration",
         "models",
         "planning",
         "progress",

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -61,7 +60,7 @@ def concatenations(model: nn.Module) -> dict[str, tuple[int, ...]]:
             fix="Leave quantize.split out",
         )
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             empty = cls.from_config(model.config)
         with _noted(empty) as found, evaluating(empty), _Marks():
             empty(**family.example_call(empty))  # type: ignore[union-attr]

@@ -46,7 +46,7 @@ class PatchLinear(nn.Module):
         )  # left, right, top, bottom
         linear = matrix_form(conv)
         linear.weight = nn.Parameter(conv.weight.detach().flatten(1), conv.weight.requires_grad)
-        linear.bias = conv.bias
+        linear.bias = conv.bias  # type: ignore[assignment]
         self.linear = linear
         self.train(conv.training)
 
@@ -101,7 +101,7 @@ class SplitLinear(nn.Module):
         for k, weight in enumerate(linear.weight.detach().split(self.sizes, dim=1)):
             part = nn.Linear(self.sizes[k], linear.out_features, bias=False, device="meta")
             part.weight = nn.Parameter(weight.contiguous(), linear.weight.requires_grad)
-            part.bias = linear.bias if k == 0 else None
+            part.bias = linear.bias if k == 0 else None  # type: ignore[assignment]
             self.parts.append(part)
         self.train(linear.training)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from support import tiny, unets
 from torch import nn
 
@@ -169,6 +170,21 @@ def test_convolutions_in_groups_stay_and_the_plan_says_why():
     resnet.conv1 = resnet.conv_again = nn.Conv2d(32, 32, 3, padding=1)
     plans = plan_layers(adapter.linears(next(b for b in adapter.blocks if b.module is resnet)), [], 4, 6)
     assert [p.reason for p in plans if p.skipped] == ["a convolution of several names"]
+
+
+def test_the_real_stable_diffusion_is_almost_all_in_units():
+    """Of the configuration of Stable Diffusion 1.5: 44 units, which hold 97 % of 860 million weights."""
+    with torch.device("meta"):
+        model = UNet2DConditionModel(cross_attention_dim=768)
+    adapter = ModelAdapter.of(model)
+    plans = plan_layers(
+        [x for b in adapter.blocks for x in adapter.linears(b)], adapter.outside_linears(), 4, 8
+    )
+    planned = sum(p.in_features * p.out_features for p in plans if not p.skipped)
+    total = sum(p.numel() for p in model.parameters())
+    assert len(adapter.blocks) == 44 and total > 859e6 and planned / total > 0.968
+    kept = {p.role for p in plans if p.skipped}
+    assert kept == {"embedding", "time_conditioning", "transformer.in", "transformer.out", "head"}
 
 
 def test_a_u_net_of_unknown_units_is_refused():
