@@ -18,21 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.budget.amount import Budget
-from attar.budget.choice import Candidate, Layer, choose_bits, totals
+from attar.budget.choice import Candidate, totals
 from attar.budget.plan_file import plan_text, write_plan
 from attar.budget.sensitivity import Sensitivity, block_sensitivity, together
 from attar.calibration.store import TraceStore
+from attar.candidates import bits_of, choose, layers_of, plan_options, with_bits
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall, run_block
 from attar.models.weights import weights_of
-from attar.planning import Plans, model_identity, plan_components, with_overrides, with_widths
+from attar.planning import Plans, model_identity, plan_components
 from attar.progress import Progress
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.samples import Calls, catch_samples
-from attar.settings import block_settings, layer_size
+from attar.settings import block_settings
 from attar.workspace import Workspace
 
 PLAN = "plan.yaml"
@@ -64,7 +64,7 @@ class Allocation:
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with these bits in the place of its budget."""
-        return _with_bits(recipe, self.bits)
+        return with_bits(recipe, self.bits)
 
     def summary(self) -> str:
         """One line for people."""
@@ -95,8 +95,7 @@ def allocate(
     known = ranks.first(lambda: workspace.read_json(RESULT))
     if known is not None:
         return Allocation(**known)
-    widths = sorted({*recipe.allocate.bits, recipe.quantize.weights})
-    options = {bits: plan_components(components, with_widths(recipe, bits)) for bits in widths}
+    options = plan_options(components, recipe)
     parts = {}
     for name, part in components.items():
         calls = _calls(store, name, prompts, recipe.allocate.samples)
@@ -105,15 +104,11 @@ def allocate(
         name: part.sensitivity({bits: plans[name] for bits, plans in options.items()}, progress)
         for name, part in parts.items()
     }
-    layers = _layers(options, measured, recipe)
-    taken = choose_bits(layers, Budget.parse(recipe.allocate.budget).at(recipe.quantize.weights))
+    layers = layers_of(options, measured, recipe)
+    taken = choose(layers, recipe)
     chosen = {layer.name: candidate for layer, candidate in zip(layers, taken, strict=True)}
-    free = {layer.name for layer in layers if len(layer.candidates) > 1}
-    bits = {
-        name: {p.name: chosen[f"{name}.{p.name}"].bits for p in plans if f"{name}.{p.name}" in free}
-        for name, plans in options[widths[0]].items()
-    }
-    final = plan_components(components, _with_bits(recipe, bits))
+    bits = bits_of(options, layers, taken)
+    final = plan_components(components, with_bits(recipe, bits))
     errors = {name: part.together(final[name], progress) for name, part in parts.items()}
     blocks = {name: _beside(name, found, chosen) for name, found in errors.items()}
     total = totals(layers, taken)
@@ -149,15 +144,6 @@ def describe(
     return plan_text(model_identity(components), chosen, rows)
 
 
-def _with_bits(recipe: Recipe, bits: Mapping[str, Mapping[str, int]]) -> Recipe:
-    layers = {
-        f"{component}.{name}": {"weights": b}
-        for component, named in bits.items()
-        for name, b in named.items()
-    }
-    return with_overrides(recipe, layers)
-
-
 def _comment(plan: LayerPlan, errors: Mapping[str, float]) -> str:
     figures = ", ".join(f"{bits}: {error:.1e}" for bits, error in errors.items())
     return f"{plan.role}, {plan.in_features} x {plan.out_features}; error {figures}"
@@ -176,29 +162,6 @@ def _calls(store: TraceStore, component: str, prompts: int, count: int) -> list[
             fix="Measure more samples (allocate.samples), or trace more prompts or steps",
         )  # fmt: skip
     return [store.calls(component, p, s) for p, s in ranks.mine(chosen)]
-
-
-def _layers(options: Mapping[int, Plans], measured: Mapping[str, Sensitivity], recipe: Recipe) -> list[Layer]:
-    """Every quantized layer with what it may get. Layers outside the blocks cost bytes and cause no error here."""
-    assert recipe.allocate is not None
-    found = []
-    for component in options[recipe.quantize.weights]:
-        for row in zip(*(plans[component] for plans in options.values()), strict=True):
-            if row[0].skipped:
-                continue
-            errors = measured[component].get(row[0].name, {})
-            at = {}  # one alone for a layer whose bits the recipe names
-            for p in row:
-                at[p.weight_bits] = Candidate(
-                    p.weight_bits, layer_size(p, recipe).packed, errors.get(p.weight_bits, 0.0)
-                )
-            asked = dict(zip(options, row, strict=True))
-            allowed = {asked[bits].weight_bits for bits in recipe.allocate.bits}
-            own = at[asked[recipe.quantize.weights].weight_bits]
-            dense, count = layer_size(row[0], recipe).dense, row[0].in_features * row[0].out_features
-            candidates = tuple(c for b, c in sorted(at.items()) if b in allowed)
-            found.append(Layer(f"{component}.{row[0].name}", count, dense, own, candidates))
-    return found
 
 
 def _beside(

@@ -13,6 +13,7 @@ ROOT = Path(attar.__file__).parent
 VERBS = {"calibration", "quantize"}
 CONDUCTING = {
     "allocation",
+    "candidates",
     "planning",
     "conductor",
     "component",
@@ -43,9 +44,11 @@ ALLOWED = {
     "stages": {"budget", "calibration", "quantize", "runtime"},
     "recipe": {"quantize", "stages"},
     "planning": {"budget", "models", "quantize", "recipe", "runtime", "settings"},
+    "candidates": {"budget", "planning", "recipe", "settings"},
     "allocation": {
         "budget",
         "calibration",
+        "candidates",
         "models",
         "planning",
         "progress",
@@ -119,6 +122,7 @@ ALLOWED = {
     },
     "forecast": {
         *VERBS,
+        "candidates",
         "conductor",
         "evaluate",
         "losses",
@@ -131,7 +135,17 @@ ALLOWED = {
         "settings",
         "text_encoder",
     },
-    "bench": {"calibration", "evaluate", "forecast", "models", "quantize", "recipe", "runtime", "settings"},
+    "bench": {
+        "calibration",
+        "candidates",
+        "evaluate",
+        "forecast",
+        "models",
+        "quantize",
+        "recipe",
+        "runtime",
+        "settings",
+    },
     "errors": set(),
     "files": set(),
     "tensorfile": set(),

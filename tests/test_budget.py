@@ -192,7 +192,6 @@ def test_what_cannot_be_done_is_one_line(cli, wan_folder, plan, tmp_path):
     assert "allocate.budget: Field required" in refused("--set", "allocate.samples=3")
     assert "a plan and a budget are given" in refused("--plan", plan, "--budget", "3bits")
     assert "no such plan file" in refused("--plan", tmp_path / "nothing.yaml")
-    assert "which needs data" in refused("--budget", "3bits", "--dry-run")
     message = refused("--budget", "0.05x", *FEW)
     assert "no plan keeps to the budget 0.05x" in message and "The narrowest candidates come to 0." in message
     assert (

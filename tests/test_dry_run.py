@@ -95,6 +95,34 @@ def test_the_forecast_as_json(cli, folders):
     assert result["measured_on"] is None and result["seconds"] == 0
 
 
+@pytest.mark.parametrize(
+    ("budget", "options"),
+    [("same", SMALL), ("0.35x", ["--recipe", "rtn", *FEW]), ("3bits", ["--recipe", "hadamard", *FEW])],
+)
+def test_a_budget_is_forecast(cli, folders, tmp_path, budget, options):
+    options = [*options, "--budget", budget, "--set", "allocate.samples=2"]
+    done = cli("compress", folders["wan"], "--dry-run", "--json", *options)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["budget"] == budget
+    assert result["measured_on"] and result["seconds"] >= result["allocate_seconds"] > 0
+    chosen_for = [row for row in result["layers"] if row["presumed"]]
+    assert {row["role"] for row in chosen_for} >= {"self_attn.q", "ffn.up"}
+    assert {row["reason"] for row in chosen_for} == {"bits by measured sensitivity"}
+    if budget == "same":
+        assert {row["weights"] for row in chosen_for} == {4}
+    done = cli("compress", folders["wan"], "-o", tmp_path / "out", "--json", *options)
+    assert done.code == 0, done.err
+    summary, sizes = json.loads(done.out), result["bytes"]
+    assert summary["linear_bytes_bf16"] == sizes["block_linears_bf16"]
+    adapter = ModelAdapter.of(pipelines.make("wan").transformer)
+    largest = max(x.module.weight.numel() for block in adapter.blocks for x in adapter.linears(block))
+    # the real plan fills the budget as well as whole layers allow, and so does the presumed one
+    assert abs(summary["linear_bytes_packed"] - sizes["block_linears_packed"]) <= largest * 3 / 8
+    text = cli("compress", folders["wan"], "--dry-run", *options).out
+    assert f"budget {budget}: the layers marked ~" in text and "choosing bits" in text
+
+
 def test_every_kind_of_block_is_measured(cli, folders):
     def measured(name, *roles):
         options = ["--set", f"quantize.roles={{{', '.join(roles)}}}"] if roles else []

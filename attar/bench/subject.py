@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.catch import catch_block_calls
+from attar.candidates import in_every_layer
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
 from attar.forecast.calls import Latent, transformer_call
@@ -88,8 +89,9 @@ def bench_blocks(
 
 def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     """A packed copy of the block by the recipe's bits and transforms, without learning, which decides nothing about
-    speed; its attention and activations are a packed model's."""
-    recipe.refuse_budget()
+    speed; its attention and activations are a packed model's. A budget of as many mean bits as the recipe has is timed
+    with these in every layer; any other is an AttarError."""
+    recipe = in_every_layer(recipe)
     module = copy.deepcopy(block.dense)
     settings = replace(block_settings(recipe), learning=None, gptq_damping=None)
     plans = plan_for(recipe, block.linears, [])

@@ -51,6 +51,15 @@ def learning_seconds(blocks: Iterable[BlockCost], samples: int, epochs: int) -> 
     return sum(b.once + samples * (epochs * b.epoch + PASSES * b.forward) for b in blocks)
 
 
+def allocation_seconds(block: BlockCost, planned: Mapping[str, LayerPlan], recipe: Recipe) -> float:
+    """Seconds of one block for choosing bits: each sample passes it once for each layer and width, once for each
+    width's statistics, for its target, and with all layers quantized. 0 without a budget."""
+    if recipe.allocate is None:
+        return 0.0
+    passes = len(recipe.allocate.bits) * (len(planned) + 1) + 2
+    return recipe.allocate.samples * passes * block.forward
+
+
 def calibration_memory(
     model: float,
     transformers: Iterable[nn.Module],
@@ -130,7 +139,8 @@ def forecast_calibration(
     steps: int,
     step_seconds: float,
 ) -> dict[str, Any]:
-    """Seconds of tracing and learning and peak bytes, on hardware, for the samples that the recipe asks for.
+    """Seconds of tracing, choosing bits and learning, and peak bytes, on hardware, for the samples that the recipe
+    asks for.
 
     counts: of one sample, that is of all branches of one denoising step, by transformer. steps: of the model, where
     the recipe does not say. step_seconds: of one denoising step in full precision. Where two experts share the steps
@@ -138,20 +148,32 @@ def forecast_calibration(
     """
     transformers = [modules[name] for name in counts]
     model = sum(t.nbytes for part in modules.values() for t in [*part.parameters(), *part.buffers()])
-    if not recipe.needs_data or recipe.trace is None or recipe.select is None:
+    traced = recipe.traced
+    if traced is None:
         memory = calibration_memory(model, transformers, recipe)
-        return {"trace_seconds": 0.0, "learn_seconds": 0.0, **vars(memory)}
+        return {"trace_seconds": 0.0, "allocate_seconds": 0.0, "learn_seconds": 0.0, **vars(memory)}
+    chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
     epochs = settings.learning.epochs if settings.learning else 0
-    learn = saved = streams = constants = 0.0
+    learn = allocating = saved = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}
         costs = block_costs(counted, known, recipe, hardware)
-        learn += learning_seconds(costs, recipe.select.count, epochs)
+        if chosen:
+            learn += learning_seconds(costs, chosen, epochs)
+        for block, cost in zip(counted.blocks, costs, strict=True):
+            inside = {path: plan for path, plan in known.items() if path.startswith(f"{block}.")}
+            allocating += allocation_seconds(cost, inside, recipe)
         saved = max([saved, *(c.saved for c in costs)])
         for traffic in counted.blocks.values():  # bfloat16 counted, float32 held
             streams = max(streams, 2.0 * traffic.outputs)
             constants = max(constants, 2.0 * max(0, traffic.inputs - traffic.outputs))
-    memory = calibration_memory(model, transformers, recipe, recipe.select.count, streams, constants, saved)
-    trace = recipe.trace.prompts * (recipe.trace.steps or steps) * step_seconds
-    return {"trace_seconds": trace, "learn_seconds": learn, **vars(memory)}
+    held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
+    memory = calibration_memory(model, transformers, recipe, held, streams, constants, saved)
+    trace = traced.prompts * (traced.steps or steps) * step_seconds
+    return {
+        "trace_seconds": trace,
+        "allocate_seconds": allocating,
+        "learn_seconds": learn,
+        **vars(memory),
+    }

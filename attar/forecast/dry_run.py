@@ -13,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
+from attar.candidates import presume
 from attar.conductor import calibration_prompts, check_pool
 from attar.errors import calling
-from attar.forecast.calibration import BlockCost, calibration_memory, learning_seconds
+from attar.forecast.calibration import (
+    BlockCost,
+    allocation_seconds,
+    calibration_memory,
+    learning_seconds,
+)
 from attar.forecast.sizes import planned_sizes
 from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
@@ -44,13 +50,15 @@ def forecast_job(
 
     Sizes are exact. "block_linears_*" count the quantized linears with their biases, these and everything else in
     bfloat16; "checkpoint" is what the transformers' files will hold, the floating-point rest in the types of the
-    source. For time and memory one denoising step of the pipeline, and one training step of a copy of one block of each
-    kind, are run and measured; the rest is arithmetic. Blocks are of one kind when they have the same class and their
-    linears the same plan. Nothing of the pipeline is changed.
+    source. Under a budget they are those of a presumed choice that keeps to it, and the layers that are yet to be
+    chosen for are marked. For time and memory one denoising step of the pipeline, and one training step of a copy of
+    one block of each kind, are run and measured; the rest is arithmetic. Blocks are of one kind when they have the same
+    class and their linears the same plan. Nothing of the pipeline is changed.
     Raises AttarError for everything that `compress` would refuse before its first step.
     """
     components = transformer_components(pipe)
-    plans = plan_components(components, recipe)
+    presumed, free = presume(components, recipe)
+    plans = plan_components(components, presumed)
     text = plan_text_encoders(pipe, recipe)
     chosen = calibration_prompts(recipe, source, prompts)
     call = source.call_arguments(**(generation or {}))
@@ -58,20 +66,26 @@ def forecast_job(
     return {
         "recipe": recipe.name,
         "bits": recipe.bits,
-        "layers": [_row(name, plan) for name, part in {**plans, **text}.items() for plan in part],
-        "rows": [vars(row) for row in plan_rows(plans, recipe)],
+        "budget": None if recipe.allocate is None else recipe.allocate.budget,
+        "layers": [
+            _row(name, plan, plan.name in free.get(name, ()))
+            for name, part in {**plans, **text}.items()
+            for plan in part
+        ],
+        "rows": [vars(row) for row in plan_rows(plans, presumed)],
         "bytes": {
-            **planned_sizes(components, plans, recipe, _stored(components, source)),
+            **planned_sizes(components, plans, presumed, _stored(components, source)),
             "text_encoders": text_encoder_bytes(pipe, text, source),
         },
         **_time_and_memory(pipe, components, plans, recipe, len(chosen), call),
     }
 
 
-def _row(component: str, plan: LayerPlan) -> dict[str, Any]:
+def _row(component: str, plan: LayerPlan, presumed: bool) -> dict[str, Any]:
     return {
         "component": component, "name": plan.name, "role": plan.role, "weights": plan.weight_bits,
-        "acts": plan.act_bits, "bits": plan.bits, "reason": plan.reason,
+        "acts": plan.act_bits, "bits": plan.bits, "presumed": presumed,
+        "reason": "bits by measured sensitivity" if presumed else plan.reason,
     }  # fmt: skip
 
 
@@ -91,14 +105,17 @@ def _time_and_memory(
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     # what is streamed lies on the meta device, and of it one block at a time is in memory
     resident = sum(t.nbytes for p in modules for t in [*p.parameters(), *p.buffers()] if not t.is_meta)
-    if not recipe.needs_data or recipe.trace is None or recipe.select is None:
+    traced = recipe.traced
+    if traced is None:
         memory = calibration_memory(resident, components.values(), recipe)
         return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": int(memory.device), "measured_on": None}
-    steps = recipe.trace.steps or call.get("num_inference_steps") or 50
+    steps = traced.steps or call.get("num_inference_steps") or 50
+    chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     first, branches, step_seconds = _one_step(pipe, components, call)
     settings = block_settings(recipe)
     epochs = settings.learning.epochs if settings.learning else 0
-    learn, peaks, measured = 0.0, [], [f"one denoising step ({step_seconds:.3g} s)"]
+    learn = allocating = 0.0
+    peaks, measured = [], [f"one denoising step ({step_seconds:.3g} s)"]
     adapters = {name: ModelAdapter.of(part) for name, part in components.items()}
     for (name, block), blocks in _kinds(adapters, plans, first).items():
         adapter = adapters[name]
@@ -107,18 +124,23 @@ def _time_and_memory(
         with weights_of(components[name]).opened(block.module):
             planned = _planned(block, plans[name])
             cost = _measure_block(block, planned, samples[0], settings)
-        count = recipe.select.count * len(samples)
-        learn += learning_seconds([cost] * blocks, count, epochs)
+        if chosen:
+            learn += learning_seconds([cost] * blocks, chosen * len(samples), epochs)
+        allocating += blocks * allocation_seconds(cost, planned, recipe) * len(samples)
+        held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
         memory = calibration_memory(
-            resident, components.values(), recipe, count,
+            resident, components.values(), recipe, held * len(samples),
             _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved,
         )  # fmt: skip
         peaks.append(memory.device + memory.host)
         if planned:
-            measured.append(f"one training step of {name}.{block.name} ({cost.epoch:.3g} s)")
+            what, seconds = ("training step", cost.epoch) if cost.epoch else ("forward", cost.forward)
+            measured.append(f"one {what} of {name}.{block.name} ({seconds:.3g} s)")
+    tracing = prompts * steps * step_seconds
     return {
-        "seconds": round(prompts * steps * step_seconds + learn, 1),
-        "trace_seconds": round(prompts * steps * step_seconds, 1),
+        "seconds": round(tracing + allocating + learn, 1),
+        "trace_seconds": round(tracing, 1),
+        "allocate_seconds": round(allocating, 1),
         "peak_bytes": int(max(peaks)),
         "measured_on": f"{' and '.join(measured)} on this machine",
     }
@@ -231,12 +253,18 @@ def forecast_text(result: dict[str, Any]) -> str:
 
     rows = [("layer", "role", "bits", "why")]
     for row in result["layers"]:
-        rows.append((f"{row['component']}.{row['name']}", row["role"], row["bits"], row["reason"] or ""))
+        bits = f"~{row['bits']}" if row["presumed"] else row["bits"]
+        rows.append((f"{row['component']}.{row['name']}", row["role"], bits, row["reason"] or ""))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     lines = ["  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in rows]
     sizes = result["bytes"]
+    lines.append("")
+    if any(row["presumed"] for row in result["layers"]):
+        lines.append(
+            f"budget {result['budget']}: the layers marked ~ get their bits by measured sensitivity; those above keep "
+            "to it with equal sensitivity, and give the sizes"
+        )
     lines += [
-        "",
         f"{result['recipe']} {result['bits']}: block linears {format_bytes(sizes['block_linears_bf16'])} → "
         f"{format_bytes(sizes['block_linears_packed'])} ({sizes['linear_ratio']}×), with biases; whole transformer "
         f"{sizes['transformer_ratio']}× against bfloat16; {format_bytes(sizes['checkpoint'])} in its files",
@@ -244,8 +272,10 @@ def forecast_text(result: dict[str, Any]) -> str:
     for name, (before, after) in sizes["text_encoders"].items():
         lines.append(f"{name}: {format_bytes(before)} → {format_bytes(after)} in its files, weights only")
     if result["measured_on"]:
+        choosing = result["allocate_seconds"]
         lines.append(
-            f"calibration about {_duration(result['seconds'])}, of which {_duration(result['trace_seconds'])} tracing; "
+            f"calibration about {_duration(result['seconds'])}, of which {_duration(result['trace_seconds'])} tracing"
+            f"{f' and {_duration(choosing)} choosing bits' if choosing else ''}; "
             f"peak memory about {format_bytes(result['peak_bytes'])} beside the libraries"
         )
         lines.append(f"(from {result['measured_on']})")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from attar.candidates import presume
 from attar.errors import AttarError
 from attar.forecast.architecture import Architecture
 from attar.forecast.calibration import forecast_calibration
@@ -84,14 +85,16 @@ def plan_model(
 
     steps: denoising steps; default: the model's. guidance: whether a step runs two branches; default: as the
     pipeline does where the model asks for guidance or says nothing. Where a pipeline has two experts a step
-    is one of the first. Raises AttarError for whatever does not fit.
+    is one of the first. Under a budget the bits are presumed ones that keep to it.
+    Raises AttarError for whatever does not fit.
     """
     first, transformer = next(iter(architecture.transformers.items()))
     steps = int(steps or architecture.default.get("steps", 50))
     if guidance is None:
         guidance = architecture.default.get("guidance", True) and type(transformer).__name__ not in ONE_BRANCH
     branches = 2 if guidance else 1
-    plans = plan_components(architecture.transformers, recipe)
+    presumed, _ = presume(architecture.transformers, recipe)
+    plans = plan_components(architecture.transformers, presumed)
     counts = {name: c.times(branches) for name, c in count_step(architecture, size).items()}
     before = counts[first]
     after = quantized_counts(before, plans[first], transform_settings(recipe), hardware)
@@ -111,6 +114,7 @@ def plan_model(
         "title": architecture.title,
         "recipe": recipe.name,
         "bits": recipe.bits,
+        "budget": None if recipe.allocate is None else recipe.allocate.budget,
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in architecture.modules.items()},
         "size": {**vars(size), "latent": [latent.frames, latent.height, latent.width]},
         "steps": steps,
@@ -140,7 +144,7 @@ def plan_model(
             "bound": arithmetic_bound(before, after, hardware),
             "linears_free": amdahl(before, {"linear": math.inf}, names),
         },
-        "bytes": planned_sizes(architecture.transformers, plans, recipe),
+        "bytes": planned_sizes(architecture.transformers, plans, presumed),
         "calibration": calibration,
     }
     result["verdict"] = verdict(result, plans[first])

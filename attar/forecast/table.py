@@ -37,10 +37,13 @@ def print_plan(result: Mapping[str, Any]) -> None:
         f"{format_bytes(sizes['checkpoint'])} ({sizes['transformer_ratio']}×), "
         f"its block linears {sizes['linear_ratio']}×; text encoders and decoder stay as they are"
     )
-    learn, trace = costs["learn_seconds"], costs["trace_seconds"]
+    learn, trace, choosing = (costs[f"{part}_seconds"] for part in ("learn", "trace", "allocate"))
     time = "no calibration data needed"
-    if learn + trace:
-        time = f"calibration about {_duration(learn + trace)}, of which {_duration(trace)} tracing"
+    if whole := learn + trace + choosing:
+        time = f"calibration about {_duration(whole)}, of which {_duration(trace)} tracing"
+        time += f" and {_duration(choosing)} choosing bits" if choosing else ""
+    if result["budget"] is not None:
+        time = f"bits by measured sensitivity, presumed here to keep to the budget {result['budget']}; {time}"
     console.print(
         f"{time}; peak {format_bytes(costs['device'])} on the device, {format_bytes(costs['host'])} of samples in main "
         "memory"

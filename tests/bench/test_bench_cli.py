@@ -33,3 +33,11 @@ def test_requests_that_make_no_sense_are_refused_in_one_line(cli):
         done = cli("bench", *arguments)
         assert done.code != 0
         assert len(done.err.strip().splitlines()) == 1, done.err
+
+
+def test_a_budget_is_timed_with_its_mean_bits_or_refused(cli):
+    options = ("bench", "--shape", "wan-1.3b", "--tokens", "4", "--text-tokens", "2", "--rounds", "3")
+    budget = ("--recipe", "rtn", "--set")
+    assert cli(*options, *budget, "allocate.budget=same").code == 0
+    message = cli(*options, *budget, "allocate.budget=3.5bits").message
+    assert "not known yet" in message and "--weights" in message

@@ -120,6 +120,24 @@ def test_calibration_grows_with_what_is_asked():
     assert weights < free["device"] < 1.05 * weights
 
 
+def test_a_budget_is_presumed(cli):
+    def plan(*options):
+        done = cli("plan", "wan-1.3b", "--gpu", "h200", "--json", *options)
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    plain, mixed = plan("--recipe", "attar-ptq"), plan("--recipe", "attar-mixed")
+    assert (plain["budget"], mixed["budget"]) == (None, "same")
+    assert mixed["bytes"] == plain["bytes"] and mixed["speedup"] == plain["speedup"]
+    assert plain["calibration"]["allocate_seconds"] == 0 < mixed["calibration"]["allocate_seconds"]
+    small = plan("--recipe", "rtn", "--set", "allocate.budget=0.22x")
+    ratio = small["bytes"]["block_linears_packed"] / small["bytes"]["block_linears_bf16"]
+    assert 0.219 < ratio <= 0.22
+    assert small["calibration"]["trace_seconds"] > 0 == small["calibration"]["learn_seconds"]
+    text = cli("plan", "wan-1.3b", "--gpu", "h200", "--recipe", "attar-mixed").out
+    assert "presumed here to keep to the budget same" in text and "choosing bits" in text
+
+
 def test_guidance_and_steps(cli):
     arguments = ("plan", "digits-video", "--gpu", "cpu", *PEAKS, "--json")
     two = json.loads(cli(*arguments).out)

@@ -1,0 +1,114 @@
+"""What every layer may become under a budget, and a choice for forecasts, before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from attar.budget.amount import Budget
+from attar.budget.choice import Candidate, Layer, choose_bits
+from attar.budget.sensitivity import Sensitivity
+from attar.errors import AttarError
+from attar.planning import Plans, plan_components, with_overrides, with_widths
+from attar.recipe import Recipe
+from attar.settings import layer_size
+
+Bits = dict[str, dict[str, int]]  # component -> layer -> bits
+
+
+def plan_options(components: Mapping[str, nn.Module], recipe: Recipe) -> dict[int, Plans]:
+    """The plans of all components at every width that the budget may choose, and at the recipe's own.
+
+    A layer whose bits the recipe names has them in all of these, and needs no rule of its own.
+    """
+    assert recipe.allocate is not None
+    widths = sorted({*recipe.allocate.bits, recipe.quantize.weights})
+    return {bits: plan_components(components, with_widths(recipe, bits)) for bits in widths}
+
+
+def layers_of(
+    options: Mapping[int, Plans], measured: Mapping[str, Sensitivity], recipe: Recipe
+) -> list[Layer]:
+    """Every quantized layer with what it may get. Layers outside the blocks cost bytes and cause no error here."""
+    assert recipe.allocate is not None
+    found = []
+    for component in options[recipe.quantize.weights]:
+        for row in zip(*(plans[component] for plans in options.values()), strict=True):
+            if row[0].skipped:
+                continue
+            errors = measured[component].get(row[0].name, {})
+            at = {}  # one alone for a layer whose bits the recipe names
+            for p in row:
+                at[p.weight_bits] = Candidate(
+                    p.weight_bits, layer_size(p, recipe).packed, errors.get(p.weight_bits, 0.0)
+                )
+            asked = dict(zip(options, row, strict=True))
+            allowed = {asked[bits].weight_bits for bits in recipe.allocate.bits}
+            own = at[asked[recipe.quantize.weights].weight_bits]
+            dense, count = layer_size(row[0], recipe).dense, row[0].in_features * row[0].out_features
+            candidates = tuple(c for b, c in sorted(at.items()) if b in allowed)
+            found.append(Layer(f"{component}.{row[0].name}", count, dense, own, candidates))
+    return found
+
+
+def choose(layers: Sequence[Layer], recipe: Recipe) -> list[Candidate]:
+    """One candidate for each layer under the recipe's budget. Raises AttarError where none keeps to it."""
+    assert recipe.allocate is not None
+    return choose_bits(layers, Budget.parse(recipe.allocate.budget).at(recipe.quantize.weights))
+
+
+def bits_of(options: Mapping[int, Plans], layers: Sequence[Layer], taken: Sequence[Candidate]) -> Bits:
+    """The bits of the layers that there was a choice for."""
+    free = {a.name: c.bits for a, c in zip(layers, taken, strict=True) if len(a.candidates) > 1}
+    return {
+        name: {p.name: free[f"{name}.{p.name}"] for p in plans if f"{name}.{p.name}" in free}
+        for name, plans in next(iter(options.values())).items()
+    }
+
+
+def with_bits(recipe: Recipe, bits: Mapping[str, Mapping[str, int]]) -> Recipe:
+    """The recipe with these bits in the place of its budget."""
+    layers = {
+        f"{component}.{name}": {"weights": b}
+        for component, named in bits.items()
+        for name, b in named.items()
+    }
+    return with_overrides(recipe, layers)
+
+
+def in_every_layer(recipe: Recipe) -> Recipe:
+    """The recipe with its own bits in every layer that it names none for, in the place of a budget of as many on
+    average. A recipe without a budget comes back as it is. Raises AttarError for any other budget."""
+    if recipe.allocate is None:
+        return recipe
+    budget = Budget.parse(recipe.allocate.budget)
+    if budget.at(recipe.quantize.weights) != Budget("bits", float(recipe.quantize.weights)):
+        raise AttarError(
+            f"the budget {budget} gives each layer other bits, which are not known yet",
+            where="allocate.budget",
+            fix="Name bits for every layer with --weights, and leave the budget out",
+        )
+    return with_widths(recipe, recipe.quantize.weights)
+
+
+def presume(components: Mapping[str, nn.Module], recipe: Recipe) -> tuple[Recipe, Bits]:
+    """The recipe with bits that keep to its budget as if all weights were equally sensitive, and these bits.
+
+    For forecasts, which know sizes and speeds by it and not which layer gets what. Rounding a weight to b bits is taken
+    to cost 4^-b, so a budget of as many mean bits as the recipe has gives every layer these. A recipe without a budget
+    comes back as it is. Raises AttarError where no choice keeps to the budget.
+    """
+    if recipe.allocate is None:
+        return recipe, {}
+    options = plan_options(components, recipe)
+    equal: dict[str, Sensitivity] = {name: {} for name in components}
+    for plans in options.values():
+        for name, part in plans.items():
+            for p in part:
+                if p.weight_bits is not None:
+                    cost = p.in_features * p.out_features * 4.0**-p.weight_bits
+                    equal[name].setdefault(p.name, {})[p.weight_bits] = cost
+    layers = layers_of(options, equal, recipe)
+    bits = bits_of(options, layers, choose(layers, recipe))
+    return with_bits(recipe, bits), bits
