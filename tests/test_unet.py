@@ -27,7 +27,7 @@ RUNS = {
         "sdxl",
         (
             *("--recipe", "attar-ptq", *FEW, "--set", "reconstruct.epochs=1"),
-            *("--set", "reconstruct.loss=token_weighted", "--set", "reconstruct.propagate=quant"),
+            *("--set", "reconstruct.loss=token_weighted"),
         ),
     ),
 }
