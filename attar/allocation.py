@@ -23,7 +23,6 @@ from attar.budget.plan_file import plan_text, write_plan
 from attar.budget.sensitivity import Sensitivity, block_sensitivity, together
 from attar.calibration.store import TraceStore
 from attar.candidates import bits_of, choose, layers_of, plan_options, with_bits
-from attar.component import Calls, catch_samples
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall, run_block
@@ -32,6 +31,7 @@ from attar.planning import Plans, model_identity, plan_components
 from attar.progress import Progress
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
+from attar.samples import Calls, catch_samples
 from attar.settings import block_settings
 from attar.workspace import Workspace
 

@@ -21,6 +21,7 @@ from attar.errors import AttarError
 from attar.models.shards import Shards
 from attar.runtime.integrity import header_metadata, tensor_checksums
 from attar.runtime.layers import packed_layers
+from attar.runtime.patches import dense_biases
 from attar.stored import read_layers
 from attar.tensorfile import TensorWriter
 from attar.workspace import Workspace
@@ -52,13 +53,18 @@ def write_weights(
     stem: "diffusion_pytorch_model", or "model" for transformers. Raises AttarError for a tensor that is nowhere.
     """
     state = model.state_dict()
+    former = dense_biases(model)  # names that a convolution's bias had in the source
+
+    def stored(key: str) -> str:
+        return former.get(key, key)
+
     layers = tuple(f"{name}." for name in packed_layers(model))
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     # of several tensors that are tied transformers stores one
     tied = getattr(model, "all_tied_weights_keys", ())
     for key, tensor in state.items():
-        if key in shards:  # biases of packed layers too
-            kinds[key] = shards.entry(key).dtype, tuple(tensor.shape)
+        if stored(key) in shards:  # biases of packed layers too
+            kinds[key] = shards.entry(stored(key)).dtype, tuple(tensor.shape)
         elif key in tied:
             continue
         elif key.startswith(layers) or not tensor.is_meta:
@@ -84,14 +90,15 @@ def write_weights(
 
         for source in packed:
             for name, tensor in read_layers(workspace, source.file).items():
-                if source.prefix + name not in shards:
+                if stored(source.prefix + name) not in shards:
                     write(source.prefix + name, tensor)
         for key in list(home):
-            if key not in shards and state[key].is_meta:
+            known = stored(key) in shards
+            if not known and state[key].is_meta:
                 raise AttarError(
                     "a tensor is neither in the workspace nor in the source", where=key, fix="Run again"
                 )
-            write(key, shards.read(key) if key in shards else state[key])
+            write(key, shards.read(stored(key)) if known else state[key])
         for writer in writers:
             writer.finish(_metadata(sums, config))
     if len(parts) > 1:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.calibration.catch import catch_block_calls
 from attar.calibration.score import score_candidates
 from attar.calibration.select import ScoreTable, select, selection_histogram
 from attar.calibration.store import TraceStore
@@ -19,14 +18,13 @@ from attar.losses import BlockLoss, TemporalTerm, joint_token_weights, mass_conc
 from attar.models.adapter import Block, ModelAdapter, TokenGrid, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
-from attar.models.tree import map_tensors
 from attar.models.weights import fill, weights_of
 from attar.progress import Progress
-from attar.quantize.batching import concatenate_calls
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import LayerPlan
+from attar.quantize.plan import LayerPlan, open_planned
 from attar.recipe import Recipe
+from attar.samples import Calls, Sample, SegmentStarts, catch_samples
 from attar.settings import block_settings
 from attar.stored import (
     OUTSIDE,
@@ -39,8 +37,6 @@ from attar.stored import (
     write_boundary,
 )
 from attar.workspace import Workspace
-
-Calls = list[BlockCall]
 
 LAMBDA_PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
@@ -76,7 +72,7 @@ class ComponentJob:
         """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
         self.transformer.requires_grad_(False).eval()
         evidence: dict[str, Any] = {}
-        calls: list[list[dict[str, Any]]] = []
+        calls: list[Sample] = []
         if self.recipe.needs_data:
             table, chosen = self._selection(prompts)
             assert self.recipe.select is not None
@@ -101,7 +97,7 @@ class ComponentJob:
         with self.progress.task(f"{self.name}: quantize", len(blocks)) as advance:
             for block in blocks:
                 if block.index in starts:
-                    full = starts.pop(block.index)
+                    full = starts.take(block.index)
                     # later segments start behind glue that only a run of the model applies
                     quantized = self._catch(block, calls) if self.propagates and block.index else full
                 boundary, file = self._boundary(block.index), self._file(block.index)
@@ -119,6 +115,7 @@ class ComponentJob:
                 if result["error_before"] is not None:
                     note = f"{block.name} error {result['error_before']:.4f} → {result['error_after']:.4f}"
                 advance(block.index + 1, note)
+        starts.end()
         self._outside()
         return evidence
 
@@ -152,12 +149,11 @@ class ComponentJob:
                 first -= 1  # someone removed files: blocks behind the last known inputs are made again
         return first
 
-    def _segment_starts(self, calls: list[list[dict[str, Any]]], first: int) -> dict[int, Calls]:
-        """Inputs of the first block of each unfinished segment, caught before any block is replaced."""
-        if not calls:
-            return {}
-        unfinished = [segment for segment in self.adapter.segments if segment[-1].index >= first]
-        return {segment[0].index: self._catch(segment[0], calls) for segment in unfinished}
+    def _segment_starts(self, calls: list[Sample], first: int) -> SegmentStarts:
+        """Inputs of the first block of each unfinished segment."""
+        segments = self.adapter.segments if calls else []
+        heads = [segment[0] for segment in segments if segment[-1].index >= first]
+        return SegmentStarts(self.transformer, self.adapter, heads, calls, self.workspace, self.name)
 
     def _selection(self, prompts: int) -> tuple[ScoreTable, list[int]]:
         """The score table and the chosen rows, from the workspace where they are there already."""
@@ -186,7 +182,7 @@ class ComponentJob:
 
     # -- one block
 
-    def _catch(self, block: Block, calls: list[list[dict[str, Any]]]) -> Calls:
+    def _catch(self, block: Block, calls: list[Sample]) -> Calls:
         return catch_samples(self.transformer, self.adapter, block, calls) if calls else []
 
     def _make(
@@ -195,6 +191,7 @@ class ComponentJob:
         """Quantizes the block and saves it; returns its result and the calls of the next block."""
         module, prefix = block.module, f"{block.name}."
         plans = {name.removeprefix(prefix): p for name, p in self.plan.items() if name.startswith(prefix)}
+        open_planned(module, plans)
         dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
         if full:
             module.float()  # learned in float32 whatever the model is stored in
@@ -303,50 +300,9 @@ class ComponentJob:
         return f"{self.name}/boundary-{index:03d}.safetensors"
 
 
-def catch_samples(
-    transformer: nn.Module, adapter: ModelAdapter, block: Block, calls: list[list[dict[str, Any]]]
-) -> Calls:
-    """The block's inputs for every sample, in float32 on the CPU. calls: of each sample, one for each branch.
-
-    Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a sample
-    of its own. Constants that are equal in consecutive samples are held once.
-    """
-    flat = [call for branches in calls for call in branches]
-    caught = iter(catch_block_calls(transformer, adapter, block.index, flat, store_device="cpu"))
-    merged: Calls = []
-    for branches in calls:
-        for call in _one_batch([next(caught) for _ in branches]):
-            call = call.to(dtype=torch.float32)
-            merged.append(_sharing(call, merged[-1]) if merged else call)
-    return merged
-
-
 def _cpu(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu") for name, tensor in streams.items()}
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _one_batch(branches: Calls) -> Calls:
-    if len(branches) == 1:
-        return branches
-    try:
-        return [concatenate_calls(branches)]
-    except AttarError:
-        return branches
-
-
-def _sharing(call: BlockCall, previous: BlockCall) -> BlockCall:
-    """The call with those constants of the previous one that are equal to its own, so that they are held once."""
-    known: list[Tensor] = []
-    map_tensors(previous.constants, known.append)
-
-    def held(tensor: Tensor) -> Tensor:
-        alike = (
-            k for k in known if (k.shape, k.dtype) == (tensor.shape, tensor.dtype) and torch.equal(k, tensor)
-        )
-        return next(alike, tensor)
-
-    return BlockCall(call.streams, map_tensors(call.constants, held))

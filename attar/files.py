@@ -40,6 +40,19 @@ def writing(path: Path) -> Iterator[Path]:
             os.close(folder)
 
 
+@contextlib.contextmanager
+def passing(path: Path) -> Iterator[Path]:
+    """`path` itself, for a file that this run alone reads: neither whole nor synced matters, so it costs less.
+
+    Raises AttarError as `writing` does.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except (OSError, SafetensorError) as error:
+        raise not_written(error, path) from error
+
+
 def not_written(error: Exception, path: str | os.PathLike[str]) -> AttarError:
     """What a failed write means to the user. error: an OSError, or what safetensors makes of one."""
     if is_full(error):

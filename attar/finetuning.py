@@ -21,7 +21,7 @@ from attar.progress import Progress
 from attar.quantize.block import wrap_linears
 from attar.quantize.finetune import Finetuner, Layer
 from attar.quantize.linear import QuantizedLinear, replace_module
-from attar.quantize.plan import LayerPlan, matching
+from attar.quantize.plan import LayerPlan, matching, open_planned
 from attar.quantize.polish import ScaledCodes
 from attar.recipe import Recipe
 from attar.runtime.layers import PackedLinear, packed_layers
@@ -183,6 +183,7 @@ class FinetuneJob:
         whole.transformer.float()
         samples.compute(whole.forward, whole.progress)
         few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
+        open_planned(whole.transformer, whole.plan)
         linears: dict[str, nn.Module] = {name: whole.transformer.get_submodule(name) for name in whole.plan}
         layers = wrap_linears(
             whole.transformer, whole.plan, linears, whole.forward, few, block_settings(whole.recipe),

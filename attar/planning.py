@@ -11,6 +11,7 @@ from torch import nn
 from attar.budget.plan_file import PlanFile
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter
+from attar.models.concatenations import concatenations
 from attar.quantize.plan import LayerPlan, check_rotations
 from attar.recipe import Recipe
 from attar.runtime.layers import packed_layers
@@ -44,6 +45,8 @@ def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """
     recipe.refuse_budget()
     adapter = _adapter(transformer)
+    if recipe.quantize.split:
+        adapter.splits = concatenations(transformer)
     inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
     plan = plan_for(recipe, inside, adapter.outside_linears())
     check_rotations(plan, transform_settings(recipe))

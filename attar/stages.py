@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from attar.budget.amount import Budget
 from attar.calibration.score import FEATURES
@@ -91,6 +99,10 @@ class Quantize(Stage):
         description="input channels to a scale in weight-only layers; null for one per channel",
     )
     low_rank: LowRank | None = Field(default=None, description="a branch beside the quantized product")
+    split: bool = Field(
+        default=False,
+        description="layers over a concatenation, as behind a U-Net's skip connections, get scales for each part of it",
+    )
     roles: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
@@ -132,6 +144,12 @@ class Quantize(Stage):
         except AttarError as error:
             raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_it_could_split(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # who does not split has the digests, jobs and evidence of the time before
+        content = handler(self)
+        return content if self.split else {key: value for key, value in content.items() if key != "split"}
 
     @model_validator(mode="after")
     def _stretch_needs_factors(self) -> Quantize:

@@ -13,6 +13,7 @@ from attar.errors import AttarError
 from attar.models.block import BlockCall
 from attar.quantize.linear import replace_module
 from attar.runtime.layers import PackedLinear
+from attar.runtime.patches import open_layers, split_sizes
 from attar.workspace import Workspace
 
 OUTSIDE = "outside.safetensors"  # packed layers that are in no block
@@ -46,6 +47,8 @@ def restore_block(workspace: Workspace, file: str, module: nn.Module) -> dict[st
     Returns the result that was saved with them.
     """
     _, meta = _read(workspace, file)
+    widths = {name: shape["in"] for name, shape in meta["layers"].items()}
+    open_layers(module, widths, split_sizes(widths))
     for name, shape in meta["layers"].items():
         layer = PackedLinear.from_scheme(
             shape["scheme"],

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from attar import ranks
 from attar.errors import AttarError, reason
-from attar.files import check_writable, writing
+from attar.files import check_writable, passing, writing
 
 FORMAT = 1
 LOCK = ".lock"
@@ -92,13 +92,18 @@ class Workspace:
         except ValueError as error:
             raise AttarError("the file is damaged", where=str(path), fix="Delete it and run again") from error
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], meta: Any = None) -> None:
-        """Tensors with a JSON-able description, as one safetensors file with a checksum of its content."""
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], meta: Any = None, *, kept: bool = True
+    ) -> None:
+        """Tensors with a JSON-able description, as one safetensors file with a checksum of its content.
+
+        kept: False for a file that no other run will read.
+        """
         stored = _apart(tensors)
         text = json.dumps(meta)
         # one entry, since safetensors writes several in a random order
         header = {"attar": json.dumps({"meta": text, "sha256": _digest(stored, text)})}
-        with writing(self.folder / name) as path:
+        with (writing if kept else passing)(self.folder / name) as path:
             save_file(stored, path, metadata=header)
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:

@@ -17,6 +17,7 @@ from torch import nn
 
 import attar
 from attar.errors import AttarError
+from attar.runtime.layers import packed_layers
 
 SHORT = ("--recipe", "hadamard")
 
@@ -262,13 +263,19 @@ def test_text_that_is_not_finite(refuses, model, tmp_path):
     assert "not finite" in refuses("generate", model, "a dog", "-o", tmp_path / "x.mp4")
 
 
-def test_pipelines_without_a_transformer(refuses, tmp_path):
+def test_pipelines_whose_steps_cannot_be_followed(refuses, cli, tmp_path):
+    """An unconditional U-Net: there is no prompt to trace, but a recipe that needs no data compresses it."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     sizes = dict(block_out_channels=(8, 8), norm_num_groups=2, sample_size=8, layers_per_block=1)
     blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     DDPMPipeline(UNet2DModel(**sizes, **blocks), DDPMScheduler()).save_pretrained(tmp_path / "model")
-    assert "no transformer component [DDPMPipeline]" in refuses(*compress(tmp_path / "model", tmp_path))
+    model = tmp_path / "model"
+    assert "steps cannot be followed [DDPMPipeline]" in refuses(*compress(model, tmp_path))
+    own = ("--workspace", tmp_path / "own")  # the refused job has claimed the usual one
+    assert cli(*compress(model, tmp_path, "--recipe", "rtn", *own)).code == 0
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert packed_layers(pipe.unet)
 
 
 class NoLinears(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from attar.quantize.block import BlockSettings, mean_relative_error, wrap_linears
 from attar.quantize.linear import replace_module
-from attar.quantize.plan import LayerPlan
+from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import Streams
 
 Sensitivity = dict[str, dict[int, float]]  # layer -> bits -> error
@@ -29,10 +29,11 @@ def block_sensitivity(
     """Squared error of the block's output relative to the block's own update, for every layer and width.
 
     One layer at a time is quantized: its activations as planned, its weights rounded to nearest, transforms and
-    clipping where they start; nothing is learned. The module is left as it was.
+    clipping where they start; nothing is learned. The module is left as it was, but for convolutions, which are opened.
     options: dotted name below `module` -> bits -> plan. run, calls, targets, seed: as in `quantize_block`.
     progress: called with (layers and widths done, all of them).
     """
+    open_planned(module, {name: next(iter(plans.values())) for name, plans in options.items()})
     linears: dict[str, Any] = {name: module.get_submodule(name) for name in options}
     widths = sorted({bits for plans in options.values() for bits in plans})
     errors: Sensitivity = {name: {} for name in options}
@@ -63,6 +64,7 @@ def together(
     seed: str = "0",
 ) -> float:
     """The same error with all layers quantized at once, which stay so."""
+    open_planned(module, plans)
     linears = {name: module.get_submodule(name) for name in plans}
     wrap_linears(module, plans, linears, run, calls, settings, seed)
     return mean_relative_error(run, calls, targets)

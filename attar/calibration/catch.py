@@ -1,15 +1,15 @@
-"""Catches what the model calls one of its blocks with."""
+"""Catches what the model calls its blocks with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
-from attar.models.adapter import ModelAdapter, evaluating
+from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind
 from attar.models.tree import map_tensors
 from attar.models.weights import weights_of
@@ -34,33 +34,61 @@ def catch_block_calls(
     once.
     Raises AttarError if there are no calls, or the model ends without running the block.
     """
+    caught: list[BlockCall] = []
+    for found in each_catch(transformer, adapter, [block_index], calls, store_device):
+        call = found[block_index]
+        known = _tensors(caught[-1].constants) if caught else []
+        constants = map_tensors(call.constants, lambda t, known=known: _shared(t, known))
+        caught.append(BlockCall(call.streams, constants))
+    return caught
+
+
+def each_catch(
+    transformer: nn.Module,
+    adapter: ModelAdapter,
+    indices: Sequence[int],
+    calls: Sequence[Mapping[str, Any]],
+    store_device: torch.device | str | None = None,
+) -> Iterator[dict[int, BlockCall]]:
+    """For each transformer call the calls of several blocks, by their index, all from one forward.
+
+    As `catch_block_calls`, but nothing is kept from one call to the next.
+    """
     if not calls:
         raise AttarError("there are no transformer calls to catch block inputs from")
     adapter.observe(calls[0])
-    block = adapter.blocks[block_index]
-    caught: list[BlockCall] = []
+    blocks = {index: adapter.blocks[index] for index in sorted(indices)}
+    last = max(blocks)
+    caught: dict[int, BlockCall] = {}
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = bind(module, args, kwargs)
-        streams = {name: _keep(given.pop(name), store_device) for name in block.streams}
-        known = _tensors(caught[-1].constants) if caught else []
-        constants = map_tensors(given, lambda t: _shared(_keep(t, store_device), known))
-        caught.append(BlockCall(streams, constants))
-        raise _Reached
+    def hook(index: int, block: Block) -> Any:
+        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = bind(module, args, kwargs)
+            streams = {name: _keep(given.pop(name), store_device) for name in block.streams}
+            caught[index] = BlockCall(streams, map_tensors(given, lambda t: _keep(t, store_device)))
+            if index == last:
+                raise _Reached
+
+        return keep
 
     device = weights_of(transformer).device
-    handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with evaluating(transformer):
-            for call in calls:
-                try:
-                    transformer(**map_tensors(dict(call), lambda tensor: tensor.to(device)))
-                except _Reached:
-                    continue
-                raise AttarError("the model ended without running the block", where=block.name)
-    finally:
-        handle.remove()
-    return caught
+    for call in calls:
+        handles = [
+            block.module.register_forward_pre_hook(hook(index, block), with_kwargs=True)
+            for index, block in blocks.items()
+        ]
+        try:
+            with evaluating(transformer):
+                transformer(**map_tensors(dict(call), lambda tensor: tensor.to(device)))
+        except _Reached:
+            pass
+        else:
+            raise AttarError("the model ended without running the block", where=blocks[last].name)
+        finally:
+            for handle in handles:
+                handle.remove()
+        found, caught = caught, {}
+        yield found
 
 
 def _keep(tensor: Tensor, device: torch.device | str | None) -> Tensor:

@@ -21,8 +21,8 @@ from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter, evaluating
 from attar.models.block import as_outputs
-from attar.models.families import FAMILIES
-from attar.models.tree import map_tensors
+from attar.models.families import FAMILIES, latents_argument
+from attar.models.tree import map_tensors, tokens_of
 from attar.models.weights import weights_of
 
 # channels: the Frobenius norm needs the d×d Gram matrix, which costs more than the rest above
@@ -90,15 +90,15 @@ def score_candidates(
 def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Tensor:
     """One candidate's x_t as a matrix (n, d) in float32."""
     if features == "latent":
-        return as_tokens(adapter.transformer, call["hidden_states"][:1])[0]
+        return as_tokens(adapter.transformer, call[latents_argument(adapter.transformer)][:1])[0]
     if features == "block0_input":
         caught = catch_block_calls(adapter.transformer, adapter, 0, [call])[0]
-        return caught.streams["hidden_states"][0].float()
+        return tokens_of(caught.streams[adapter.main_stream(adapter.blocks[0])][:1])[0].float()
     kept: list[Tensor] = []
 
     adapter.observe(call)
     last = adapter.blocks[-1]
-    stream = last.outputs.index("hidden_states")
+    stream = last.outputs.index(adapter.main_stream(last))
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         kept.append(as_outputs(output)[stream])
@@ -111,7 +111,7 @@ def _tokens(adapter: ModelAdapter, call: Mapping[str, Any], features: str) -> Te
     finally:
         handle.remove()
     if features == "last_hidden":
-        return kept[0][0].float()
+        return tokens_of(kept[0][:1])[0].float()
     return as_tokens(adapter.transformer, (output[0] if isinstance(output, tuple) else output.sample)[:1])[0]
 
 

@@ -16,20 +16,21 @@ from attar.calibration.store import PromptRecord, TraceStore
 from attar.errors import AttarError, calling
 from attar.models.block import bind
 from attar.models.calls import by_class, call_parameters, conditioning, following, latents_only
+from attar.models.components import is_denoiser
 
 Progress = Callable[[int, int, int], None]
 
 
 def transformer_components(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's denoising transformers by component name: `transformer`, and `transformer_2` in
-    two-stage models (Wan 2.2). Raises AttarError if there is none."""
+    two-stage models (Wan 2.2), or a U-Net, `unet`. Raises AttarError if there is none."""
     found = {
         name: module
         for name, module in pipe.components.items()
-        if name.startswith("transformer") and isinstance(module, nn.Module)
+        if is_denoiser(name) and isinstance(module, nn.Module)
     }
     if not found:
-        raise AttarError("the pipeline has no transformer component", where=type(pipe).__name__)
+        raise AttarError("the pipeline has no transformer or unet component", where=type(pipe).__name__)
     return found
 
 

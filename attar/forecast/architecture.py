@@ -68,6 +68,12 @@ def find_architecture(model: str, compressed: bool = False) -> Architecture:
     source = find_source(model)
     assert source.folder is not None
     index = _json(source.folder / "model_index.json")
+    if "unet" in index:
+        raise AttarError(
+            "plans are for transformers, and the model is a U-Net",
+            where=model,
+            fix="See attar compress --dry-run, which loads the model",
+        )
     components = {}
     for name, entry in index.items():
         wanted = name.startswith(("transformer", "text_encoder")) or name == "vae"

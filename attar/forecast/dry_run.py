@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
 from attar.candidates import presume
-from attar.component import catch_samples
 from attar.conductor import calibration_prompts, check_pool
 from attar.errors import calling
 from attar.forecast.calibration import (
@@ -37,6 +36,7 @@ from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.plan import LayerPlan
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
+from attar.samples import catch_samples
 from attar.save import plan_rows
 from attar.settings import block_settings
 from attar.text_encoder import plan_text_encoders, text_encoder_bytes

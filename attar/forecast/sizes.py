@@ -10,6 +10,7 @@ from torch import nn
 
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
+from attar.runtime.patches import dense_place
 from attar.settings import layer_size
 
 
@@ -29,16 +30,17 @@ def planned_sizes(
     for name, part in components.items():
         types = (stored or {}).get(name, {})
         quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
+        places = {dense_place(part, name) for name in quantized}
         for plan in quantized.values():
             size = layer_size(plan, recipe)
             dense, packed = dense + size.dense, packed + size.packed
             checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
         for key, tensor in part.state_dict().items():
             layer, _, leaf = key.rpartition(".")
-            if layer in quantized and leaf == "weight":
+            if layer in places and leaf == "weight":
                 continue
             checkpoint += tensor.numel() * (types.get(key) or tensor.dtype).itemsize
-            rest += 0 if layer in quantized else 2 * tensor.numel()
+            rest += 0 if layer in places else 2 * tensor.numel()
     return {
         "block_linears_bf16": dense,
         "block_linears_packed": packed,

@@ -31,8 +31,12 @@ def relative_error(
 ) -> Tensor:
     """Squared error relative to the block's own update ‖y − x‖²: 1 is as bad as no block at all.
 
-    pred, target, source: stream → (B, N_stream, d), source being the block's input. Returns a scalar.
+    pred, target, source: stream → (B, N_stream, d), source being the block's input. Where a block gives a stream
+    another shape, all of its output is the update. Returns a scalar.
     """
     error = sum((pred[name].float() - target[name].float()).square().sum() for name in pred)
-    update = sum((target[name].float() - source[name].float()).square().sum() for name in pred)
+    update = sum(
+        (target[name].float() - (source[name].float() if source[name].shape == target[name].shape else 0))
+        .square().sum() for name in pred
+    )  # fmt: skip
     return error / update  # type: ignore[operator, return-value]

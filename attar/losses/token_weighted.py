@@ -87,15 +87,16 @@ def streams_token_weighted_mse(
 ) -> Tensor:
     """`token_weighted_mse` over the joint sequence of several streams.
 
-    pred, target: stream → (B, N_stream, d); weights: stream → (B, N_stream). A stream without weights
-    counts fully (λ = 1). Every token of every stream has the same share 1/ΣN. Raises AttarError when the
-    streams of pred and target differ.
+    pred, target: stream → (B, N_stream, d), or (B, C, H, W), whose tokens are the pixels; weights: stream →
+    (B, N_stream). A stream without weights counts fully (λ = 1). Every token of every stream has the same share 1/ΣN.
+    Raises AttarError when the streams of pred and target differ.
     """
     if set(pred) != set(target):
         raise AttarError(f"block outputs {sorted(pred)} but its targets are {sorted(target)}")
     total, tokens = None, 0
     for name, output in pred.items():
-        per_token = (output.float() - target[name].float()).square().mean(dim=-1)
+        squared = (output.float() - target[name].float()).square()
+        per_token = squared.mean(dim=1).flatten(1) if squared.ndim == 4 else squared.mean(dim=-1)
         if name in weights:
             per_token = per_token * weights[name]
         total = per_token.sum() if total is None else total + per_token.sum()

@@ -1,4 +1,4 @@
-"""What the toolkit knows of a diffusion transformer: its blocks, linears, attentions, streams and token grid.
+"""What the toolkit knows of a diffusion model: its blocks, linears, attentions, streams and token grid.
 
 Found from what diffusers already declares (`_repeated_blocks`, `_no_split_modules`), from the names of
 layers, and from watching one forward (`ModelAdapter.observe`). Files in `families/` add only what none of
@@ -7,7 +7,7 @@ these tells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,9 @@ from attar.models import roles
 from attar.models.block import BlockCall, signature_of
 from attar.models.families import FAMILIES
 from attar.models.joint import find_joint_order
+from attar.models.linears import Linear, open_linears
 from attar.models.tree import map_tensors
+from attar.models.units import find_units, is_unet
 from attar.models.weights import weights_of
 from attar.models.wiring import watch
 
@@ -29,7 +31,8 @@ SECOND_STREAM = ("encoder_hidden_states", "context", "txt", "encoder_hidden_stat
 
 @dataclass(eq=False)
 class Block:
-    """One transformer block. `outputs` and `streams` are known once the adapter has observed a call."""
+    """One transformer block, or one unit of a U-Net. `outputs` and `streams` are known once the adapter has observed a
+    call."""
 
     name: str  # "blocks.3"
     module: nn.Module
@@ -58,15 +61,6 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
-    """A linear layer: its full dotted name from the transformer, the module, and what it is for."""
-
-    name: str
-    module: nn.Linear
-    role: str
-
-
-@dataclass(frozen=True, eq=False)
 class Attention:
     """An attention module of a block; kind is "self", "cross" or "joint" (text and video in one sequence)."""
 
@@ -90,63 +84,70 @@ class TokenGrid:
 
 
 class ModelAdapter:
-    """Answers what must be known of one transformer. Make it with `ModelAdapter.of(transformer)`."""
+    """Answers what must be known of one transformer or U-Net. Make it with `ModelAdapter.of(transformer)`.
+
+    splits: layers whose input is a concatenation, by name -> channels of each part; they count as one layer a part.
+    """
 
     def __init__(self, transformer: nn.Module, blocks: list[Block]) -> None:
         self.transformer = transformer
         self.blocks = blocks
+        self.unet = is_unet(transformer)
+        self.splits: Mapping[str, Sequence[int]] = {}
         self._segments: list[list[Block]] = []
         self._joint_orders: dict[type, tuple[str, ...] | AttarError] = {}
 
     @classmethod
     def of(cls, transformer: nn.Module) -> ModelAdapter:
-        """The adapter of a diffusers transformer, found generically.
+        """The adapter of a diffusers transformer or U-Net, found generically (`attar.models.units`).
 
-        Blocks are the elements of module lists whose class the transformer declares as repeated or not to be
-        split; of a class that declares nothing, the elements of its own lists that all hold an attention.
-        Raises AttarError when there are no such lists, or when the blocks hold no linear layer.
+        Raises AttarError when no blocks are found, or when they hold no linear layer.
         """
-        where = type(transformer).__name__
-        found = _find_blocks(transformer)
-        if not found:
-            names = ", ".join(dict.fromkeys(_declared(transformer))) or "attention, as nothing is declared"
-            raise AttarError(f"no list of transformer blocks found (looked for: {names})", where=where)
-        if not any(isinstance(m, nn.Linear) for block in found for m in block.module.modules()):
-            raise AttarError("the transformer blocks hold no linear layers", where=where)
-        return cls(transformer, found)
+        found = find_units(transformer)
+        return cls(transformer, [Block(name, unit, k) for k, (name, unit) in enumerate(found)])
 
     # -- what can be said without running the model
 
     def attentions(self, block: Block) -> list[Attention]:
         """The attention modules of a block, in order, with their kind."""
-        paths = [(p, m) for p, m in block.module.named_modules() if p and roles.is_attention(m)]
+        modules = block.module.named_modules(prefix=block.name)
+        # a unit of a U-Net may be an attention itself
+        found = [(p, m) for p, m in modules if (p != block.name or self.unet) and roles.is_attention(m)]
         takes_text = any(name in signature_of(block.module).parameters for name in SECOND_STREAM)
         if getattr(block.module, "attn2", block) is None:  # text would go there, as in the blocks of DiT
             takes_text = False
         two_streams = takes_text and len(block._streams) != 1  # one, if observed, cannot be joint
-        return [
-            Attention(f"{block.name}.{path}", m, _attention_kind(path, m, two_streams and len(paths) == 1))
-            for path, m in paths
-        ]
+        alone = two_streams and len(found) == 1 and not self.unet
+        return [Attention(path, m, _attention_kind(path, m, alone)) for path, m in found]
 
     def linears(self, block: Block) -> list[Linear]:
-        """The linear layers of a block with their roles; layers that are already packed are left out."""
-        attentions = [(a.name.removeprefix(f"{block.name}."), a) for a in self.attentions(block)]
-        found = []
-        for path, module in _open_linears(block.module):
-            inside = next(((p, a) for p, a in attentions if path.startswith(f"{p}.")), None)
-            role = (
-                roles.attention_role(path.removeprefix(f"{inside[0]}."), inside[1].kind) if inside else None
-            )
-            found.append(Linear(f"{block.name}.{path}", module, role or roles.block_role(path, module)))
+        """The linear layers of a block with their roles; layers that are already packed are left out.
+
+        Of a U-Net also the convolutions, under the names that they have as linears.
+        """
+        attentions, found = self.attentions(block), []
+        for path, module, kept in open_linears(block.module, self.unet, self._splits_in(block)):
+            name = f"{block.name}.{path}"
+            inside = next((a for a in attentions if name.startswith(f"{a.name}.")), None)
+            role = roles.convolution_role(block.name, path) if self.unet else None
+            if inside is not None:
+                role = roles.attention_role(name.removeprefix(f"{inside.name}."), inside.kind) or role
+            found.append(Linear(name, module, role or roles.block_role(path, module), kept))
         return found
+
+    def _splits_in(self, block: Block) -> dict[str, Sequence[int]]:
+        prefix = f"{block.name}."
+        return {
+            name.removeprefix(prefix): sizes for name, sizes in self.splits.items() if name.startswith(prefix)
+        }
 
     def outside_linears(self) -> list[Linear]:
         """The linear layers that are in no block: embeddings, conditioning, refiners, head."""
         prefixes = tuple(f"{block.name}." for block in self.blocks)
+        role = roles.unet_outside_role if self.unet else roles.outside_role
         return [
-            Linear(path, module, roles.outside_role(path))
-            for path, module in _open_linears(self.transformer)
+            Linear(path, module, role(path), kept)
+            for path, module, kept in open_linears(self.transformer, self.unet, {})
             if not path.startswith(prefixes)
         ]
 
@@ -259,30 +260,6 @@ def _grid(config: Mapping[str, Any], call: Mapping[str, Any]) -> tuple[int, int,
     return frames // patch_t, height // patch_h, width // patch_w
 
 
-def _declared(transformer: nn.Module) -> list[str]:
-    attributes = ("_repeated_blocks", "_no_split_modules")
-    return [name for attribute in attributes for name in getattr(transformer, attribute, None) or ()]
-
-
-def _find_blocks(transformer: nn.Module) -> list[Block]:
-    declared = _declared(transformer)
-
-    def is_block(path: str, child: nn.Module) -> bool:
-        if declared:
-            return type(child).__name__ in declared
-        return "." not in path and any(roles.is_attention(m) for m in child.modules())
-
-    found: list[Block] = []
-    for path, module in transformer.named_modules():
-        inside = any(path.startswith(f"{block.name}.") for block in found)
-        if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
-            continue
-        if all(is_block(path, child) for child in module):
-            for name, child in module.named_children():
-                found.append(Block(f"{path}.{name}", child, len(found)))
-    return found
-
-
 def _attention_kind(path: str, module: nn.Module, alone_with_text: bool) -> str:
     if isinstance(getattr(module, "add_q_proj", None), nn.Module):
         return "joint"
@@ -294,11 +271,3 @@ def _attention_kind(path: str, module: nn.Module, alone_with_text: bool) -> str:
         return "self"
     last = path.split(".")[-1]
     return "cross" if last == "attn2" or "cross" in last else "self"
-
-
-def _open_linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [
-        (path, child)
-        for path, child in module.named_modules()
-        if isinstance(child, nn.Linear) and not getattr(child, "is_attar_packed", False)
-    ]

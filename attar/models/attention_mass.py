@@ -17,6 +17,7 @@ from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import bind
 from attar.models.joint import AttentionCalls, native_backend_needed
+from attar.models.tree import tokens_of
 
 
 class AttentionMass:
@@ -38,7 +39,7 @@ class AttentionMass:
 
     def _enter_block(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = bind(module, args, kwargs)
-        self._lengths = {name: given[name].shape[1] for name in self.order}
+        self._lengths = {name: tokens_of(given[name]).shape[1] for name in self.order}
         self._batch = given[self.order[0]].shape[0]
         self._mass = {}
 

@@ -19,6 +19,11 @@ from attar.models.shards import Shards
 from attar.models.weights import tied_names
 
 
+def is_denoiser(name: str) -> bool:
+    """Whether a component of that name denoises: `transformer`, `transformer_2` of two-stage models, or `unet`."""
+    return name.startswith("transformer") or name == "unet"
+
+
 def component_classes(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """(class of the pipeline, classes of its components, its other arguments), read from model_index.json.
 

@@ -1,4 +1,4 @@
-"""What each linear layer of a diffusion transformer is for, read off its name and its place."""
+"""What each linear layer of a diffusion model is for, read off its name and its place."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ TEXT = ("text", "context", "caption", "txt")
 IMAGE = ("image_embed", "img_emb")
 HEAD = ("proj_out", "norm_out", "final_layer", "head")
 
+RESNET = {"conv1": "conv1", "conv2": "conv2", "conv_shortcut": "shortcut", "time_emb_proj": "time"}
+UNET_OUTSIDE = {"conv_in": "embedding", "conv_out": "head", "add_embedding": "text_conditioning"}
+
 
 def is_attention(module: nn.Module) -> bool:
     """Whether the module is an attention: it makes queries, alone or fused with keys and values."""
@@ -54,6 +57,28 @@ def block_role(path: str, linear: nn.Linear) -> str:
     if any(part.startswith(MODULATION) for part in parts):
         return "modulation"
     return "other"
+
+
+def convolution_role(block: str, path: str) -> str | None:
+    """Role of a layer of a U-Net's unit, which is named `block`, or None where that is an attention or a feed-forward.
+
+    "resnet.conv1", "resnet.conv2", "resnet.shortcut", "resnet.time", "downsample" or "upsample".
+    """
+    leaf = path.split(".")[0]
+    if leaf in RESNET:
+        return f"resnet.{RESNET[leaf]}"
+    return next((kind for kind in ("downsample", "upsample") if f".{kind}rs." in f".{block}."), None)
+
+
+def unet_outside_role(path: str) -> str:
+    """Role of a layer of a U-Net that is in no unit; what leads into transformer blocks and out of them has its own."""
+    parts = path.split(".")
+    if parts[0] in UNET_OUTSIDE:
+        return UNET_OUTSIDE[parts[0]]
+    for name in ("proj_in", "proj_out"):
+        if name in parts:
+            return f"transformer.{name.removeprefix('proj_')}"
+    return outside_role(path)
 
 
 def outside_role(path: str) -> str:

@@ -18,6 +18,7 @@ from attar.models.components import (
     check_complete,
     component_classes,
     empty_model,
+    is_denoiser,
     is_transformers,
     load_complete,
     missing,
@@ -60,7 +61,7 @@ def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, devic
                 parts[name] = cls.from_pretrained(folder)
                 continue
             model, shards = empty_model(cls, folder, dtype), Shards(folder)
-            if name.startswith("transformer"):
+            if is_denoiser(name):
                 StreamedWeights(model, [b.name for b in ModelAdapter.of(model).blocks], shards, where, turn)
             elif is_transformers(cls):
                 if missing(model, shards):
@@ -90,7 +91,7 @@ def not_streamable(source: Source) -> str | None:
         except (AttributeError, ImportError) as error:
             return f"{error}"
         for name, cls in classes.items():
-            if name.startswith("transformer"):
+            if is_denoiser(name):
                 shards = Shards(source.folder / name)
                 if not shards:
                     return f"{name} has no safetensors file"

@@ -24,6 +24,11 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def tokens_of(x: Tensor) -> Tensor:
+    """A stream as tokens: (B, N, d) as it is, and the features (B, C, H, W) of a U-Net as (B, H·W, C)."""
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+
+
 def flatten(value: Any, name: str, put: Callable[[str, Tensor], str]) -> Any:
     """A JSON-able description of `value`, whose tensors are handed to `put`.
 

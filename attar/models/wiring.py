@@ -160,11 +160,16 @@ def _shape(value: Any) -> Shape:
 
 
 def _by_shape(cls: type, arguments: Mapping[str, Shape], outputs: Sequence[Shape]) -> Names:
-    """Names for the outputs of the only block of its class: the arguments of the same shape and type."""
+    """Names for the outputs of the only block of its class: the arguments of the same shape and type.
+
+    A block with one output continues its first argument, also if others happen to have that shape, or if none has,
+    as where a U-Net changes its width or resolution.
+    """
     names: list[str | None] = []
     for output in outputs:
         fits = [name for name, shape in arguments.items() if shape == output] if output is not None else []
-        # a block with one output continues its first argument, also if others happen to have that shape
+        if output is not None and len(outputs) == 1 and not fits:
+            fits = [name for name, shape in arguments.items() if shape is not None]
         if output is not None and len(fits) != 1 and not (len(outputs) == 1 and fits):
             raise AttarError(
                 f"cannot tell which argument its outputs continue (candidates: {', '.join(fits) or 'none'})",

@@ -21,7 +21,7 @@ from attar.quantize.initialize import (
 )
 from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module
 from attar.quantize.low_rank import LowRankSettings, start_branch
-from attar.quantize.plan import LayerPlan
+from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import (
     Loss,
     ReconstructionResult,
@@ -104,7 +104,7 @@ def quantize_block(
     seed: str = "0",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> BlockOutcome:
-    """Replaces the planned linears of `module` by packed layers, in place.
+    """Replaces the planned linears of `module` by packed layers, in place; convolutions are opened for it.
 
     plans: dotted name below `module` -> plan (skipped layers are left out by the caller). run: runs the block on one
     call. calls, targets: calibration samples with the full-precision outputs, of several processes the share of each;
@@ -113,6 +113,7 @@ def quantize_block(
     Raises AttarError when the settings need data and there is none, or a weight is not finite.
     """
     outcome = BlockOutcome()
+    open_planned(module, plans)
     linears: dict[str, Any] = {name: module.get_submodule(name) for name in plans}
     for name, linear in linears.items():
         if not bool(torch.isfinite(linear.weight).all()):

@@ -18,11 +18,13 @@ from attar.runtime.block_rotations import block_width
 from attar.runtime.formats import check_format
 from attar.runtime.hadamard import base_order
 from attar.runtime.packing import packed_width
+from attar.runtime.patches import PARTS, open_layers, split_sizes
 
 # Of all layers, those whose inputs make an adaptive rotation the dual one: about 5 % in LRQ-DiT's models.
 SALIENT_SHARE = 0.05
 KEEP = 16  # the bit width that means "leave it in full precision"
-ONE_TOKEN = ("modulation", "time_conditioning")  # roles in blocks whose input is a single token
+# roles of layers whose input is a single token, from which all others are steered
+ONE_TOKEN = {"modulation": "modulation", "resnet.time": "time projection"}
 _OVERRIDE_KEYS = {"weights", "acts", "skip"}
 
 
@@ -35,6 +37,8 @@ class NamedLinear(Protocol):
     def module(self) -> nn.Module: ...
     @property
     def role(self) -> str: ...
+    @property
+    def kept(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,10 @@ def plan_layers(
     """The plan of every linear layer of a transformer, in the order given.
 
     Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
-    others): linears in blocks get `weights` and `acts` bits, modulation gets `weights` bits with
-    floating-point activations, linears outside blocks, and the embedding of time where blocks have one, stay as they
-    are, or become weight-only by an override.
-    Modulation with floating-point activations and linears outside blocks are plain: nothing is to be learned from
-    one token, and no calibration data passes outside.
+    others): linears in blocks get `weights` and `acts` bits; modulation, and in a U-Net the projections of the time,
+    get `weights` bits with floating-point activations; linears outside blocks, and the embedding of time where blocks
+    have one, stay as they are, or become weight-only by an override. Modulation with floating-point activations and
+    linears outside blocks are plain: nothing is to be learned from one token, and no calibration data passes outside.
     weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
     group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
     scale per output channel, and its reason says so.
@@ -146,6 +149,7 @@ def plan_layers(
         raise AttarError(
             "an override matches no layer", where=sorted(unmatched)[0], fix=f"Roles here: {', '.join(roles)}"
         )
+    _check_parts(plans)
     planned = [plan for plan in plans if not plan.skipped]
     if group_size is not None and planned and all(plan.act_bits is not None for plan in planned):
         raise AttarError(
@@ -154,6 +158,19 @@ def plan_layers(
             fix="Leave it out, or keep activations at 16 bits",
         )
     return plans
+
+
+def _check_parts(plans: Iterable[LayerPlan]) -> None:
+    """The parts of a split layer take its place together."""
+    kept: dict[str, bool] = {}
+    for plan in plans:
+        place, parts, _ = plan.name.rpartition(PARTS)
+        if parts and kept.setdefault(place, plan.skipped) != plan.skipped:
+            raise AttarError(
+                "one part of a split layer is kept and another is not",
+                where=plan.name,
+                fix=f"Name all parts: {place}{PARTS}*",
+            )
 
 
 def _with_formats(plan: LayerPlan, weight_format: str, act_format: str, low_rank: int) -> LayerPlan:
@@ -195,6 +212,12 @@ def matching(plans: Iterable[LayerPlan], patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def open_planned(module: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
+    """Gives the module the linears that are planned (attar.runtime.patches), in place. plans: by their names in it."""
+    widths = {name: plan.in_features for name, plan in plans.items()}
+    open_layers(module, widths, split_sizes(widths))
+
+
 def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -> None:
     """Raises AttarError for the first layer whose width has no rotation of the kind that these settings ask for."""
     for plan in plans:
@@ -231,8 +254,9 @@ def _plan(
         reason = "16 bits asked for"
     elif linear.role == "time_conditioning":
         weights, acts, reason = KEEP, None, "embedding of time"
-    elif linear.role == "modulation":
-        acts, reason = None, "modulation: one token steers all others, so activations stay in floating point"
+    elif linear.role in ONE_TOKEN:
+        what = ONE_TOKEN[linear.role]
+        acts, reason = None, f"{what}: one token steers all others, so activations stay in floating point"
     if chosen:
         weights, acts = chosen.get("weights", weights), chosen.get("acts", acts)
         # An override of a skipped layer's activations alone must not quantize it, so `weights` decides.
@@ -242,6 +266,8 @@ def _plan(
         if not inside:  # no calibration data passes here
             acts = None
             reason += ", outside the transformer blocks" + ("" if weights == KEEP else ": weights only")
+    if linear.kept is not None:
+        weights, reason = KEEP, linear.kept
     kept = weights == KEEP
     act_bits = None if kept or acts in (None, KEEP) else acts
     module: Any = linear.module
@@ -258,7 +284,9 @@ def _plan(
         out_features=module.out_features,
         bias=module.bias is not None,
         group_size=groups,
-        plain=not kept and act_bits is None and (not inside or linear.role in ONE_TOKEN),
+        plain=not kept
+        and act_bits is None
+        and (not inside or linear.role in {*ONE_TOKEN, "time_conditioning"}),
     )
 
 

@@ -9,6 +9,13 @@
 
 A scheme whose numbers are no integers, or that has a low-rank branch, says so in further fields, which format version 2
 brought: "weight_format", "act_format", "levels", "low_rank". Without them a checkpoint is still one of version 1.
+
+A convolution is listed under the name of the linear that it becomes ("….conv1.linear", see patches.py); the model's own
+class says which convolution that is. Layers that are split over their input have their parts' channels in "splits":
+
+     "splits": {"up_blocks.0.resnets.0.conv1.linear": [11520, 5760]}
+
+Models that have either are of format version 3.
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
@@ -24,11 +31,12 @@ from torch import nn
 from attar.errors import AttarError
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
+from attar.runtime.patches import PatchLinear, model_splits, open_layers
 from attar.runtime.scheme import LATER, LATER_TRANSFORMS
 from attar.runtime.transforms import transform_class
 
 QUANT_METHOD = "attar"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -38,6 +46,7 @@ _FIELDS = {
     "layers": dict,
     "modules_to_not_convert": list,
 }
+_SPLITS = "splits"  # of version 3, and only where there are any
 _SCHEME_FIELDS: dict[str, tuple[type, ...]] = {
     "weight_bits": (int,),
     "act_bits": (int, type(None)),
@@ -72,14 +81,17 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
         for field, value in scheme.items()
     )
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
+    splits = model_splits(model)
+    opened = bool(splits) or any(isinstance(m, PatchLinear) for m in model.modules())
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION if later else 1,
+        "format_version": 3 if opened else 2 if later else 1,
         "attar_version": attar_version(),
         "recipe": recipe,
         "schemes": schemes,
         "layers": index,
         "modules_to_not_convert": kept,
+        **({_SPLITS: splits} if splits else {}),
     }
 
 
@@ -95,7 +107,8 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
             where=where,
             fix="Update attar",
         )
-    unknown = sorted(set(config) - set(_FIELDS))
+    known = {*_FIELDS, _SPLITS} if found >= 3 else set(_FIELDS)
+    unknown = sorted(set(config) - known)
     if unknown:
         raise AttarError(f"unknown field {unknown[0]!r}", where=where, fix=update)
     for field, kind in _FIELDS.items():
@@ -119,7 +132,14 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
     for name, position in config["layers"].items():
         if type(position) is not int or not 0 <= position < len(config["schemes"]):
             raise AttarError(f"layer {name!r} names scheme {position!r}, which is not listed", where=where)
+    splits = config.get(_SPLITS, {})
+    if not isinstance(splits, Mapping) or not all(map(_is_split, splits.values())):
+        raise AttarError(f"{_SPLITS} does not list the channels of parts", where=where, fix=update)
     return {**config, "quant_method": QUANT_METHOD}
+
+
+def _is_split(sizes: Any) -> bool:
+    return isinstance(sizes, list) and len(sizes) > 1 and all(type(n) is int and n > 0 for n in sizes)
 
 
 def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
@@ -129,6 +149,7 @@ def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     Raises AttarError for an unknown scheme, a layer that the model lacks, a layer that is not a linear.
     """
     config = check_config(config)
+    open_layers(model, config["layers"], config.get(_SPLITS, {}))
     replacements = {}
     for name, position in config["layers"].items():
         try:

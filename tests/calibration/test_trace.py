@@ -237,7 +237,7 @@ class NoCallback:
 
 def test_pipelines_that_cannot_be_followed_are_refused(tmp_path):
     pipe = NoCallback()
-    with pytest.raises(AttarError, match="no transformer component"):
+    with pytest.raises(AttarError, match="no transformer or unet component"):
         trace_pipeline(pipe, PROMPTS, TraceStore(tmp_path), steps=1)
     pipe.components = {"transformer": torch.nn.Identity()}
     with pytest.raises(AttarError, match="callback_on_step_end"):

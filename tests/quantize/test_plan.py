@@ -17,6 +17,7 @@ class Named:
     name: str
     module: nn.Module
     role: str
+    kept: str | None = None
 
 
 def make_model():

@@ -1,18 +1,29 @@
 """What must be known of a family of models and cannot be derived: one small module for each family.
 
 A family module may define `token_grid(config, call) -> (frames, height, width)`, in tokens of the main
-stream, and LATENT_LAYOUT, the axes of its video latents where they are not BCFHW.
+stream, LATENT_LAYOUT, the axes of its video latents where they are not BCFHW, and `example_call(model)`, arguments
+of a call on the meta device.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from attar.models.families import cogvideox, flux, ltx
+from torch import nn
+
+from attar.models.families import cogvideox, flux, ltx, unet
+from attar.models.units import is_unet
 
 FAMILIES: dict[str, ModuleType] = {
     "ChromaTransformer2DModel": flux,
     "CogVideoXTransformer3DModel": cogvideox,
     "FluxTransformer2DModel": flux,
     "LTXVideoTransformer3DModel": ltx,
+    "UNet2DConditionModel": unet,
+    "UNet2DModel": unet,
 }
+
+
+def latents_argument(model: nn.Module) -> str:
+    """The argument in which a denoiser gets the latents."""
+    return "sample" if is_unet(model) else "hidden_states"
