@@ -179,11 +179,11 @@ class FinetuneJob:
 
     def _make(self, samples: TracedSteps) -> None:
         whole = self.whole
+        open_planned(whole.transformer, whole.plan)
         types = whole.types()
         whole.transformer.float()
         samples.compute(whole.forward, whole.progress)
         few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
-        open_planned(whole.transformer, whole.plan)
         linears: dict[str, nn.Module] = {name: whole.transformer.get_submodule(name) for name in whole.plan}
         layers = wrap_linears(
             whole.transformer, whole.plan, linears, whole.forward, few, block_settings(whole.recipe),

@@ -54,7 +54,13 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
         branches = []
         for arguments in self.store.calls(self.name, prompt, step):
             bound: dict[str, Any] = bind(self.transformer, (), arguments) | {"return_dict": False}
-            stream = {"hidden_states": bound.pop("hidden_states")}
+            latents = next(iter(bound))  # the first argument of every denoiser
+            stream = {latents: bound.pop(latents)}
+            step_of = bound.get("timestep")
+            if (
+                isinstance(step_of, Tensor) and not step_of.ndim
+            ):  # one number for all, which other steps do not share
+                bound["timestep"] = step_of.expand(len(stream[latents]))
             branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
         return concatenate_calls(branches) if len(branches) > 1 else branches[0]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from support import pipelines
+from support import pipelines, unets
 from support.commands import contents
 
 import attar
@@ -14,7 +14,9 @@ from attar import finetuning
 from attar.errors import AttarError
 from attar.progress import SilentProgress
 from attar.recipe import load_recipe
+from attar.runtime.backend import use_backend
 from attar.runtime.layers import packed_layers
+from attar.runtime.patches import PatchLinear
 
 FEW = {"trace.prompts": 2, "finetune.steps": 6, "finetune.batch_size": 2}
 QVGEN = {**FEW, "finetune.auxiliary_rank": 2}
@@ -31,6 +33,7 @@ CASES = [
     ("wan", "quantized-distillation", LEVELS),
     ("hunyuan", "attar-ptq", POLISH),
     ("wan22", "s2q-vdit", POLISH),
+    ("dit", "qvgen", QVGEN),
 ]
 OPTIONS = [word for key, value in QVGEN.items() for word in ("--set", f"{key}={value}")]
 
@@ -38,7 +41,8 @@ OPTIONS = [word for key, value in QVGEN.items() for word in ("--set", f"{key}={v
 def compressed(name, recipe, overrides, **options):
     case = pipelines.CASES[name]
     settings = dict(
-        prompts=pipelines.PROMPTS[:2], generation={**case.generation, "num_inference_steps": case.steps}
+        prompts=["0", "1"] if name == "dit" else pipelines.PROMPTS[:2],
+        generation={**case.generation, "num_inference_steps": case.steps},
     )
     return attar.compress(pipelines.make(name), recipe, overrides=overrides, **{**settings, **options})
 
@@ -58,6 +62,21 @@ def test_trained_models_are_packed_and_come_back_as_they_are(name, recipe, overr
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     pipelines.assert_same_model(pipe, again, name)
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), [("efficientdm", EFFICIENT), ("attar-ptq", POLISH)])
+def test_u_nets_are_trained_whole_too(recipe, overrides, tmp_path):
+    pipe = attar.compress(
+        unets.make("sd"), recipe, overrides={**overrides, "trace.prompts": 1}, prompts=unets.PROMPTS[:1],
+        generation={**unets.GENERATION, "num_inference_steps": 4},
+    )  # fmt: skip
+    learned = pipe.attar_compression.components["unet"]["finetune"]
+    assert learned["samples"] == 4 and 0 < learned["error_after"] < 1
+    assert any(isinstance(module, PatchLinear) for module in pipe.unet.modules())
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    with use_backend("reference"):
+        torch.testing.assert_close(unets.generate(again), unets.generate(pipe), atol=1e-5, rtol=0)
 
 
 def test_training_longer_lowers_the_error():

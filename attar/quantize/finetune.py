@@ -239,16 +239,16 @@ class Finetuner:
 def _main_groups(
     layers: Mapping[str, Layer], chosen: Mapping[str, Layer], settings: FinetuneSettings
 ) -> list[dict[str, Any]]:
-    open_layers = [layer for layer in layers.values() if isinstance(layer, QuantizedLinear)]
+    opened = [layer for layer in layers.values() if isinstance(layer, QuantizedLinear)]
     packed = [layer for layer in layers.values() if isinstance(layer, ScaledCodes)]
     weights = [layer.weight for layer in chosen.values() if isinstance(layer, QuantizedLinear)]
-    clips = [p for layer in open_layers for p in layer.clip_parameters()]
+    clips = [p for layer in opened for p in layer.clip_parameters()]
     clips += [layer.clip for layer in packed if layer.clip is not None]
     groups = [
         (weights, settings.weight_lr, settings.weight_decay),
         ([layer.bias for layer in chosen.values() if layer.bias is not None], settings.bias_lr, 0.0),
         (clips, settings.clip_lr, 0.0),
-        ([p for layer in open_layers for p in layer.level_parameters()], settings.level_lr, 0.0),
+        ([p for layer in opened for p in layer.level_parameters()], settings.level_lr, 0.0),
         ([layer.log_scale for layer in packed], settings.scale_lr, 0.0),
     ]
     for layer in chosen.values():
