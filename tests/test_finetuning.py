@@ -64,7 +64,9 @@ def test_trained_models_are_packed_and_come_back_as_they_are(name, recipe, overr
     pipelines.assert_same_model(pipe, again, name)
 
 
-@pytest.mark.parametrize(("recipe", "overrides"), [("efficientdm", EFFICIENT), ("attar-ptq", POLISH)])
+@pytest.mark.parametrize(
+    ("recipe", "overrides"), [("efficientdm", EFFICIENT), ("attar-ptq", POLISH), ("quest", FEW)]
+)
 def test_u_nets_are_trained_whole_too(recipe, overrides, tmp_path):
     pipe = attar.compress(
         unets.make("sd"), recipe, overrides={**overrides, "trace.prompts": 1}, prompts=unets.PROMPTS[:1],
@@ -202,3 +204,23 @@ def test_recipes_say_what_they_train():
     assert load_recipe("qvgen").finetune.auxiliary_rank == 32
     assert load_recipe("efficientdm").finetune.weight_lr == 0
     assert load_recipe("rtn").finetune is None and load_recipe("qvgen").needs_data
+
+
+def test_layers_that_are_compared_come_nearer_to_the_original():
+    """QuEST's local supervision: with it, the time projections are nearer to their own outputs."""
+
+    def distance(weight):
+        fixed = {"finetune.steps": 30, "finetune.weight_lr": 3e-3, "finetune.local_weight": weight}
+        pipe = attar.compress(
+            unets.make("sd"), "quest", overrides={**FEW, **fixed, "trace.prompts": 1}, prompts=unets.PROMPTS[:1],
+            generation={**unets.GENERATION, "num_inference_steps": 4},
+        )  # fmt: skip
+        original, x, total = unets.make("sd"), torch.randn(8, 64), 0.0
+        for name, layer in packed_layers(pipe.unet).items():
+            if name.endswith("time_emb_proj"):
+                exact = original.unet.get_submodule(name)(x)
+                total += float(((layer(x) - exact).square().sum() / exact.square().sum()).detach())
+        assert total > 0
+        return total
+
+    assert distance(100.0) < distance(1e-6)
