@@ -13,10 +13,10 @@ from attar.errors import AttarError
 from attar.evaluate.compare import compare
 from attar.evaluate.generate import generate
 from attar.models.calls import conditioning
-from attar.models.source import find_source, load
+from attar.models.source import find_source, load, load_pipeline
 from attar.models.zoo import digits_dit, digits_image, zoo_folder, zoo_names
 from attar.models.zoo.canvas import COLOURS, DIGITS, SIZE
-from attar.models.zoo.judges import DigitReader, judge_pictures, read_colour
+from attar.models.zoo.judges import DigitReader, judge_pictures, read_colour, verdicts
 from attar.models.zoo.picture_parts import LATENT_CHANNELS, LATENT_SIZE, build_scheduler, build_vae
 from attar.models.zoo.pictures import (
     SENTENCES,
@@ -287,3 +287,17 @@ def test_the_command_line_knows_each_models_options(capsys):
     with pytest.raises(SystemExit):
         options(["digits-sound"])
     assert "digits-dit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-image"])
+def test_the_shipped_model_draws_what_is_asked_for(name):
+    source = find_source(name)
+    size = sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
+    assert size <= 30e6
+    training = json.loads((source.folder / "training.json").read_text())
+    assert training["curves"] and training["autoencoder"]["digits_read"] > 0.98
+    asked = (source.folder / "evaluation_prompts.txt").read_text().split("\n")[:12]
+    made = generate(load_pipeline(source), asked, call=source.call_arguments(num_inference_steps=20))
+    found = verdicts(made.videos, asked, DigitReader.load(source.folder))
+    assert sum(verdict["colour"] for verdict in found) == 12
+    assert sum(verdict["digit"] for verdict in found) >= 8
