@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from attar import ranks
 from attar.calibration.store import TraceStore
 from attar.component import ComponentJob
 from attar.errors import AttarError
-from attar.losses import relative_error
+from attar.losses import mse, mse_with_layers, relative_error
 from attar.models.adapter import ModelAdapter
 from attar.models.block import BlockCall, as_outputs
 from attar.models.weights import ResidentWeights, fill, weights_of
@@ -85,8 +86,12 @@ class _WholeModel:
         self.device = weights_of(transformer).device
         self.blocks = ModelAdapter.of(transformer).blocks
 
+        local = recipe.finetune.local if recipe.finetune is not None else None
+        self.local = [] if local is None else matching(self.plan.values(), local)
+
     def samples(self, prompts: int) -> TracedSteps:
-        return TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace)
+        streams = [OUTPUT, *self.local]
+        return TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace, streams)
 
     def train(self, layers: Mapping[str, Layer], samples: TracedSteps) -> dict[str, Any]:
         """Trains the layers, which are in the model; returns what the evidence says of it."""
@@ -94,7 +99,8 @@ class _WholeModel:
         assert whole is not None
         chosen = None if whole.layers is None else matching(self.plan.values(), whole.layers)
         before, seed = self.error(samples), f"{self.seed}/{self.name}"
-        tuner = Finetuner(self.forward, samples, layers, finetune_settings(self.recipe), seed, chosen)
+        loss = mse if not self.local else partial(mse_with_layers, main=OUTPUT, weight=whole.local_weight)
+        tuner = Finetuner(self.forward, samples, layers, finetune_settings(self.recipe), seed, chosen, loss)
         known = self.workspace.read_tensors(self.state_file)
         if known is not None:
             tuner.restore(*known)
@@ -126,9 +132,23 @@ class _WholeModel:
         }  # fmt: skip
 
     def forward(self, call: BlockCall) -> dict[str, Tensor]:
-        """The model's output on one call."""
-        call = call.to(self.device)
-        return {OUTPUT: as_outputs(self.transformer(**call.streams, **call.constants))[0]}
+        """The model's output on one call, and those of the layers that are compared too."""
+        call, found = call.to(self.device), {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                found[name] = output
+
+            return hook
+
+        # layers are replaced on the way, so they are looked up each time
+        hooks = [self.transformer.get_submodule(n).register_forward_hook(keep(n)) for n in self.local]
+        try:
+            output = as_outputs(self.transformer(**call.streams, **call.constants))[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {OUTPUT: output, **found}
 
     @torch.no_grad()
     def error(self, samples: TracedSteps) -> float:
@@ -136,8 +156,8 @@ class _WholeModel:
         errors = []
         for index in _spread(len(samples)):
             call, target = samples[index]
-            zero = {OUTPUT: torch.zeros_like(target[OUTPUT])}
-            errors.append(relative_error(self.forward(call), target, zero).item())
+            output = {OUTPUT: self.forward(call)[OUTPUT]}
+            errors.append(relative_error(output, target, {OUTPUT: torch.zeros_like(target[OUTPUT])}).item())
         return sum(errors) / len(errors)
 
     def tensors(self) -> dict[str, Tensor]:

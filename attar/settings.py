@@ -62,7 +62,7 @@ def _trains_levels(recipe: Recipe) -> bool:
 def finetune_settings(recipe: Recipe) -> FinetuneSettings:
     """Of end-to-end training. The recipe has that stage."""
     assert recipe.finetune is not None
-    return FinetuneSettings(**recipe.finetune.model_dump(exclude={"layers"}))
+    return FinetuneSettings(**recipe.finetune.model_dump(exclude={"layers", "local", "local_weight"}))
 
 
 def layer_size(plan: LayerPlan, recipe: Recipe) -> Forecast:

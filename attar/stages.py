@@ -245,6 +245,10 @@ class Finetune(Stage):
         min_length=1,
         description="roles or names whose weights, biases and adapters are trained; null for all",
     )
+    local: list[str] | None = Field(
+        default=None, min_length=1, description="roles or names of layers whose outputs are compared as well"
+    )
+    local_weight: float = Field(default=1.0, gt=0, description="of the error of each of them")
     weight_lr: float = Field(
         default=0.0, ge=0, description="of the weights behind the rounding; 0 leaves them"
     )

@@ -23,13 +23,21 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
     """Every traced step of a component: its call, all guidance branches in one batch, and what the original gave.
 
     Outputs are computed once and kept in the workspace, one file for a prompt; both are read when they are asked for.
+    streams: what `compute` is given for each call, the model's output and perhaps those of some layers.
     Raises AttarError when the component did not run at all.
     """
 
     def __init__(
-        self, name: str, transformer: nn.Module, store: TraceStore, prompts: int, workspace: Workspace
+        self,
+        name: str,
+        transformer: nn.Module,
+        store: TraceStore,
+        prompts: int,
+        workspace: Workspace,
+        streams: Sequence[str] = (OUTPUT,),
     ) -> None:
         self.name, self.transformer, self.store, self.workspace = name, transformer, store, workspace
+        self.streams = streams
         self.places = [
             (p, s) for p in range(prompts) for s in range(store.steps(p)) if name in store.components(p, s)
         ]
@@ -47,7 +55,8 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
             if self.workspace.read_tensors(file) is None:
                 raise AttarError("the original's outputs are missing", where=file, fix="Run again")
             self._files[prompt] = safe_open(self.workspace.folder / file, "pt")
-        return self.call(prompt, step), {OUTPUT: self._files[prompt].get_tensor(str(step))}
+        file = self._files[prompt]
+        return self.call(prompt, step), {name: file.get_tensor(f"{step}.{name}") for name in self.streams}
 
     def call(self, prompt: int, step: int) -> BlockCall:
         """The component's call at that step, with all its branches."""
@@ -70,7 +79,8 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
                 if not self.workspace.has(self._file(prompt)):
                     steps = [s for p, s in self.places if p == prompt]
                     with torch.no_grad():
-                        outputs = {str(s): run(self.call(prompt, s))[OUTPUT] for s in steps}
+                        made = {s: run(self.call(prompt, s)) for s in steps}
+                    outputs = {f"{s}.{name}": made[s][name] for s in steps for name in self.streams}
                     self.workspace.write_tensors(self._file(prompt), outputs)
                 advance(done + 1, f"prompt {prompt}")
 

@@ -350,6 +350,11 @@ SYSTEMS = Study(
     needs="temporal",
 )
 
+POLISH = {
+    **{"finetune.steps": 300, "finetune.scale_lr": 3e-3},
+    **{"finetune.bias_lr": 5e-4, "finetune.clip_lr": 3e-3},
+}
+
 TRAINING = Study(
     "training",
     "What does training the whole model give, and what its parts? (1,000 steps)",
@@ -357,6 +362,9 @@ TRAINING = Study(
     (
         Method("round to nearest", "rtn"),
         Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq, polished", "attar-ptq", POLISH),
+        Method("attar-mixed", "attar-mixed"),
+        Method("attar-mixed, polished", "attar-mixed", POLISH),
         Method("clipping alone", "quantized-distillation", {"finetune.weight_lr": 0}),
         Method("quantized distillation (all weights)", "quantized-distillation"),
         Method("QVGen", "qvgen"),

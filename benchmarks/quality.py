@@ -18,11 +18,13 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from attar.allocation import RESULT, Allocation, allocate
+from attar.calibration.store import TraceStore
+from attar.calibration.trace import transformer_components
 from attar.finetuning import job_of
 from attar.models.source import find_source
 from attar.planning import plan_components
@@ -41,22 +43,34 @@ ROOT = Path(__file__).parent.parent
 RESULTS = FOLDER / "quality.json"
 
 
-def choose_bits(bench: Bench, recipe: Recipe) -> Allocation:
+class Calibrated(Protocol):
+    """What compressing needs of a bench: the model, and traces of it."""
+
+    folder: Path
+    store: TraceStore
+    prompts: list[str]
+    seed: int
+
+    def load(self) -> Any: ...
+
+
+def choose_bits(bench: Calibrated, recipe: Recipe) -> Allocation:
     """Of a recipe with a budget. The bench's traces are the calibration data; sensitivities are kept beside them,
     whatever the budget."""
     measured = recipe.model_copy(update={"allocate": None})
     workspace = Workspace(bench.folder / "budget" / digest(measured, "rounding", "reconstruct"))
     workspace.remove(RESULT)
-    components, prompts = {"transformer": bench.load().transformer}, len(bench.prompts)
+    components, prompts = transformer_components(bench.load()), len(bench.prompts)
     return allocate(components, recipe, workspace, bench.store, prompts, bench.seed, SilentProgress())
 
 
-def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+def compress(bench: Calibrated, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """A freshly compressed pipeline on the bench's traces, and what its calibration reported."""
     if recipe.allocate is not None:
         recipe = choose_bits(bench, recipe).apply(recipe)
     pipe = bench.load()
-    plan = plan_components({"transformer": pipe.transformer}, recipe)["transformer"]
+    ((name, denoiser),) = transformer_components(pipe).items()
+    plan = plan_components({name: denoiser}, recipe)[name]
     propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
     learned = digest(recipe) if propagates else digest(recipe, "rounding", "finetune")
     started = time.process_time()  # the machine may be busy with other cells
@@ -65,8 +79,8 @@ def compress(bench: Bench, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
         remembering(bench.folder / "learned" / learned) as memory,
     ):
         job = job_of(recipe)(
-            "transformer",
-            pipe.transformer,
+            name,
+            denoiser,
             plan,
             recipe,
             Workspace(folder),

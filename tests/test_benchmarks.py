@@ -133,3 +133,19 @@ def test_budgets_table_pairs_plans_over_seeds():
     assert row.endswith("| 21.00 ± 0.00 → 25.00 ± 0.00 | -10.0 % | 0.00 dB |")
     del cells["rtn|W3A6|0dB|0"]
     assert budget.table(cells).splitlines()[-1].endswith("| – | – |")
+
+
+def test_pictures_are_tabled_by_model_and_bits():
+    from benchmarks import pictures
+
+    cell = {"psnr": [30.0, 32.0], "ssim": [0.9, 0.8], "frechet": 0.5, "right": 0.75, "reference_right": 1.0}
+    cells = {
+        "digits-image|quest|W4A4|0": {**cell, "linears": 0.3, "calibration_cpu_seconds": 60.0},
+        "digits-image|rtn|W4A4|0": {**cell, "psnr": [20.0, 20.0], "linears": 0.25},
+        "digits-image|rtn|W4A4|1": {**cell, "psnr": [22.0, 22.0], "linears": 0.25},
+    }
+    text = pictures.table(cells)
+    assert "## digits-image, W4A4" in text and "digits-dit, " not in text
+    rows = [line for line in text.splitlines() if line.startswith(("| quest", "| rtn"))]
+    assert rows[0].startswith("| quest | 1 | 0.300× | 31.00 | 0.8500 | 0.5000 | 75.0 (100.0) | 60 |")
+    assert rows[1].startswith("| rtn | 2 | 0.250× | 21.00 ± ")

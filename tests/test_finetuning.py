@@ -14,7 +14,9 @@ from attar import finetuning
 from attar.errors import AttarError
 from attar.progress import SilentProgress
 from attar.recipe import load_recipe
+from attar.runtime.backend import use_backend
 from attar.runtime.layers import packed_layers
+from attar.runtime.patches import PatchLinear
 
 FEW = {"trace.prompts": 2, "finetune.steps": 6, "finetune.batch_size": 2}
 QVGEN = {**FEW, "finetune.auxiliary_rank": 2}
@@ -31,6 +33,7 @@ CASES = [
     ("wan", "quantized-distillation", LEVELS),
     ("hunyuan", "attar-ptq", POLISH),
     ("wan22", "s2q-vdit", POLISH),
+    ("dit", "qvgen", QVGEN),
 ]
 OPTIONS = [word for key, value in QVGEN.items() for word in ("--set", f"{key}={value}")]
 
@@ -38,7 +41,8 @@ OPTIONS = [word for key, value in QVGEN.items() for word in ("--set", f"{key}={v
 def compressed(name, recipe, overrides, **options):
     case = pipelines.CASES[name]
     settings = dict(
-        prompts=pipelines.PROMPTS[:2], generation={**case.generation, "num_inference_steps": case.steps}
+        prompts=["0", "1"] if name == "dit" else pipelines.PROMPTS[:2],
+        generation={**case.generation, "num_inference_steps": case.steps},
     )
     return attar.compress(pipelines.make(name), recipe, overrides=overrides, **{**settings, **options})
 
@@ -60,15 +64,13 @@ def test_trained_models_are_packed_and_come_back_as_they_are(name, recipe, overr
     pipelines.assert_same_model(pipe, again, name)
 
 
-@pytest.mark.parametrize(("recipe", "overrides"), [("qvgen", QVGEN), ("attar-ptq", POLISH)])
-def test_a_unet_of_half_precision(recipe, overrides, tmp_path):
+def test_a_split_u_net_of_half_precision(tmp_path):
     """Units and convolutions are trained as blocks and linears are, and all types come back."""
     pipe = unets.make("sd").to(torch.bfloat16)
     kept = {pattern: {"skip": True} for pattern in ("down_blocks.*", "resnet.conv2")}
-    overrides = overrides | {"quantize.split": True, "quantize.roles": kept}
-    overrides |= {"reconstruct.epochs": 0} if "reconstruct.epochs" in overrides else {}
+    overrides = QVGEN | {"quantize.split": True, "quantize.roles": kept}
     small = attar.compress(
-        pipe, recipe, overrides=overrides, prompts=unets.PROMPTS[:2],
+        pipe, "qvgen", overrides=overrides, prompts=unets.PROMPTS[:2],
         generation={**unets.GENERATION, "num_inference_steps": 3},
     )  # fmt: skip
     learned = small.attar_compression.components["unet"]["finetune"]
@@ -94,6 +96,23 @@ def test_branches_beside_the_layers_have_the_models_type(recipe, overrides):
     assert any(layer.low_rank == 2 for layer in layers)
     assert {p.dtype for p in small.transformer.parameters()} == {torch.bfloat16}
     assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"), [("efficientdm", EFFICIENT), ("attar-ptq", POLISH), ("quest", FEW)]
+)
+def test_u_nets_are_trained_whole_too(recipe, overrides, tmp_path):
+    pipe = attar.compress(
+        unets.make("sd"), recipe, overrides={**overrides, "trace.prompts": 1}, prompts=unets.PROMPTS[:1],
+        generation={**unets.GENERATION, "num_inference_steps": 4},
+    )  # fmt: skip
+    learned = pipe.attar_compression.components["unet"]["finetune"]
+    assert learned["samples"] == 4 and 0 < learned["error_after"] < 1
+    assert any(isinstance(module, PatchLinear) for module in pipe.unet.modules())
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    with use_backend("reference"):
+        torch.testing.assert_close(unets.generate(again), unets.generate(pipe), atol=1e-5, rtol=0)
 
 
 def test_training_longer_lowers_the_error():
@@ -229,3 +248,23 @@ def test_recipes_say_what_they_train():
     assert load_recipe("qvgen").finetune.auxiliary_rank == 32
     assert load_recipe("efficientdm").finetune.weight_lr == 0
     assert load_recipe("rtn").finetune is None and load_recipe("qvgen").needs_data
+
+
+def test_layers_that_are_compared_come_nearer_to_the_original():
+    """QuEST's local supervision: with it, the time projections are nearer to their own outputs."""
+
+    def distance(weight):
+        fixed = {"finetune.steps": 30, "finetune.weight_lr": 3e-3, "finetune.local_weight": weight}
+        pipe = attar.compress(
+            unets.make("sd"), "quest", overrides={**FEW, **fixed, "trace.prompts": 1}, prompts=unets.PROMPTS[:1],
+            generation={**unets.GENERATION, "num_inference_steps": 4},
+        )  # fmt: skip
+        original, x, total = unets.make("sd"), torch.randn(8, 64), 0.0
+        for name, layer in packed_layers(pipe.unet).items():
+            if name.endswith("time_emb_proj"):
+                exact = original.unet.get_submodule(name)(x)
+                total += float(((layer(x) - exact).square().sum() / exact.square().sum()).detach())
+        assert total > 0
+        return total
+
+    assert distance(100.0) < distance(1e-6)

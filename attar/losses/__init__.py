@@ -1,7 +1,7 @@
 """Losses: plain functions of tensors, and what a block minimises, put together from them."""
 
 from attar.losses.block import BlockLoss, TemporalTerm
-from attar.losses.reconstruction import mse, relative_error
+from attar.losses.reconstruction import mse, mse_with_layers, relative_error
 from attar.losses.temporal import frame_similarity, similarity_divergence, temporal_distillation
 from attar.losses.token_weighted import (
     joint_token_weights,
@@ -19,6 +19,7 @@ __all__ = [
     "joint_token_weights",
     "mass_concentration",
     "mse",
+    "mse_with_layers",
     "relative_error",
     "similarity_divergence",
     "streams_token_weighted_mse",

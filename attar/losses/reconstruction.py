@@ -40,3 +40,17 @@ def relative_error(
         .square().sum() for name in pred
     )  # fmt: skip
     return error / update  # type: ignore[operator, return-value]
+
+
+def mse_with_layers(
+    pred: Mapping[str, Tensor], target: Mapping[str, Tensor], main: str, weight: float
+) -> Tensor:
+    """The error of the model's output, and `weight` times that of each layer that is compared too (QuEST's global and
+    local supervision, arXiv 2402.03666).
+
+    pred, target: stream → tensor; `main` is the model's output. Each error is a mean over its elements.
+    Returns a scalar.
+    """
+    parts = {name: mse({name: pred[name]}, {name: target[name]}) for name in target}
+    local = sum(part for name, part in parts.items() if name != main)
+    return parts[main] + weight * local

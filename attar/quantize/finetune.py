@@ -66,7 +66,7 @@ class Finetuner:
 
     run: the model on one call, giving its output streams. samples: read again in every epoch, in an order that `seed`
     and the epoch decide. layers: name -> what is trained, in the model that `run` runs; chosen: those whose weights,
-    biases and adapters are trained, by default all.
+    biases and adapters are trained, by default all. loss: of what `run` gives and what the original gave.
     Raises AttarError when nothing is trained, or a rank does not fit.
     """
 
@@ -78,10 +78,12 @@ class Finetuner:
         settings: FinetuneSettings,
         seed: str = "0",
         chosen: Sequence[str] | None = None,
+        loss: Callable[[Streams, Streams], Tensor] = mse,
     ) -> None:
         if not samples:
             raise AttarError("there are no samples to train on")
         self.run, self.samples, self.layers, self.settings, self.seed = run, samples, layers, settings, seed
+        self.loss = loss
         self.chosen = {name: layers[name] for name in (layers if chosen is None else chosen)}
         self._open = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
         self.decay: RankDecay | None = None
@@ -158,7 +160,7 @@ class Finetuner:
         batch = [(call, target, None) for call, target in map(self.samples.__getitem__, self._places())]
         call, target, _ = join(batch)
         prediction = self.run(call)
-        value = mse(prediction, like(target, prediction))
+        value = self.loss(prediction, like(target, prediction))
         loss = value.item()
         if not math.isfinite(loss):
             raise AttarError(
@@ -239,16 +241,16 @@ class Finetuner:
 def _main_groups(
     layers: Mapping[str, Layer], chosen: Mapping[str, Layer], settings: FinetuneSettings
 ) -> list[dict[str, Any]]:
-    open_layers = [layer for layer in layers.values() if isinstance(layer, QuantizedLinear)]
+    opened = [layer for layer in layers.values() if isinstance(layer, QuantizedLinear)]
     packed = [layer for layer in layers.values() if isinstance(layer, ScaledCodes)]
     weights = [layer.weight for layer in chosen.values() if isinstance(layer, QuantizedLinear)]
-    clips = [p for layer in open_layers for p in layer.clip_parameters()]
+    clips = [p for layer in opened for p in layer.clip_parameters()]
     clips += [layer.clip for layer in packed if layer.clip is not None]
     groups = [
         (weights, settings.weight_lr, settings.weight_decay),
         ([layer.bias for layer in chosen.values() if layer.bias is not None], settings.bias_lr, 0.0),
         (clips, settings.clip_lr, 0.0),
-        ([p for layer in open_layers for p in layer.level_parameters()], settings.level_lr, 0.0),
+        ([p for layer in opened for p in layer.level_parameters()], settings.level_lr, 0.0),
         ([layer.log_scale for layer in packed], settings.scale_lr, 0.0),
     ]
     for layer in chosen.values():

@@ -109,7 +109,7 @@ def _training(training: dict[str, Any], part: str, name: str) -> str:
     return f"""Trained in {first:g} minutes (autoencoder) and {second:g} ({part}) on a {machine}, seed
 {training["seed"]}; the losses by step are in `training.json`. Again with
 
-    python -m attar.models.zoo.train {name}
+    python -m attar.models.zoo.train {name} --minutes {second:g}
 
 Weights are stored in half precision; figures are those of the stored weights, computed in float32.
 Limits: it knows its own classes and nothing else."""

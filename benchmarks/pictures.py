@@ -1,0 +1,216 @@
+"""The built-in models of pictures under one protocol: `python -m benchmarks.pictures`.
+
+    python -m benchmarks.pictures                                          every model, system and width, three seeds
+    python -m benchmarks.pictures --models digits-image --bits W4A4 --only quest efficientdm --seeds 0
+    python -m benchmarks.pictures --table                                  only write docs/pictures.md
+
+One cell (model, system, bits, seed) at a time, kept as soon as it is there. Systems are published recipes, at the given
+bits; all of them calibrate on the same traced trajectories and are judged on the same pictures, from the same noise as
+full precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attar.calibration.store import TraceStore
+from attar.calibration.trace import trace_pipeline, transformer_components
+from attar.evaluate.fidelity import psnr, ssim
+from attar.evaluate.frechet import frechet_distance
+from attar.evaluate.generate import generate
+from attar.evaluate.statistics import mean_interval
+from attar.models.source import Source, find_source, load_pipeline
+from attar.models.zoo.judges import DigitReader, verdicts
+from attar.recipe import load_recipe
+from attar.runtime.layers import packed_layers
+from benchmarks import quality
+from benchmarks.cells import digest
+from benchmarks.store import FOLDER, load, save
+
+DOCS, RESULTS = Path(__file__).parent.parent / "docs" / "pictures.md", FOLDER / "pictures.json"
+MODELS = ("digits-dit", "digits-image")
+BITS = ("W4A8", "W4A6", "W4A4", "W3A6")
+SYSTEMS = (
+    "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
+    "attar-ptq", "attar-mixed",
+)  # fmt: skip
+ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
+CALIBRATION, SHOWN = 8, 35  # prompts that are traced, and pictures that are judged
+COLUMNS = (
+    "system",
+    "seeds",
+    "linears",
+    "PSNR dB",
+    "SSIM",
+    "Fréchet distance",
+    "all right",
+    "calibration CPU s",
+)
+INTRO = f"""What every system makes of the built-in models of pictures, against full precision with the same noise, on
+{SHOWN} prompts, {CALIBRATION} traced ones for calibration. Printed by `python -m benchmarks.pictures --table`.
+**linears**: bytes of the quantized linears and convolutions against bfloat16, with scales, transforms and biases.
+**all right**: pictures whose digit and colour are those asked for (in brackets: full precision). ± is the half width of
+the 95 % t-interval over seeds; rows of one seed are no more than a hint.
+"""
+
+
+class PictureBench:
+    """What all cells of one model and seed share: traces and the pictures of full precision."""
+
+    def __init__(self, source: Source, folder: Path, seed: int, steps: int | None) -> None:
+        self.source, self.seed = source, seed
+        self.folder = folder / source.name / f"seed-{seed}"
+        self.call = source.call_arguments(num_inference_steps=steps)
+        assert source.folder is not None
+        self.reader = DigitReader.load(source.folder)
+        self.store = TraceStore(self.folder / "trace")
+        pool = source.prompts or source.classes
+        shift = CALIBRATION * seed
+        self.prompts = [pool[(shift + i) % len(pool)] for i in range(CALIBRATION)]
+        asked = (source.folder / "evaluation_prompts.txt").read_text(encoding="utf-8").split("\n")
+        self.shown = [line for line in asked if line.strip()][:SHOWN]
+        options = {k: v for k, v in self.call.items() if k not in ("num_inference_steps", "guidance_scale")}
+        trace_pipeline(
+            self.load(), self.prompts, self.store, steps=int(self.call["num_inference_steps"]),
+            guidance_scale=self.call.get("guidance_scale"), seed=1000 * seed, generation=options,
+        )  # fmt: skip
+        self._full: Tensor | None = None
+
+    def load(self) -> Any:
+        """The full-precision pipeline."""
+        pipe = load_pipeline(self.source)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def pictures(self, pipe: Any) -> Tensor:
+        """(N, 1, 3, H, W) in [0, 1]."""
+        return generate(pipe, self.shown, seed=100_003 * (self.seed + 1), call=self.call).videos
+
+    def measure(self, pipe: Any) -> dict[str, Any]:
+        """All figures of a compressed pipeline."""
+        if self._full is None:
+            self._full = self.pictures(self.load())
+        made = self.pictures(pipe)
+        return {
+            "psnr": psnr(self._full, made).tolist(),
+            "ssim": ssim(self._full, made).tolist(),
+            "frechet": frechet_distance(*map(self.reader.describe, (self._full, made))),
+            "right": self._right(made),
+            "reference_right": self._right(self._full),
+            "linears": _linears(pipe),
+        }
+
+    def _right(self, pictures: Tensor) -> float:
+        found = verdicts(pictures, self.shown, self.reader)
+        assert found is not None
+        return sum(all(verdict.values()) for verdict in found) / len(found)
+
+
+def _linears(pipe: Any) -> float:
+    """Packed bytes of the quantized layers against bfloat16."""
+    packed = dense = 0
+    for part in transformer_components(pipe).values():
+        for layer in packed_layers(part).values():
+            bias = 0 if layer.bias is None else 2 * layer.out_features
+            branches = sum(2 * p.numel() for n, p in layer.named_parameters() if n != "bias")
+            packed += sum(t.numel() * t.element_size() for t in layer.buffers()) + branches + bias
+            dense += 2 * layer.in_features * layer.out_features + bias
+    return packed / dense
+
+
+def run(args: argparse.Namespace) -> None:
+    for model in args.models:
+        source = find_source(model)
+        for seed in args.seeds:
+            bench: PictureBench | None = None
+            for bits in args.bits:
+                for system in SYSTEMS:
+                    if (args.only and system not in args.only) or ONLY_ON.get(system, model) != model:
+                        continue
+                    weights, acts = (int(n) for n in bits.upper()[1:].split("A"))
+                    recipe = load_recipe(system, {"quantize.weights": weights, "quantize.acts": acts})
+                    name, does = f"{model}|{system}|{bits}|{seed}", digest(recipe)
+                    if load(args.results, "cells")["cells"].get(name, {}).get("recipe") == does:
+                        continue
+                    bench = bench or PictureBench(source, args.work, seed, args.steps)
+                    pipe, report = quality.compress(bench, recipe)
+                    cell = {"recipe": does, **report, **bench.measure(pipe)}
+                    results = load(args.results, "cells")
+                    results.setdefault("environment", quality.environment(bench.call["num_inference_steps"]))
+                    results["cells"][name] = cell
+                    save(args.results, results)
+                    mean = sum(cell["psnr"]) / len(cell["psnr"])
+                    print(f"{name:<48} PSNR {mean:.2f}  right {cell['right']:.3f}", flush=True)
+
+
+def table(cells: dict[str, Any]) -> str:
+    """Everything that was measured, by model and bits, the best PSNR first."""
+    lines = ["# Pictures: digits-dit and digits-image", "", INTRO]
+    for model in MODELS:
+        for bits in BITS:
+            rows = []
+            for system in SYSTEMS:
+                some = [c for name, c in cells.items() if name.startswith(f"{model}|{system}|{bits}|")]
+                if some:
+                    rows.append((sum(_mean(c["psnr"]) for c in some) / len(some), _figures(system, some)))
+            if rows:
+                lines += [
+                    f"## {model}, {bits}",
+                    "",
+                    f"| {' | '.join(COLUMNS)} |",
+                    "|---" * len(COLUMNS) + "|",
+                ]
+                lines += [f"| {' | '.join(row)} |" for _, row in sorted(rows, reverse=True)] + [""]
+    return "\n".join(lines)
+
+
+def _figures(system: str, cells: list[dict[str, Any]]) -> list[str]:
+    right, full = (_mean([c[key] for c in cells]) for key in ("right", "reference_right"))
+    seconds = [c["calibration_cpu_seconds"] for c in cells if "calibration_cpu_seconds" in c]
+    return [
+        system, str(len(cells)), f"{_mean([c['linears'] for c in cells]):.3f}×",
+        _over([_mean(c["psnr"]) for c in cells], 2), _over([_mean(c["ssim"]) for c in cells], 4),
+        _over([c["frechet"] for c in cells], 4), f"{100 * right:.1f} ({100 * full:.1f})",
+        _over(seconds, 0) if seconds else "–",
+    ]  # fmt: skip
+
+
+def _over(values: list[float], digits: int) -> str:
+    found = mean_interval(values)
+    return f"{found.mean:.{digits}f}" + (
+        "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--only", nargs="+", choices=SYSTEMS, help="only these systems")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--work", type=Path, default=Path("work/pictures"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only write the page")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if not args.table:
+        run(args)
+    text = table(load(args.results, "cells")["cells"])
+    DOCS.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
