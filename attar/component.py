@@ -225,7 +225,7 @@ class ComponentJob:
             if name in dtypes:
                 tensor.data = tensor.data.to(dtypes[name])
         for name, layer in outcome.layers.items():
-            layer.compute_dtype = dtypes.get(f"{name}.weight", layer.compute_dtype)
+            layer.to(dtypes.get(f"{name}.weight", layer.compute_dtype))  # with a branch, which is new
         learning = outcome.learning
         result = {
             "block": block.name,

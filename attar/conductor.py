@@ -182,9 +182,8 @@ def _prepared(
     """Inside, the workspace is claimed, the pipeline traced and bits chosen, and no layer is touched yet."""
     components = transformer_components(pipe)
     bits = recipe.quantize.weights
-    plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))
-    if recipe.finetune is not None:
-        check_trainable(components)
+    plans = plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))
+    check_trainable(components, plans, recipe)
     plan_text_encoders(pipe, recipe)
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -35,8 +36,13 @@ SAVE_SECONDS = 120.0
 CHECKED = 16  # samples whose error is measured before and after
 
 
-def check_trainable(components: Mapping[str, nn.Module]) -> None:
-    """Raises AttarError where several processes run, or weights are streamed."""
+def check_trainable(
+    components: Mapping[str, nn.Module], plans: Mapping[str, list[LayerPlan]], recipe: Recipe
+) -> None:
+    """Raises AttarError where the recipe trains the whole model and several processes run, weights are streamed, or
+    layers are chosen that there are not."""
+    if recipe.finetune is None:
+        return
     if ranks.size() > 1:
         raise AttarError(
             "training a whole model runs in one process", where="finetune", fix="Start it without a launcher"
@@ -45,6 +51,8 @@ def check_trainable(components: Mapping[str, nn.Module]) -> None:
         if not isinstance(weights_of(part), ResidentWeights):
             fix = "Add --no-stream, or take another recipe"
             raise AttarError("training a whole model needs its weights in memory", where=name, fix=fix)
+        if recipe.finetune.layers is not None:
+            matching(plans[name], recipe.finetune.layers)
 
 
 def job_of(recipe: Recipe) -> type[ComponentJob | FinetuneJob | PolishJob]:
@@ -111,9 +119,16 @@ class _WholeModel:
             layer.requires_grad_(False)
             if isinstance(layer, QuantizedLinear):
                 layer.freeze()
+        after_all = self.error(samples)
+        if not math.isfinite(after_all):  # the last step may have led there, behind a finite loss
+            raise AttarError(
+                f"the error of the trained model is {after_all}",
+                where=self.name,
+                fix="Lower the learning rates",
+            )
         return {
             "steps": whole.steps, "samples": len(samples), "history": tuner.history,
-            "error_before": before, "error_after": self.error(samples),
+            "error_before": before, "error_after": after_all,
         }  # fmt: skip
 
     def forward(self, call: BlockCall) -> dict[str, Tensor]:
@@ -212,18 +227,15 @@ class FinetuneJob:
         report = whole.train(layers, samples)
         whole.give_types_back(types)
         for file, (_, prefix, names) in whole.files().items():
-            packed = {name.removeprefix(prefix): self._bake(name, layers.pop(name), types) for name in names}
+            packed = {name.removeprefix(prefix): self._bake(name, layers.pop(name)) for name in names}
             save_block(whole.workspace, file, packed, {"block": prefix.removesuffix("."), **UNKNOWN})
         whole.workspace.write_json(whole.report_file, report)
         whole.workspace.remove(whole.state_file)
         samples.remove()
 
-    def _bake(self, name: str, layer: QuantizedLinear, types: Mapping[str, torch.dtype]) -> PackedLinear:
-        """The packed layer in the model's type, in the place of the trained one."""
-        packed = layer.bake()
-        packed.compute_dtype = types[f"{name}.weight"]
-        if packed.bias is not None:
-            packed.bias.data = packed.bias.data.to(types[f"{name}.bias"])
+    def _bake(self, name: str, layer: QuantizedLinear) -> PackedLinear:
+        """The packed layer, in the place of the trained one that has its type back."""
+        packed = layer.bake().to(layer.weight.dtype)  # a branch was in float32 as well
         replace_module(self.whole.transformer, name, packed)
         return packed
 
@@ -262,6 +274,7 @@ class PolishJob:
     def _polish(self, samples: TracedSteps) -> None:
         whole = self.whole
         packed, types = packed_layers(whole.transformer), whole.types()
+        computing = {name: layer.compute_dtype for name, layer in packed.items()}
         whole.transformer.float()
         layers = {name: ScaledCodes(layer) for name, layer in packed.items()}
         for name, layer in layers.items():
@@ -269,6 +282,7 @@ class PolishJob:
         report = whole.train(layers, samples)
         for name, layer in packed.items():
             replace_module(whole.transformer, name, layer)
+            layer.compute_dtype = computing[name]
         whole.give_types_back(types)
         found = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.trained().items()}
         whole.workspace.write_tensors(self._file, {key: t.to(types[key]) for key, t in found.items()})

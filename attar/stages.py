@@ -18,6 +18,7 @@ from attar.budget.amount import Budget
 from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
 from attar.errors import AttarError
+from attar.quantize.rank_decay import RankDecay
 from attar.quantize.tables import check_weight_format, least_bits
 from attar.runtime.formats import check_format
 
@@ -278,6 +279,15 @@ class Finetune(Stage):
         rates = (self.weight_lr, self.bias_lr, self.clip_lr, self.level_lr, self.scale_lr)
         if not any(rates) and not self.adapter_rank:
             raise ValueError("nothing is trained: give a learning rate, or adapters a rank")
+        return self
+
+    @model_validator(mode="after")
+    def _branches_have_time_to_decay(self) -> Finetune:
+        if self.auxiliary_rank:
+            try:
+                RankDecay(self.auxiliary_rank, self.steps, self.auxiliary_keep)
+            except AttarError as error:
+                raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         return self
 
 

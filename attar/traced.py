@@ -63,13 +63,11 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
         branches = []
         for arguments in self.store.calls(self.name, prompt, step):
             bound: dict[str, Any] = bind(self.transformer, (), arguments) | {"return_dict": False}
-            latents = next(iter(bound))  # the first argument of every denoiser
-            stream = {latents: bound.pop(latents)}
-            step_of = bound.get("timestep")
-            if (
-                isinstance(step_of, Tensor) and not step_of.ndim
-            ):  # one number for all, which other steps do not share
-                bound["timestep"] = step_of.expand(len(stream[latents]))
+            name = next(iter(bound))  # what is denoised: "hidden_states", or "sample" of a U-Net
+            stream = {name: bound.pop(name)}
+            time = bound.get("timestep")
+            if isinstance(time, Tensor) and not time.ndim:  # a U-Net's, one for all; a batch may hold several
+                bound["timestep"] = time.expand(len(stream[name]))
             branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
         return concatenate_calls(branches) if len(branches) > 1 else branches[0]
 

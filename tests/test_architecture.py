@@ -143,6 +143,7 @@ ALLOWED = {
         "candidates",
         "conductor",
         "evaluate",
+        "finetuning",
         "losses",
         "models",
         "planning",

@@ -64,6 +64,40 @@ def test_trained_models_are_packed_and_come_back_as_they_are(name, recipe, overr
     pipelines.assert_same_model(pipe, again, name)
 
 
+def test_a_split_u_net_of_half_precision(tmp_path):
+    """Units and convolutions are trained as blocks and linears are, and all types come back."""
+    pipe = unets.make("sd").to(torch.bfloat16)
+    kept = {pattern: {"skip": True} for pattern in ("down_blocks.*", "resnet.conv2")}
+    overrides = QVGEN | {"quantize.split": True, "quantize.roles": kept}
+    small = attar.compress(
+        pipe, "qvgen", overrides=overrides, prompts=unets.PROMPTS[:2],
+        generation={**unets.GENERATION, "num_inference_steps": 3},
+    )  # fmt: skip
+    learned = small.attar_compression.components["unet"]["finetune"]
+    assert learned["samples"] == 6 and 0 < learned["error_after"] < 1
+    layers = packed_layers(small.unet)
+    assert any(name.endswith("conv1.linear") for name in layers) and any(".parts." in name for name in layers)
+    assert {layer.compute_dtype for layer in layers.values()} == {torch.bfloat16}
+    assert {p.dtype for p in small.unet.parameters()} == {torch.bfloat16}
+    small.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(unets.generate(again), unets.generate(small))
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), [("qvgen", QVGEN), ("svdquant", POLISH)])
+def test_branches_beside_the_layers_have_the_models_type(recipe, overrides):
+    pipe = pipelines.make("wan").to(torch.bfloat16)
+    branch = {"quantize.low_rank": {"rank": 2}, "quantize.roles": {"blocks.0.*": {"skip": True}}}
+    options = dict(prompts=pipelines.PROMPTS[:2], generation={**pipelines.CASES["wan"].generation})
+    options["generation"]["num_inference_steps"] = 2
+    small = attar.compress(pipe, recipe, overrides=overrides | branch, **options)
+    layers = packed_layers(small.transformer).values()
+    assert any(layer.low_rank == 2 for layer in layers)
+    assert {p.dtype for p in small.transformer.parameters()} == {torch.bfloat16}
+    assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides"), [("efficientdm", EFFICIENT), ("attar-ptq", POLISH), ("quest", FEW)]
 )
@@ -189,15 +223,25 @@ def test_what_is_refused(cli, wan_folder, tmp_path):
             "compress", wan_folder, "-o", tmp_path / "out", "--recipe", "qvgen", *OPTIONS, *options
         ).message
 
-    assert "needs its weights in memory" in refused("--stream")
     assert "the codes stay" in refused("--set", "reconstruct={}")
     assert "set select to null" in refused("--set", "select={}")
     assert "it needs reconstruct" in refused("--set", "finetune.scale_lr=1e-3")
-    assert "too few for 2 phases" in refused("--set", "finetune.steps=1")
+    for option in ("--workspace", tmp_path / "work"), ("--dry-run",):  # before anything is traced or claimed
+        assert "no quantized layer is called so" in refused("--set", "finetune.layers=[convs.*]", *option)
+        assert "needs its weights in memory" in refused("--stream", *option)
+        assert "too few for 2 phases" in refused("--set", "finetune.steps=1", *option)
+    assert not (tmp_path / "work").exists()
     assert "nothing is trained" in refused("--set", "finetune.weight_lr=0", "--set", "finetune.clip_lr=0")
     assert "unknown key 'finetune.step'" in refused("--set", "finetune.step=3")
     assert "trace" in refused("--set", "trace=null")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_training_broke_is_not_saved():
+    """The loss of the only step is finite, and what the step leads to is not."""
+    wild = {"finetune.steps": 1, "finetune.auxiliary_rank": 0, "finetune.weight_lr": 1e38}
+    with pytest.raises(AttarError, match="the error of the trained model is"):
+        compressed("wan", "qvgen", FEW | wild)
 
 
 def test_recipes_say_what_they_train():

@@ -16,6 +16,7 @@ from attar.calibration.trace import transformer_components
 from attar.candidates import presume
 from attar.conductor import calibration_prompts, check_pool
 from attar.errors import calling
+from attar.finetuning import check_trainable
 from attar.forecast.calibration import (
     BlockCost,
     allocation_seconds,
@@ -62,6 +63,7 @@ def forecast_job(
     components = transformer_components(pipe)
     presumed, free = presume(components, recipe)
     plans = plan_components(components, presumed)
+    check_trainable(components, plans, recipe)
     text = plan_text_encoders(pipe, recipe)
     chosen = calibration_prompts(recipe, source, prompts)
     call = source.call_arguments(**(generation or {}))
