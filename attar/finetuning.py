@@ -114,7 +114,10 @@ class _WholeModel:
                     self.workspace.write_tensors(self.state_file, *tuner.state())
                     saved = time.monotonic()
 
+            steps_left = tuner.step < whole.steps
             tuner.train(after)
+        if steps_left:  # a run that is killed behind the training does not train again
+            self.workspace.write_tensors(self.state_file, *tuner.state())
         for layer in layers.values():
             layer.requires_grad_(False)
             if isinstance(layer, QuantizedLinear):
@@ -228,7 +231,9 @@ class FinetuneJob:
         whole.give_types_back(types)
         for file, (_, prefix, names) in whole.files().items():
             packed = {name.removeprefix(prefix): self._bake(name, layers.pop(name)) for name in names}
-            save_block(whole.workspace, file, packed, {"block": prefix.removesuffix("."), **UNKNOWN})
+            if not whole.workspace.has(file):  # else a run before was killed behind it, and it is the same
+                result = {"block": prefix.removesuffix("."), **UNKNOWN}
+                save_block(whole.workspace, file, packed, result)
         whole.workspace.write_json(whole.report_file, report)
         whole.workspace.remove(whole.state_file)
         samples.remove()
@@ -258,7 +263,7 @@ class PolishJob:
         """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
         whole = self.whole
         whole.transformer.requires_grad_(False).eval()
-        samples, trained = whole.samples(prompts), whole.workspace.has(whole.report_file)
+        samples, trained = whole.samples(prompts), whole.workspace.has(self._file)
         if not trained:
             types = whole.types()
             whole.transformer.float()
@@ -267,9 +272,9 @@ class PolishJob:
         evidence = self.blocks.run(prompts)
         if not trained:
             self._polish(samples)
-        self._apply()
+        report = self._apply()
         samples.remove()
-        return evidence | {"finetune": whole.workspace.read_json(whole.report_file)}
+        return evidence | {"finetune": report}
 
     def _polish(self, samples: TracedSteps) -> None:
         whole = self.whole
@@ -285,24 +290,28 @@ class PolishJob:
             layer.compute_dtype = computing[name]
         whole.give_types_back(types)
         found = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.trained().items()}
-        whole.workspace.write_tensors(self._file, {key: t.to(types[key]) for key, t in found.items()})
-        # the report comes last: from then on the blocks are written over
-        whole.workspace.write_json(whole.report_file, report)
+        # all that was trained is in one file before the first block is written over
+        whole.workspace.write_tensors(self._file, {key: t.to(types[key]) for key, t in found.items()}, report)
         whole.workspace.remove(whole.state_file)
 
-    def _apply(self) -> None:
-        """Puts the trained tensors into the model and into the blocks on disk."""
+    def _apply(self) -> dict[str, Any]:
+        """Puts the trained tensors into the model and into the blocks on disk; returns the report of the training."""
         whole = self.whole
         stored = whole.workspace.read_tensors(self._file)
         if stored is None:
             raise AttarError("the trained scales are missing", where=self._file, fix="Use another workspace")
+        trained, report = stored
         model = whole.tensors()
-        for key, tensor in stored[0].items():
+        for key, tensor in trained.items():
             model[key].data = tensor.to(whole.device)
         packed = packed_layers(whole.transformer)
         for file, (_, prefix, names) in whole.files().items():
             inside = {name.removeprefix(prefix): packed[name] for name in names}
-            save_block(whole.workspace, file, inside, read_result(whole.workspace, file))
+            known = read_layers(whole.workspace, file)
+            new = {key: trained[f"{prefix}{key}"] for key in known if f"{prefix}{key}" in trained}
+            if any(not torch.equal(known[key], tensor) for key, tensor in new.items()):
+                save_block(whole.workspace, file, inside, read_result(whole.workspace, file))
+        return report
 
     @property
     def _file(self) -> str:

@@ -61,12 +61,15 @@ def test_the_command_line_on_other_families(name, cli, tmp_path):
     )
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name != "quest"])  # for U-Nets alone
 def test_every_published_recipe(recipe):
     case, few = pipelines.CASES["wan"], dict(FEW)
-    if not load_recipe(recipe).needs_data:
+    published = load_recipe(recipe)
+    if not published.needs_data:
         few = {}
-    elif load_recipe(recipe).reconstruct is None:
+    elif published.finetune is not None:
+        few = {"trace.prompts": 1, "finetune.steps": 6}
+    elif published.reconstruct is None:
         few.pop("reconstruct.epochs")
     small = attar.compress(
         pipelines.make("wan"), recipe, overrides=few, prompts=pipelines.PROMPTS[:2],
