@@ -34,7 +34,7 @@ def catch_samples(
     caught = iter(catch_block_calls(transformer, adapter, block.index, flat, store_device="cpu"))
     merged: Calls = []
     for branches in samples:
-        _append(merged, _one_batch([next(caught) for _ in branches]))
+        _append(merged, one_batch([next(caught) for _ in branches]))
     return merged
 
 
@@ -69,9 +69,9 @@ class SegmentStarts:
         caught = each_catch(transformer, adapter, [first, *later], flat, store_device="cpu")
         for branches in samples:
             found = [next(caught) for _ in branches]
-            _append(self._held[first], _one_batch([calls[first] for calls in found]))
+            _append(self._held[first], one_batch([calls[first] for calls in found]))
             for index in later:
-                for call in _one_batch([calls[index] for calls in found]):
+                for call in one_batch([calls[index] for calls in found]):
                     number = self._waiting.get(index, 0)
                     workspace.write_tensors(self._file(index, number), *call.flatten(), kept=False)
                     self._waiting[index] = number + 1
@@ -108,7 +108,8 @@ def _append(calls: Calls, more: Calls) -> None:
         calls.append(_sharing(call, calls[-1]) if calls else call)
 
 
-def _one_batch(branches: Calls) -> Calls:
+def one_batch(branches: Calls) -> Calls:
+    """Guidance branches as one call, or as they are where their shapes differ (texts of unequal length)."""
     if len(branches) == 1:
         return branches
     try:

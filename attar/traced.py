@@ -13,7 +13,7 @@ from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.block import BlockCall, bind
 from attar.progress import Progress
-from attar.quantize.batching import concatenate_calls
+from attar.samples import one_batch
 from attar.workspace import Workspace
 
 OUTPUT = "sample"
@@ -21,6 +21,8 @@ OUTPUT = "sample"
 
 class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
     """Every traced step of a component: its call, all guidance branches in one batch, and what the original gave.
+
+    Branches whose shapes differ (texts of unequal length) are samples of their own.
 
     Outputs are computed once and kept in the workspace, one file for a prompt; both are read when they are asked for.
     streams: what `compute` is given for each call, the model's output and perhaps those of some layers.
@@ -38,28 +40,35 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
     ) -> None:
         self.name, self.transformer, self.store, self.workspace = name, transformer, store, workspace
         self.streams = streams
-        self.places = [
+        ran = [
             (p, s) for p in range(prompts) for s in range(store.steps(p)) if name in store.components(p, s)
         ]
-        if not self.places:
+        if not ran:
             raise AttarError("the component did not run in any traced step", where=name)
+        first = {p: s for p, s in reversed(ran)}
+        parts = {p: len(self._branches(p, s)) for p, s in first.items()}  # the same in all steps of a prompt
+        self.places = [(p, s, part) for p, s in ran for part in range(parts[p])]
         self._files: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: Any) -> tuple[BlockCall, dict[str, Tensor]]:
-        prompt, step = self.places[index]
+        prompt, step, part = self.places[index]
         if prompt not in self._files:
             file = self._file(prompt)
             if self.workspace.read_tensors(file) is None:
                 raise AttarError("the original's outputs are missing", where=file, fix="Run again")
             self._files[prompt] = safe_open(self.workspace.folder / file, "pt")
         file = self._files[prompt]
-        return self.call(prompt, step), {name: file.get_tensor(f"{step}.{name}") for name in self.streams}
+        target = {name: file.get_tensor(f"{step}.{part}.{name}") for name in self.streams}
+        return self.call(prompt, step, part), target
 
-    def call(self, prompt: int, step: int) -> BlockCall:
-        """The component's call at that step, with all its branches."""
+    def call(self, prompt: int, step: int, part: int = 0) -> BlockCall:
+        """The component's call at that step, with all its branches, or with one of those that fit no batch."""
+        return self._branches(prompt, step)[part]
+
+    def _branches(self, prompt: int, step: int) -> list[BlockCall]:
         branches = []
         for arguments in self.store.calls(self.name, prompt, step):
             bound: dict[str, Any] = bind(self.transformer, (), arguments) | {"return_dict": False}
@@ -69,25 +78,30 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
             if isinstance(time, Tensor) and not time.ndim:  # a U-Net's, one for all; a batch may hold several
                 bound["timestep"] = time.expand(len(stream[name]))
             branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
-        return concatenate_calls(branches) if len(branches) > 1 else branches[0]
+        return one_batch(branches)
 
     def compute(self, run: Callable[[BlockCall], dict[str, Tensor]], progress: Progress) -> None:
         """The original's outputs that are not there yet. run: the original on one call."""
-        prompts = list(dict.fromkeys(p for p, _ in self.places))
+        prompts = list(dict.fromkeys(prompt for prompt, _, _ in self.places))
         with progress.task(f"{self.name}: outputs of the original", len(prompts)) as advance:
             for done, prompt in enumerate(prompts):
                 if not self.workspace.has(self._file(prompt)):
-                    steps = [s for p, s in self.places if p == prompt]
                     with torch.no_grad():
-                        made = {s: run(self.call(prompt, s)) for s in steps}
-                    outputs = {f"{s}.{name}": made[s][name] for s in steps for name in self.streams}
+                        made = {
+                            place[1:]: run(self.call(*place)) for place in self.places if place[0] == prompt
+                        }
+                    outputs = {
+                        f"{s}.{k}.{name}": streams[name]
+                        for (s, k), streams in made.items()
+                        for name in streams
+                    }
                     self.workspace.write_tensors(self._file(prompt), outputs)
                 advance(done + 1, f"prompt {prompt}")
 
     def remove(self) -> None:
         """Deletes the outputs, which nothing needs any more."""
         self._files.clear()
-        for prompt in dict.fromkeys(p for p, _ in self.places):
+        for prompt in dict.fromkeys(prompt for prompt, _, _ in self.places):
             self.workspace.remove(self._file(prompt))
 
     def _file(self, prompt: int) -> str:

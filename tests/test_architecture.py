@@ -80,7 +80,7 @@ ALLOWED = {
         "stored",
         "workspace",
     },
-    "traced": {"calibration", "models", "progress", "quantize", "workspace"},
+    "traced": {"calibration", "models", "progress", "samples", "workspace"},
     "finetuning": {
         *VERBS,
         "component",

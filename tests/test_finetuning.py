@@ -115,6 +115,27 @@ def test_u_nets_are_trained_whole_too(recipe, overrides, tmp_path):
         torch.testing.assert_close(unets.generate(again), unets.generate(pipe), atol=1e-5, rtol=0)
 
 
+def test_branches_of_unequal_shape_are_samples_of_their_own():
+    """A negative prompt of another length: the pipeline calls the transformer with texts that fit no batch."""
+    options = {
+        "overrides": {**FEW, "trace.prompts": 1, "finetune.batch_size": 1},
+        "prompts": pipelines.PROMPTS[:1],
+    }
+    pipe = pipelines.make("wan")
+    encode = pipe.encode_prompt
+
+    def uneven(*args, **kwargs):
+        text, negative = encode(*args, **kwargs)
+        return text, negative[:, :-1]
+
+    pipe.encode_prompt = uneven
+    case = pipelines.CASES["wan"]
+    call = {**case.generation, "num_inference_steps": case.steps}
+    attar.compress(pipe, "quantized-distillation", generation=call, **options)
+    learned = pipe.attar_compression.components["transformer"]["finetune"]
+    assert learned["samples"] == 2 * case.steps
+
+
 def test_training_longer_lowers_the_error():
     report = compressed("wan", "qvgen", {**QVGEN, "finetune.steps": 60, "finetune.weight_lr": 1e-3})
     learned = report.attar_compression.components["transformer"]["finetune"]
