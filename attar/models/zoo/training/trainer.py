@@ -20,7 +20,7 @@ from attar.files import writing
 
 
 class Trainer:
-    """Trains the parameters of some modules within a budget of wall-clock minutes, over any number of runs.
+    """Trains the parameters of some modules within a budget of minutes, over any number of runs.
 
     The learning rate warms up over the first 2 % of the budget, stays, and falls linearly to zero over the last 40 %.
     """
@@ -58,11 +58,11 @@ class Trainer:
 
     def steps(self) -> Iterator[int]:
         """Step numbers until the budget is used. Saves the state every two minutes and at the end."""
-        clock = saved = time.time()
+        clock = saved = self._clock()
         while self.used < 60 * self.minutes:
             yield self.step
             self.step += 1
-            now = time.time()
+            now = self._clock()
             self.used += min(now - clock, 30.0)  # a machine that slept does not use up the budget
             clock = now
             if distributed.is_initialized():
@@ -71,9 +71,15 @@ class Trainer:
                 self.used = used.item()
             if now - saved > 120 and self.rank == 0:
                 self._save()
-                saved = time.time()
+                saved = now
         if self.rank == 0:
             self._save()
+
+    def _clock(self) -> float:
+        """Seconds; on a CPU those that it worked for one thread, so that other jobs do not use up the budget."""
+        if self.parameters[0].device.type == "cpu":
+            return time.process_time() / torch.get_num_threads()
+        return time.time()
 
     @property
     def progress(self) -> float:
