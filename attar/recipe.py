@@ -54,7 +54,7 @@ class Recipe(Stage):
 
     @model_validator(mode="after")
     def _levels_can_be_trained(self) -> Recipe:
-        if self.reconstruct is not None and self.reconstruct.train_levels:
+        if self.trains_levels:
             try:
                 check_trained_levels(self.quantize.weight_format)
             except AttarError as error:
@@ -80,11 +80,6 @@ class Recipe(Stage):
             )
         if not self.polishes and self.select is not None:
             raise ValueError("finetune trains on every traced step: set select to null")
-        if self.finetune.level_lr:
-            try:
-                check_trained_levels(self.quantize.weight_format)
-            except AttarError as error:
-                raise ValueError(f"{error.what}. {error.fix}") from error
         return self
 
     @model_validator(mode="after")
@@ -104,6 +99,14 @@ class Recipe(Stage):
             # GPTQ makes other errors than those that the branch has learned to undo
             raise ValueError("a branch that is not subtracted needs rounding.method nearest")
         return self
+
+    @property
+    def trains_levels(self) -> bool:
+        """Whether what the numbers of a table depend on is trained, by blocks or with the whole model."""
+        by_blocks, whole = self.reconstruct, self.finetune
+        return (by_blocks is not None and by_blocks.train_levels) or (
+            whole is not None and whole.level_lr > 0
+        )
 
     @property
     def polishes(self) -> bool:

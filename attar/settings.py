@@ -47,16 +47,11 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip,
         clip_start=q.clip_start, stats_ema=q.stats_ema, learning=learning,
         train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
-        train_clip=r is not None and r.train_clip, train_levels=_trains_levels(recipe),
+        train_clip=r is not None and r.train_clip, train_levels=recipe.trains_levels,
         train_branch=r is not None and r.train_branch,
         low_rank=None if q.low_rank is None else LowRankSettings(**q.low_rank.model_dump()),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
     )  # fmt: skip
-
-
-def _trains_levels(recipe: Recipe) -> bool:
-    by_blocks, whole = recipe.reconstruct, recipe.finetune
-    return (by_blocks is not None and by_blocks.train_levels) or (whole is not None and whole.level_lr > 0)
 
 
 def finetune_settings(recipe: Recipe) -> FinetuneSettings:

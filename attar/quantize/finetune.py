@@ -140,7 +140,7 @@ class Finetuner:
             )
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])
-        optimizers = {id(p): o for o in (self._main, self._side) for g in o.param_groups for p in g["params"]}
+        optimizers = {id(p): o for o in (self._main, self._side) for p in _parameters(o)}
         for name, value in tensors.items():
             slot, _, of = name.partition(" of ")
             if of:
@@ -168,7 +168,7 @@ class Finetuner:
                 where="finetune",
                 fix="Lower the learning rates, or train less of the model",
             )
-        parameters = [p for o in (self._main, self._side) for g in o.param_groups for p in g["params"]]
+        parameters = [*_parameters(self._main), *_parameters(self._side)]
         for parameter in parameters:
             parameter.grad = None
         value.backward()
@@ -222,7 +222,7 @@ class Finetuner:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by its name."""
-        taken = {id(p) for o in (self._main, self._side) for g in o.param_groups for p in g["params"]}
+        taken = {id(p) for p in (*_parameters(self._main), *_parameters(self._side))}
         return {
             f"{name}.{path}": parameter
             for name, layer in self.layers.items()
@@ -236,6 +236,10 @@ class Finetuner:
         idle = torch.optim.AdamW([nn.Parameter(torch.zeros(0))])
         idle.param_groups.clear()
         return idle
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _main_groups(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
-from attar.quantize.terms import leading
+from attar.quantize.terms import kaiming_uniform, leading
 from attar.runtime.formats import wide
 
 
@@ -63,8 +63,7 @@ def start_branch(
     if settings.rank > min(weight.shape):
         raise AttarError(f"a branch of rank {settings.rank} does not fit {tuple(weight.shape)}")
     if settings.start == "zero":
-        bound = layer.in_features**-0.5  # Kaiming's uniform, as for LoRA's A
-        down = torch.empty(settings.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        down = kaiming_uniform(settings.rank, layer.in_features, generator)
         up = weight.new_zeros(layer.out_features, settings.rank)
         layer.set_branch(down.to(weight.device), up, settings.subtract)
         return []

@@ -29,8 +29,7 @@ class LowRankTerm(nn.Module):
         weight: (out, in), whose device and type are taken. Raises AttarError for a rank that does not fit.
         """
         _check(rank, weight)
-        bound = weight.shape[1] ** -0.5
-        down = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
+        down = kaiming_uniform(rank, weight.shape[1], generator)
         return cls(weight.new_zeros(weight.shape[0], rank), down.to(weight))
 
     @classmethod
@@ -71,6 +70,12 @@ class LowRankTerm(nn.Module):
         up, down = (left @ u) * root, root[:, None] * (v @ right.T)
         self.up, self.down = nn.Parameter(up.to(self.up)), nn.Parameter(down.to(self.down))
         self.gate = nn.Parameter(self.gate.new_ones(keep), requires_grad=False)
+
+
+def kaiming_uniform(rank: int, width: int, generator: torch.Generator | None) -> Tensor:
+    """(rank, width) on the CPU, uniform in ±1/√width: Kaiming's with slope √5, from which LoRA's A starts."""
+    bound = width**-0.5
+    return torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
 
 
 def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
