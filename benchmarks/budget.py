@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from attar.evaluate.statistics import mean_interval
 from attar.models.source import find_source
 from attar.planning import plan_components
 from attar.recipe import Recipe, load_recipe
@@ -28,6 +27,7 @@ from benchmarks.cells import block_error
 from benchmarks.protocol import Bench
 from benchmarks.quality import choose_bits, compress, environment
 from benchmarks.store import FOLDER, load, save
+from benchmarks.tables import mean_text
 
 RESULTS = FOLDER / "budget.json"
 SEEDS = {"rtn": (0, 1, 2), "hadamard": (0, 1, 2), "attar-ptq": (0,)}
@@ -94,13 +94,14 @@ def table(cells: dict[str, Any]) -> str:
                 continue
             assert all(mixed["linear_bytes"] <= uniform["linear_bytes"] for uniform, mixed in pairs)
             videos = [(_psnr(u), _psnr(m)) for u, m in pairs if "psnr" in u and "psnr" in m]
-            psnr = " → ".join(_mean(list(values), 2) for values in zip(*videos, strict=True))
+            psnr = " → ".join(mean_text(list(values), 2) for values in zip(*videos, strict=True))
             lines.append(
-                f"| `{recipe}` | W{bits}A{ACTS} | {len(pairs)} | {_mean([block_error(u) for u, _ in pairs], 4)} "
-                f"| {_mean([block_error(m) for _, m in pairs], 4)} | {_mean([_decibels(*p) for p in pairs], 2)} dB "
-                f"| {_mean([m['together'] / m['predicted'] for _, m in pairs], 2)} | {psnr or '–'} "
-                f"| {_mean([100 * (m['linear_bytes'] / u['linear_bytes'] - 1) for u, m in same], 1)} % "
-                f"| {_mean([_decibels(*p) for p in same], 2)} dB |"
+                f"| `{recipe}` | W{bits}A{ACTS} | {len(pairs)} | {mean_text([block_error(u) for u, _ in pairs], 4)} "
+                f"| {mean_text([block_error(m) for _, m in pairs], 4)} "
+                f"| {mean_text([_decibels(*p) for p in pairs], 2)} dB "
+                f"| {mean_text([m['together'] / m['predicted'] for _, m in pairs], 2)} | {psnr or '–'} "
+                f"| {mean_text([100 * (m['linear_bytes'] / u['linear_bytes'] - 1) for u, m in same], 1)} % "
+                f"| {mean_text([_decibels(*p) for p in same], 2)} dB |"
             )
     return "\n".join(lines).replace("| – % ", "| – ").replace("| – dB ", "| – ")
 
@@ -124,13 +125,6 @@ def _decibels(before: dict[str, Any], after: dict[str, Any]) -> float:
 
 def _psnr(cell: dict[str, Any]) -> float:
     return sum(cell["psnr"]) / len(cell["psnr"])
-
-
-def _mean(values: list[float], digits: int) -> str:
-    if not values:
-        return "–"
-    e = mean_interval(values)
-    return f"{e.mean:.{digits}f}" + ("" if e.high is None else f" ± {e.high - e.mean:.{digits}f}")
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from attar.evaluate.statistics import mean_interval
 from attar.models.source import find_source, load_pipeline
 from attar.planning import plan_components
 from attar.recipe import Recipe
@@ -30,6 +29,7 @@ from benchmarks import quality
 from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
 from benchmarks.scatter import Point, scatter
 from benchmarks.store import FOLDER, load
+from benchmarks.tables import over_cells
 
 DOCS = Path(__file__).parent.parent / "docs"
 PEERS = FOLDER / "peers.json"
@@ -67,21 +67,12 @@ class Row:
         """In the order of COLUMNS."""
         return [
             self.system, str(len(self.cells)), f"{self.ratio:.3f}×",
-            self._over(lambda c: sum(c["psnr"]) / len(c["psnr"]), 2),
-            self._over(lambda c: sum(c["ssim"]) / len(c["ssim"]), 4),
-            self._over(lambda c: median(c["latent_error"]), 4), self._over(block_error, 4),
-            self._over(lambda c: c.get("frechet"), 4), self._right(),
-            self._over(lambda c: c.get("calibration_cpu_seconds"), 0),
+            over_cells(self.cells, lambda c: sum(c["psnr"]) / len(c["psnr"]), 2),
+            over_cells(self.cells, lambda c: sum(c["ssim"]) / len(c["ssim"]), 4),
+            over_cells(self.cells, lambda c: median(c["latent_error"]), 4), over_cells(self.cells, block_error, 4),
+            over_cells(self.cells, lambda c: c.get("frechet"), 4), self._right(),
+            over_cells(self.cells, lambda c: c.get("calibration_cpu_seconds"), 0),
         ]  # fmt: skip
-
-    def _over(self, value: Any, digits: int) -> str:
-        values = [v for v in map(value, self.cells) if v is not None]
-        if not values:
-            return "–"
-        found = mean_interval(values)
-        return f"{found.mean:.{digits}f}" + (
-            "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
-        )
 
     def _right(self) -> str:
         share, full = (

@@ -23,7 +23,6 @@ from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.evaluate.fidelity import psnr, ssim
 from attar.evaluate.frechet import frechet_distance
 from attar.evaluate.generate import generate
-from attar.evaluate.statistics import mean_interval
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.zoo.judges import DigitReader, verdicts
 from attar.recipe import load_recipe
@@ -31,6 +30,7 @@ from attar.runtime.layers import packed_layers
 from benchmarks import quality
 from benchmarks.cells import digest
 from benchmarks.store import FOLDER, load, save
+from benchmarks.tables import mean_text
 
 DOCS, RESULTS = Path(__file__).parent.parent / "docs" / "pictures.md", FOLDER / "pictures.json"
 MODELS = ("digits-dit", "digits-image")
@@ -174,17 +174,10 @@ def _figures(system: str, cells: list[dict[str, Any]]) -> list[str]:
     seconds = [c["calibration_cpu_seconds"] for c in cells if "calibration_cpu_seconds" in c]
     return [
         system, str(len(cells)), f"{_mean([c['linears'] for c in cells]):.3f}×",
-        _over([_mean(c["psnr"]) for c in cells], 2), _over([_mean(c["ssim"]) for c in cells], 4),
-        _over([c["frechet"] for c in cells], 4), f"{100 * right:.1f} ({100 * full:.1f})",
-        _over(seconds, 0) if seconds else "–",
+        mean_text([_mean(c["psnr"]) for c in cells], 2), mean_text([_mean(c["ssim"]) for c in cells], 4),
+        mean_text([c["frechet"] for c in cells], 4), f"{100 * right:.1f} ({100 * full:.1f})",
+        mean_text(seconds, 0),
     ]  # fmt: skip
-
-
-def _over(values: list[float], digits: int) -> str:
-    found = mean_interval(values)
-    return f"{found.mean:.{digits}f}" + (
-        "" if found.high is None else f" ± {found.high - found.mean:.{digits}f}"
-    )
 
 
 def _mean(values: list[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,10 +66,10 @@ def _study(study: Study, cells: dict[str, Any]) -> str:
     for bits, name, found in rows:
         seeds = [found[s] for s in sorted(found)]
         lines.append(
-            f"| {bits} | {name} | {len(seeds)} | {_over(seeds, block_error, 4)} | "
-            f"{_over(seeds, _calibration, 4)} | {_over(seeds, _median_latent, 4)} | "
-            f"{_over(seeds, _mean('psnr'), 2)} | {_over(seeds, _mean('ssim'), 4)} | {_accuracy(seeds)} | "
-            f"{_over(seeds, lambda c: c.get('calibration_cpu_seconds'), 0)} |"
+            f"| {bits} | {name} | {len(seeds)} | {over_cells(seeds, block_error, 4)} | "
+            f"{over_cells(seeds, _calibration, 4)} | {over_cells(seeds, _median_latent, 4)} | "
+            f"{over_cells(seeds, _mean('psnr'), 2)} | {over_cells(seeds, _mean('ssim'), 4)} | {_accuracy(seeds)} | "
+            f"{over_cells(seeds, lambda c: c.get('calibration_cpu_seconds'), 0)} |"
         )
     lines += _differences(study, rows) + _chosen(study, rows) + _temporal(study, rows)
     return "\n".join(lines) + "\n"
@@ -87,8 +88,13 @@ def _mean(name: str) -> Any:
     return lambda cell: sum(cell[name]) / len(cell[name]) if name in cell else None
 
 
-def _over(cells: list[dict[str, Any]], value: Any, digits: int) -> str:
-    values = [v for v in map(value, cells) if v is not None]
+def over_cells(cells: Sequence[dict[str, Any]], value: Any, digits: int) -> str:
+    """The mean of a figure over seeds with its interval; a dash where no cell has it."""
+    return mean_text([v for v in map(value, cells) if v is not None], digits)
+
+
+def mean_text(values: Sequence[float], digits: int) -> str:
+    """As in 1.23 ± 0.04; without the interval for one value, a dash for none."""
     return _estimate(mean_interval(values), digits) if values else "–"
 
 
@@ -140,7 +146,7 @@ def _temporal(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list
         "|---|---|---|",
     ]
     for bits, name, found in rows:
-        values = _over(
+        values = over_cells(
             [found[s] for s in sorted(found)], lambda c: 1e6 * sum(c["temporal"]) / len(c["temporal"]), 1
         )
         lines.append(f"| {bits} | {name} | {values} |")
