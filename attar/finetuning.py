@@ -25,9 +25,10 @@ from attar.quantize.finetune import Finetuner, Layer
 from attar.quantize.linear import QuantizedLinear, replace_module
 from attar.quantize.plan import LayerPlan, matching, open_planned
 from attar.quantize.polish import ScaledCodes
+from attar.quantize.relations import FEATURES, RelationTerm, draw_memory, windows
 from attar.recipe import Recipe
 from attar.runtime.layers import PackedLinear, packed_layers
-from attar.settings import block_settings, finetune_settings
+from attar.settings import block_settings, finetune_settings, relation_settings
 from attar.stored import OUTSIDE, block_file, read_layers, read_result, restore_block, save_block
 from attar.traced import OUTPUT, TracedSteps
 from attar.workspace import Workspace
@@ -84,14 +85,28 @@ class _WholeModel:
         self.plan = {p.name: p for p in plan if not p.skipped}
         self.workspace, self.seed, self.progress, self.store = workspace, seed, progress, store
         self.device = weights_of(transformer).device
-        self.blocks = ModelAdapter.of(transformer).blocks
+        self.adapter = ModelAdapter.of(transformer)
+        self.blocks = self.adapter.blocks
 
         local = recipe.finetune.local if recipe.finetune is not None else None
         self.local = [] if local is None else matching(self.plan.values(), local)
+        self.relation = relation_settings(recipe)
+        self.features: tuple[nn.Module, int] | None = None  # the last block, and which of its outputs
 
     def samples(self, prompts: int) -> TracedSteps:
-        streams = [OUTPUT, *self.local]
-        return TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace, streams)
+        streams = [OUTPUT, *self.local, *([FEATURES] if self.relation else [])]
+        found = TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace, streams)
+        if self.relation is not None:
+            self.features = self._last_features(found)
+        return found
+
+    def _last_features(self, samples: TracedSteps) -> tuple[nn.Module, int]:
+        """The block before the output head, whose features MPQ-DM compares, and the place of its main output."""
+        prompt, step, _ = samples.places[0]
+        self.adapter.observe(self.store.calls(self.name, prompt, step)[0])
+        last = self.adapter.blocks[-1]
+        main = self.adapter.main_stream(last)
+        return last.module, last.outputs.index(main) if main in last.outputs else 0
 
     def train(self, layers: Mapping[str, Layer], samples: TracedSteps) -> dict[str, Any]:
         """Trains the layers, which are in the model; returns what the evidence says of it."""
@@ -100,7 +115,16 @@ class _WholeModel:
         chosen = None if whole.layers is None else matching(self.plan.values(), whole.layers)
         before, seed = self.error(samples), f"{self.seed}/{self.name}"
         loss = mse if not self.local else partial(mse_with_layers, main=OUTPUT, weight=whole.local_weight)
-        tuner = Finetuner(self.forward, samples, layers, finetune_settings(self.recipe), seed, chosen, loss)
+        term = groups = None
+        if self.relation is not None:
+            memory = draw_memory(samples, self.relation.memory, seed) if self.relation.memory else None
+            term, groups = (
+                RelationTerm(self.relation, memory, seed),
+                windows(samples.places, self.relation.window),
+            )
+        tuner = Finetuner(
+            self.forward, samples, layers, finetune_settings(self.recipe), seed, chosen, loss, term, groups
+        )
         known = self.workspace.read_tensors(self.state_file)
         if known is not None:
             tuner.restore(*known)
@@ -146,6 +170,17 @@ class _WholeModel:
 
         # layers are replaced on the way, so they are looked up each time
         hooks = [self.transformer.get_submodule(n).register_forward_hook(keep(n)) for n in self.local]
+        if self.features is not None:
+            last, place = self.features
+
+            def keep_features(module: nn.Module, args: Any, output: Any) -> None:
+                features = as_outputs(output)[place]
+                # places after the batch, and channels last, as tokens have them
+                found[FEATURES] = (
+                    features.flatten(2).mT if self.adapter.unet and features.ndim == 4 else features
+                )
+
+            hooks.append(last.register_forward_hook(keep_features))
         try:
             output = as_outputs(self.transformer(**call.streams, **call.constants))[0]
         finally:

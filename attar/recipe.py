@@ -83,6 +83,14 @@ class Recipe(Stage):
         return self
 
     @model_validator(mode="after")
+    def _bits_are_chosen_once(self) -> Recipe:
+        if self.allocate is not None and self.quantize.row_bits is not None:
+            raise ValueError(
+                "a budget chooses the bits of layers, row_bits those of rows: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _branch_fits(self) -> Recipe:
         branch = self.quantize.low_rank
         if branch is not None:
@@ -122,6 +130,8 @@ class Recipe(Stage):
         branch = self.quantize.low_rank
         measured = branch is not None and branch.metric == "output"
         measured |= self.quantize.rotation == "adaptive"
+        rows = self.quantize.row_bits
+        measured |= rows is not None and rows.metric == "output"
         return learned or measured or self.quantize.scale or self.rounding.method == "gptq"
 
     @property

@@ -11,6 +11,8 @@ from attar.quantize.initialize import TransformSettings
 from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.plan import Forecast, LayerPlan, NamedLinear, forecast, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
+from attar.quantize.relations import RelationSettings
+from attar.quantize.row_bits import RowBitsSettings
 from attar.recipe import Recipe
 
 
@@ -29,7 +31,7 @@ def plan_for(
     q = recipe.quantize
     return plan_layers(
         inside, outside, q.weights, q.acts, q.roles, q.group_size, q.weight_format, q.act_format,
-        0 if q.low_rank is None else q.low_rank.rank,
+        0 if q.low_rank is None else q.low_rank.rank, _row_bits(recipe),
     )  # fmt: skip
 
 
@@ -50,14 +52,28 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         train_clip=r is not None and r.train_clip, train_levels=recipe.trains_levels,
         train_branch=r is not None and r.train_branch,
         low_rank=None if q.low_rank is None else LowRankSettings(**q.low_rank.model_dump()),
+        row_bits=_row_bits(recipe),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
     )  # fmt: skip
+
+
+def _row_bits(recipe: Recipe) -> RowBitsSettings | None:
+    rows = recipe.quantize.row_bits
+    return None if rows is None else RowBitsSettings(**rows.model_dump())
 
 
 def finetune_settings(recipe: Recipe) -> FinetuneSettings:
     """Of end-to-end training. The recipe has that stage."""
     assert recipe.finetune is not None
-    return FinetuneSettings(**recipe.finetune.model_dump(exclude={"layers", "local", "local_weight"}))
+    return FinetuneSettings(
+        **recipe.finetune.model_dump(exclude={"layers", "local", "local_weight", "relation"})
+    )
+
+
+def relation_settings(recipe: Recipe) -> RelationSettings | None:
+    """Of the relation term of end-to-end training, if there is one."""
+    relation = None if recipe.finetune is None else recipe.finetune.relation
+    return None if relation is None else RelationSettings(**relation.model_dump())
 
 
 def layer_size(plan: LayerPlan, recipe: Recipe) -> Forecast:

@@ -19,6 +19,7 @@ from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
 from attar.errors import AttarError
 from attar.quantize.rank_decay import RankDecay
+from attar.quantize.row_bits import RowBitsSettings
 from attar.quantize.tables import check_weight_format, least_bits
 from attar.runtime.formats import check_format
 
@@ -82,6 +83,26 @@ class LowRank(Stage):
     )
 
 
+class RowBits(Stage):
+    """One bit more for some rows of a weight and one less for as many others."""
+
+    by: Literal["kurtosis", "error", "random"] = Field(
+        default="kurtosis",
+        description="heavy tails (MPQ-DM), or what a bit changes, row by row; random is a control",
+    )
+    metric: Literal["weight", "output"] = Field(
+        default="output", description="squared error of the weight, or of the output on calibration samples"
+    )
+    step: float = Field(
+        default=0.1, gt=0, le=0.5, description="share of the rows by which the search for how many goes on"
+    )
+    most: float = Field(default=0.5, gt=0, le=0.5, description="share of the rows that get more at most")
+    salient_format: str = Field(
+        default="int",
+        description="weight format of rows with one bit more: int for that of the others, or residual",
+    )
+
+
 class Quantize(Stage):
     """Bits by role, equivalent transforms, and which of their parameters exist."""
 
@@ -100,6 +121,7 @@ class Quantize(Stage):
         description="input channels to a scale in weight-only layers; null for one per channel",
     )
     low_rank: LowRank | None = Field(default=None, description="a branch beside the quantized product")
+    row_bits: RowBits | None = Field(default=None, description="bits that differ by rows, at the same mean")
     split: bool = Field(
         default=False,
         description="layers over a concatenation, as behind a U-Net's skip connections, get scales for each part of it",
@@ -146,11 +168,23 @@ class Quantize(Stage):
             raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         return self
 
+    @model_validator(mode="after")
+    def _rows_have_these_bits(self) -> Quantize:
+        if self.row_bits is None:
+            return self
+        if self.group_size is not None:
+            raise ValueError("row_bits gives every row one scale: leave group_size out")
+        try:
+            RowBitsSettings(**self.row_bits.model_dump()).grids(self.weights, self.weight_format)
+        except AttarError as error:
+            raise ValueError(f"row_bits: {error.what}. {error.fix or ''}".strip()) from error
+        return self
+
     @model_serializer(mode="wrap")
-    def _as_before_it_could_split(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # who does not split has the digests, jobs and evidence of the time before
-        content = handler(self)
-        return content if self.split else {key: value for key, value in content.items() if key != "split"}
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # who uses nothing of what came later has the digests, jobs and evidence of the time before
+        later = {"split": self.split, "row_bits": self.row_bits}
+        return {key: value for key, value in handler(self).items() if later.get(key, True)}
 
     @model_validator(mode="after")
     def _stretch_needs_factors(self) -> Quantize:
@@ -235,6 +269,23 @@ class Reconstruct(Stage):
         return self
 
 
+class Relation(Stage):
+    """A term for which places of the last block's features resemble each other."""
+
+    weight: float = Field(
+        default=25.0, gt=0, description="of the mean divergence beside the mean squared error"
+    )
+    window: int = Field(default=2, ge=1, description="consecutive steps whose features are averaged")
+    temperature: float = Field(default=1.0, gt=0, description="of the softmax over cosines")
+    memory: int = Field(
+        default=0,
+        ge=0,
+        description="the original's places, from all traced steps, to compare with; 0 compares places of a sample",
+    )
+    anchors: int = Field(default=4096, ge=1, description="of that memory in one update")
+    places: int = Field(default=1024, ge=2, description="the most of a sample that are compared")
+
+
 class Finetune(Stage):
     """End-to-end training of the quantized model against the original's outputs, on every traced step."""
 
@@ -261,7 +312,12 @@ class Finetune(Stage):
     adapter_rank: int = Field(
         default=0, ge=0, description="of low-rank adapters merged before rounding; 0 for none"
     )
+    adapter_start: Literal["zero", "rounded", "error"] = Field(
+        default="zero",
+        description="beside the weight; beside the rounded weight; there, as the leading part of what it lost",
+    )
     adapter_lr: float = Field(default=4e-4, gt=0, description="as a share of the layer's mean step size")
+    relation: Relation | None = Field(default=None, description="a term for relations between places")
     auxiliary_rank: int = Field(
         default=0, ge=0, description="of branches behind the rounding, which decay while training; 0 for none"
     )
@@ -280,6 +336,17 @@ class Finetune(Stage):
         if not any(rates) and not self.adapter_rank:
             raise ValueError("nothing is trained: give a learning rate, or adapters a rank")
         return self
+
+    @model_validator(mode="after")
+    def _batches_hold_windows(self) -> Finetune:
+        if self.relation is not None and self.batch_size % self.relation.window:
+            raise ValueError(f"batch_size is no multiple of relation.window, {self.relation.window}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        later = {"relation": self.relation, "adapter_start": self.adapter_start != "zero"}
+        return {key: value for key, value in handler(self).items() if later.get(key, True)}
 
     @model_validator(mode="after")
     def _branches_have_time_to_decay(self) -> Finetune:

@@ -350,6 +350,30 @@ SYSTEMS = Study(
     needs="temporal",
 )
 
+ROWS = Study(
+    "rows",
+    "Are bits that differ by rows worth it, at the same mean? (MPQ-DM's outlier-driven mixed quantization)",
+    ((4, 6), (3, 6)),
+    tuple(
+        Method(f"{recipe}{', ' if rule else ''}{rule}", recipe, overrides)
+        for recipe in ("rtn", "attar-ptq")
+        for rule, overrides in {
+            "": {},
+            "rows by kurtosis": {"quantize.row_bits": {"by": "kurtosis", "metric": "weight"}},
+            "rows by kurtosis, residual": {
+                "quantize.row_bits": {"by": "kurtosis", "metric": "weight", "salient_format": "residual"}
+            },
+            "rows at random": {"quantize.row_bits": {"by": "random", "metric": "weight"}},
+            "rows by error of the weight": {"quantize.row_bits": {"by": "error", "metric": "weight"}},
+            "rows by error of the output": {
+                "quantize.row_bits": {"by": "error"},
+                **({} if recipe != "rtn" else {"trace": {"prompts": 10}, "select": {"policy": "random"}}),
+            },
+        }.items()
+    ),
+    prompts=0,
+)
+
 POLISH = {
     **{"finetune.steps": 300, "finetune.scale_lr": 3e-3},
     **{"finetune.bias_lr": 5e-4, "finetune.clip_lr": 3e-3},
@@ -395,6 +419,6 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, TRAINING, LEADERBOARD),
+        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, ROWS, TRAINING, LEADERBOARD),
     )
 }

@@ -2,6 +2,7 @@
 
 from attar.losses.block import BlockLoss, TemporalTerm
 from attar.losses.reconstruction import mse, mse_with_layers, relative_error
+from attar.losses.relation import memory_divergence, relation_divergence, smoothed
 from attar.losses.temporal import frame_similarity, similarity_divergence, temporal_distillation
 from attar.losses.token_weighted import (
     joint_token_weights,
@@ -18,10 +19,13 @@ __all__ = [
     "frame_similarity",
     "joint_token_weights",
     "mass_concentration",
+    "memory_divergence",
     "mse",
     "mse_with_layers",
+    "relation_divergence",
     "relative_error",
     "similarity_divergence",
+    "smoothed",
     "streams_token_weighted_mse",
     "temporal_distillation",
     "token_weighted_mse",

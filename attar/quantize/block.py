@@ -29,7 +29,8 @@ from attar.quantize.reconstruct import (
     Streams,
     reconstruct_block,
 )
-from attar.quantize.rounding import collect_hessians, gptq
+from attar.quantize.rounding import collect_hessians, gptq_codes
+from attar.quantize.row_bits import RowBitsSettings, mix_rows
 from attar.quantize.seeds import seed_of
 from attar.quantize.transforms import LearnedScale
 from attar.runtime.layers import PackedLinear
@@ -57,6 +58,7 @@ class BlockSettings:
     gptq_damping: float | None = None
     gptq_block: int = 128
     low_rank: LowRankSettings | None = None
+    row_bits: RowBitsSettings | None = None
 
     def treatment(self, plan: LayerPlan) -> list[str]:
         """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
@@ -67,6 +69,7 @@ class BlockSettings:
         if chosen.order == "rotate_then_scale":
             steps.reverse()
         steps += [
+            ("bits by rows", plan.row_bits is not None),
             ("weight clipping", self.weight_clip),
             (f"low-rank branch ({plan.low_rank})", plan.low_rank > 0),
             ("activation clipping", self.act_clip and plan.act_bits is not None),
@@ -199,6 +202,8 @@ def wrap_linears(
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
+    if settings.row_bits is not None:
+        _mix_rows(layers, plans, run, calls, settings.row_bits, seed)
     if settings.low_rank is not None:
         _start_branches(layers, plans, run, calls, settings.low_rank, seed)
     return layers
@@ -218,6 +223,21 @@ def _input_samples(
     if calibrated and not calls:
         raise AttarError("adaptive rotations need calibration samples")
     return collect_input_samples(run, calls, calibrated)
+
+
+def _mix_rows(
+    layers: Mapping[str, QuantizedLinear],
+    plans: Mapping[str, LayerPlan],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    settings: RowBitsSettings,
+    seed: str,
+) -> None:
+    chosen = {name: layer for name, layer in layers.items() if plans[name].row_bits is not None}
+    moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
+    for name, layer in chosen.items():
+        generator = torch.Generator().manual_seed(seed_of(seed, name, "rows"))
+        mix_rows(layer, settings, moments.pop(name, None), generator)
 
 
 def _start_branches(
@@ -251,13 +271,8 @@ def _gptq_codes(
         hessian, layer = hessians.pop(name), calibrated[name]
         if name not in own:
             continue
-        weight, scale = layer.baked_weight(clipped=True)
-        bits, damping = layer.weight_bits, settings.gptq_damping
         try:
-            found = gptq(
-                weight, hessian, scale, bits, damping, settings.gptq_block, layer.number, layer.levels
-            )
-            codes.append(found.cpu())
+            codes.append(gptq_codes(layer, hessian, settings.gptq_damping, settings.gptq_block).cpu())
         except AttarError as error:
             raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
     everyone = zip(calibrated, ranks.collected(codes), strict=True)

@@ -22,6 +22,7 @@ from attar.quantize.batching import Streams, join, like
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.polish import ScaledCodes
 from attar.quantize.rank_decay import RankDecay, decay, start_auxiliary
+from attar.quantize.relations import FEATURES, RelationTerm
 from attar.quantize.seeds import seed_of
 from attar.quantize.terms import LowRankTerm
 
@@ -34,8 +35,10 @@ class FinetuneSettings:
     """What is trained, and how. A rate of 0 leaves its parameters as they are.
 
     steps: updates. batch_size: samples in one. weight_lr, bias_lr: of the full-precision weights and the biases.
-    adapter_rank: of merged adapters, 0 for none. adapter_lr: their rate as a share of the layer's mean step size, so
-    that in all layers about as many codes change (EfficientDM's scale-aware optimisation; under Adam scaling the
+    adapter_rank: of merged adapters, 0 for none. adapter_start: "zero" leaves the weight as their base; "rounded" takes
+    the rounded weight for it, as EfficientDM's code does, and "error" as well, with the leading part of what rounding
+    lost as the adapter (MPQ-DMv2, arXiv 2507.04290). adapter_lr: their rate as a share of the layer's mean step size,
+    so that in all layers about as many codes change (EfficientDM's scale-aware optimisation; under Adam scaling the
     gradient would do nothing). auxiliary_rank: of branches that decay, 0 for none; auxiliary_lr their rate;
     auxiliary_keep: share of the rank that a phase leaves. clip_lr, level_lr: of clipping factors and tables. scale_lr:
     of the logarithms of scales whose codes stay.
@@ -48,6 +51,7 @@ class FinetuneSettings:
     weight_lr: float = 0.0
     bias_lr: float = 0.0
     adapter_rank: int = 0
+    adapter_start: str = "zero"
     adapter_lr: float = 1 / 2500
     auxiliary_rank: int = 0
     auxiliary_lr: float = 3e-5
@@ -66,7 +70,9 @@ class Finetuner:
 
     run: the model on one call, giving its output streams. samples: read again in every epoch, in an order that `seed`
     and the epoch decide. layers: name -> what is trained, in the model that `run` runs; chosen: those whose weights,
-    biases and adapters are trained, by default all. loss: of what `run` gives and what the original gave.
+    biases and adapters are trained, by default all. loss: of what `run` gives and what the original gave. relation: a
+    term of the stream FEATURES beside it. groups: samples, by their places, that stay together in a batch, as a window
+    of steps does; what is in none is not trained on. By default every sample is alone.
     Raises AttarError when nothing is trained, or a rank does not fit.
     """
 
@@ -79,11 +85,18 @@ class Finetuner:
         seed: str = "0",
         chosen: Sequence[str] | None = None,
         loss: Callable[[Streams, Streams], Tensor] = mse,
+        relation: RelationTerm | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not samples:
             raise AttarError("there are no samples to train on")
         self.run, self.samples, self.layers, self.settings, self.seed = run, samples, layers, settings, seed
-        self.loss = loss
+        self.loss, self.relation = loss, relation
+        self.groups = [[i] for i in range(len(samples))] if groups is None else groups
+        if not self.groups:
+            raise AttarError(
+                "there are fewer traced steps than a window has", where="finetune.relation.window"
+            )
         self.chosen = {name: layers[name] for name in (layers if chosen is None else chosen)}
         self._open = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
         self.decay: RankDecay | None = None
@@ -91,8 +104,9 @@ class Finetuner:
         self.history: list[tuple[int, float]] = []  # (step, mean loss of the steps since the last entry)
         self._sums: list[float] = []
         self._order: tuple[int, list[int]] = (-1, [])
+        self._sizes: dict[str, float] = {}  # mean step size of the layers with adapters
         self._start()
-        self._main = self._optimizer(_main_groups(layers, self.chosen, settings))
+        self._main = self._optimizer(_main_groups(layers, self.chosen, settings, self._sizes))
         self._side = self._optimizer(_auxiliary_groups(layers, settings))
         if not self._main.param_groups and not self._side.param_groups:
             raise AttarError("nothing is trained: all learning rates are 0", where="finetune")
@@ -159,8 +173,7 @@ class Finetuner:
                 group["lr"] = group["peak"] * factor
         batch = [(call, target, None) for call, target in map(self.samples.__getitem__, self._places())]
         call, target, _ = join(batch)
-        prediction = self.run(call)
-        value = self.loss(prediction, like(target, prediction))
+        value = self._loss(self.run(call), target, len(batch))
         loss = value.item()
         if not math.isfinite(loss):
             raise AttarError(
@@ -179,6 +192,14 @@ class Finetuner:
         self.step += 1
         return loss
 
+    def _loss(self, prediction: Streams, target: Streams, count: int) -> Tensor:
+        """Of a batch of `count` samples."""
+        target, prediction = dict(like(target, prediction)), dict(prediction)
+        if self.relation is None:
+            return self.loss(prediction, target)
+        ours, full = prediction.pop(FEATURES), target.pop(FEATURES)
+        return self.loss(prediction, target) + self.relation(ours, full, count, self.step)
+
     def _decay(self) -> None:
         if self.decay is not None and decay(self._open, self.decay, self.step):
             # the moments of the old factors mean nothing for the new ones
@@ -186,12 +207,13 @@ class Finetuner:
 
     def _places(self) -> list[int]:
         """The samples of this step: each epoch has an order of its own, and leaves out what fills no batch."""
-        size, count = min(self.settings.batch_size, len(self.samples)), len(self.samples)
+        count = len(self.groups)
+        size = min(max(1, self.settings.batch_size // len(self.groups[0])), count)
         epoch, place = divmod(self.step, count // size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "order", str(epoch)))
             self._order = epoch, torch.randperm(count, generator=generator).tolist()
-        return self._order[1][place * size : (place + 1) * size]
+        return [i for k in self._order[1][place * size : (place + 1) * size] for i in self.groups[k]]
 
     def _note(self, loss: float) -> None:
         self._sums.append(loss)
@@ -211,11 +233,16 @@ class Finetuner:
             if settings.bias_lr and layer.bias is not None:
                 layer.bias = nn.Parameter(layer.bias.detach().float().clone())
             if settings.adapter_rank:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, name, "adapter"))
-                weight = layer.weight.detach().float()
-                layer.adapter = LowRankTerm.nothing(
-                    weight, min(settings.adapter_rank, *weight.shape), generator
-                )
+                # before there is an adapter, which may come from an SVD: that gives no two runs the same bits
+                self._sizes[name] = layer.baked_weight()[1].mean().item()
+                rank = min(settings.adapter_rank, *layer.weight.shape)
+                lost = None if settings.adapter_start == "zero" else _round_base(layer)
+                if lost is not None and settings.adapter_start == "error":
+                    term = LowRankTerm.leading(lost, rank)
+                    layer.adapter = LowRankTerm(term.up, layer.to_original(term.down))
+                else:
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, name, "adapter"))
+                    layer.adapter = LowRankTerm.nothing(layer.weight.detach().float(), rank, generator)
         if settings.auxiliary_rank:
             self.decay = RankDecay(settings.auxiliary_rank, settings.steps, settings.auxiliary_keep)
             start_auxiliary({name: self._open[name] for name in chosen}, settings.auxiliary_rank)
@@ -238,12 +265,24 @@ class Finetuner:
         return idle
 
 
+@torch.no_grad()
+def _round_base(layer: QuantizedLinear) -> Tensor:
+    """W becomes Ŵ, whose codes are the same; returns what is lost, W - Ŵ in the basis in which the layer quantizes."""
+    weight = layer.transformed_weight()
+    rounded = layer.rounded(weight)
+    layer.weight = nn.Parameter(layer.to_original(rounded), requires_grad=False)
+    return weight - rounded
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _main_groups(
-    layers: Mapping[str, Layer], chosen: Mapping[str, Layer], settings: FinetuneSettings
+    layers: Mapping[str, Layer],
+    chosen: Mapping[str, Layer],
+    settings: FinetuneSettings,
+    sizes: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     opened = [layer for layer in layers.values() if isinstance(layer, QuantizedLinear)]
     packed = [layer for layer in layers.values() if isinstance(layer, ScaledCodes)]
@@ -257,10 +296,10 @@ def _main_groups(
         ([p for layer in opened for p in layer.level_parameters()], settings.level_lr, 0.0),
         ([layer.log_scale for layer in packed], settings.scale_lr, 0.0),
     ]
-    for layer in chosen.values():
+    for name, layer in chosen.items():
         if isinstance(layer, QuantizedLinear) and layer.adapter is not None:
-            step = layer.baked_weight()[1].mean().item()
-            groups.append(([layer.adapter.up, layer.adapter.down], step * settings.adapter_lr, 0.0))
+            terms: list[Any] = [layer.adapter.up, layer.adapter.down]
+            groups.append((terms, sizes[name] * settings.adapter_lr, 0.0))
     return [
         {"params": parameters, "peak": rate, "lr": rate, "weight_decay": rest}
         for parameters, rate, rest in groups

@@ -10,25 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.errors import AttarError
-from attar.quantize.formats import (
-    clip_weight,
-    fake_quantize_tokens,
-    fake_quantize_weight,
-    group_count,
-    quantize_weight,
-    weight_magnitudes,
-    weight_steps,
-)
-from attar.quantize.tables import (
-    check_trained_levels,
-    check_weight_format,
-    fit_parameters,
-    levels_for,
-    number_of,
-)
+from attar.quantize.formats import fake_quantize_tokens
 from attar.quantize.terms import LowRankTerm
 from attar.quantize.transforms import LearnedTransform, Matrices
-from attar.runtime.formats import check_format, code_range, decode, wide
+from attar.quantize.weights import Grid, WeightQuantizer
+from attar.runtime.formats import check_format, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
 from attar.runtime.transforms import Transform, restore_weight, transform_weight
@@ -55,8 +41,9 @@ class QuantizedLinear(nn.Module):
     weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
     weight_format: "int", "fp8" or a table (tables.py), which is fitted to the weight as the transforms start.
     train_levels: whether the parameters of the table, such as the exponent of "power", are learned from there on.
-    act_format: "int" or "fp8". A low-rank branch beside the quantized product comes from `set_branch`. Who trains the
-    layer end to end may set `adapter` and `auxiliary`, and let the weight and the bias have gradients.
+    act_format: "int" or "fp8". A low-rank branch beside the quantized product comes from `set_branch`, rows of several
+    kinds from `mix_rows`. Who trains the layer end to end may set `adapter` and `auxiliary`, and let the weight and the
+    bias have gradients.
     The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
     the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
     layer of `bake()` does.
@@ -79,9 +66,6 @@ class QuantizedLinear(nn.Module):
         train_levels: bool = False,
     ) -> None:
         super().__init__()
-        check_weight_format(weight_format, weight_bits)
-        if train_levels:
-            check_trained_levels(weight_format)
         if act_bits is not None:
             check_format(act_format, act_bits)
             if group_size is not None:
@@ -90,17 +74,16 @@ class QuantizedLinear(nn.Module):
                     fix="Use one scale per output channel, or weights only",
                 )
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
-        self.weight_format, self.number, self.act_format = weight_format, number_of(weight_format), act_format
+        self.act_bits, self.group_size, self.act_format = act_bits, group_size, act_format
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         device = linear.weight.device
-        groups = group_count(self.in_features, group_size)
+        grid = Grid(weight_bits, weight_format)
+        start = clip_start if weight_clip else None
+        size = (self.out_features, self.in_features)
+        self.quantizer = WeightQuantizer(grid, *size, group_size, start, train_levels).to(device)
         self.transforms = nn.ModuleList(transforms).to(device)  # type: ignore[arg-type]
-        self.weight_clip_logit = self.act_clip_logit = None
-        if weight_clip:  # (f_lo, f_hi) of each row and group
-            start = torch.full((2, self.out_features, groups), clip_start, device=device)
-            self.weight_clip_logit = nn.Parameter(start)
+        self.act_clip_logit = None
         if act_clip and act_bits is not None:
             self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
         self.weight_quant, self.act_quant = True, act_bits is not None
@@ -110,21 +93,27 @@ class QuantizedLinear(nn.Module):
         self.auxiliary: LowRankTerm | None = (
             None  # added to the rounded weight, and gone before the layer is packed
         )
-        self.table = None  # the parameters that its levels depend on
         self._frozen: _Frozen | None = None
         self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
-        if self.number == "table":
-            with torch.no_grad():
-                start = self.transformed_weight(), self._weight_clip(), group_size
-                found = fit_parameters(
-                    weight_format, weight_steps(*start), weight_bits, weight_magnitudes(*start)
-                )
-            self.table = nn.Parameter(found, train_levels)
+        if grid.number == "table":
+            self.quantizer.fit(self.transformed_weight())
+
+    @property
+    def weight_bits(self) -> int:
+        """Of all rows, or on average of rows of several kinds."""
+        return self.quantizer.grid.bits
 
     @property
     def levels(self) -> Tensor | None:
-        """The numbers of a table, (1 or out, 1 or groups, 2^bits), exact in half precision; None without one."""
-        return None if self.table is None else levels_for(self.weight_format, self.table, self.weight_bits)
+        """The numbers of a table, (1 or out, 1 or groups, 2^bits), exact in half precision; None without one, and for
+        rows of several kinds."""
+        return self.quantizer.levels
+
+    def mix_rows(self, grids: Sequence[Grid], row_grid: Tensor) -> None:
+        """Gives row r the grid `grids[row_grid[r]]`, as `WeightQuantizer.mix`; tables are those of the weight now."""
+        self.quantizer.mix(grids, row_grid)
+        self.quantizer.fit(self.transformed_weight())
+        self._cache = None
 
     # ----------------------------------------------------------------------------------- low-rank branch
 
@@ -136,7 +125,7 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def rounded(self, weight: Tensor) -> Tensor:
         """What the weight quantizer, as it is now, makes of a weight in the transformed basis."""
-        return self._fake(weight)
+        return self.quantizer(weight)
 
     @torch.no_grad()
     def to_original(self, rows: Tensor) -> Tensor:
@@ -187,11 +176,11 @@ class QuantizedLinear(nn.Module):
 
     def clip_parameters(self) -> list[nn.Parameter]:
         """The logits of the clipping factors."""
-        return [p for p in (self.weight_clip_logit, self.act_clip_logit) if p is not None]
+        return [p for p in (self.quantizer.clip_logit, self.act_clip_logit) if p is not None]
 
     def level_parameters(self) -> list[nn.Parameter]:
         """What the levels of a table depend on, where that is trained."""
-        return [] if self.table is None or not self.table.requires_grad else [self.table]
+        return self.quantizer.table_parameters()
 
     def branch_parameters(self) -> list[nn.Parameter]:
         """A and B of the low-rank branch."""
@@ -205,7 +194,7 @@ class QuantizedLinear(nn.Module):
         if torch.is_grad_enabled():
             self._cache = None
             return self._evaluate()
-        key = (self.weight_quant, self.weight_bits, *((p.data_ptr(), p._version) for p in self.parameters()))
+        key = (self.weight_quant, *((p.data_ptr(), p._version) for p in self.parameters()))
         if self._cache is None or self._cache[0] != key:
             self._cache = key, self._evaluate()
         return self._cache[1]
@@ -213,12 +202,8 @@ class QuantizedLinear(nn.Module):
     def _evaluate(self) -> tuple[list[Matrices], Tensor]:
         matrices = [transform.matrices() for transform in self.transforms]  # type: ignore[operator]
         weight = self._transformed_weight(matrices)
-        weight = self._fake(weight) if self.weight_quant else weight
+        weight = self.quantizer(weight) if self.weight_quant else weight
         return matrices, weight if self.auxiliary is None else weight + self.auxiliary()
-
-    def _fake(self, weight: Tensor) -> Tensor:
-        clip = self._weight_clip()
-        return fake_quantize_weight(weight, self.weight_bits, clip, self.group_size, self.number, self.levels)
 
     def _transformed_weight(self, matrices: list[Matrices]) -> Tensor:
         weight = self._rest(wide(self.weight))
@@ -258,9 +243,6 @@ class QuantizedLinear(nn.Module):
         down, up = (part.to(weight.dtype) for part in branch)
         return weight - up @ down
 
-    def _weight_clip(self) -> Tensor | None:
-        return None if self.weight_clip_logit is None else self.weight_clip_logit.sigmoid()
-
     def _act_clip(self) -> Tensor | None:
         return None if self.act_clip_logit is None else self.act_clip_logit.sigmoid()
 
@@ -275,13 +257,8 @@ class QuantizedLinear(nn.Module):
         """
         transforms = self._baked_transforms()
         weight = transform_weight(transforms, self._rest(self.weight.double())).float()
-        clip = self._weight_clip()
-        scale = self._quantize(weight)[1]
-        return (clip_weight(weight, clip, self.group_size) if clipped else weight), scale
-
-    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        clip = self._weight_clip()
-        return quantize_weight(weight, self.weight_bits, clip, self.group_size, self.number, self.levels)
+        scale = self.quantizer.quantize(weight)[1]
+        return (self.quantizer.clipped(weight) if clipped else weight), scale
 
     @torch.no_grad()
     def freeze(self, codes: Tensor | None = None) -> None:
@@ -297,15 +274,10 @@ class QuantizedLinear(nn.Module):
             )
         weight, scale = self.baked_weight()
         if codes is None:
-            codes = self._quantize(weight)[0]
-        low, high = code_range(self.weight_bits)
-        if codes.shape != weight.shape or bool((codes < low).any()) or bool((codes > high).any()):
-            raise AttarError(
-                f"codes of shape {tuple(codes.shape)} do not fit {self.weight_bits} bits "
-                f"of {tuple(weight.shape)}"
-            )
-        numbers = decode(codes.unflatten(1, (scale.shape[1], -1)), self.number, self.weight_bits, self.levels)
-        fake = (numbers * scale.unsqueeze(-1)).flatten(1)
+            codes = self.quantizer.quantize(weight)[0]
+        if codes.shape != weight.shape:
+            raise AttarError(f"codes of shape {tuple(codes.shape)} do not fit {tuple(weight.shape)}")
+        fake = self.quantizer.decode(codes, scale)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
         self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch())
         self._cache = None
@@ -331,17 +303,15 @@ class QuantizedLinear(nn.Module):
         return PackedLinear.from_codes(
             frozen.codes,
             frozen.scale,
-            self.weight_bits,
             bias=self.bias,
             act_bits=self.act_bits,
             act_clip=frozen.act_clip,
             transforms=frozen.transforms,
             group_size=self.group_size,
             compute_dtype=self.weight.dtype,
-            weight_format=self.number,
             act_format=self.act_format if self.act_bits is not None else "int",
-            levels=self.levels,
             branch=frozen.branch,
+            **self.quantizer.stored(),
         )
 
     def _baked_transforms(self) -> list[Transform]:

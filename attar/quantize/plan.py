@@ -12,6 +12,7 @@ from torch import nn
 from attar.errors import AttarError
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
+from attar.quantize.row_bits import RowBitsSettings
 from attar.quantize.tables import check_weight_format, least_bits, own_tables
 from attar.quantize.transforms import check_rotation, kronecker_factors
 from attar.runtime.block_rotations import block_width
@@ -50,7 +51,8 @@ class LayerPlan:
     activations. reason: why the layer is treated differently from the default, or None. group_size: input
     channels to a scale, only for floating-point activations; None for one scale per output channel.
     weight_format, act_format: of the numbers, see tables.py and attar.runtime.formats. low_rank: rank of a branch in
-    high precision beside the product, 0 for none.
+    high precision beside the product, 0 for none. row_bits: how its rows get one bit more or less, at `weight_bits` on
+    average; None for as many in all.
     plain: rounded to nearest, with no transforms, no clipping and no GPTQ, since there is no use in calibrating it.
     """
 
@@ -67,6 +69,7 @@ class LayerPlan:
     weight_format: str = "int"
     act_format: str = "int"
     low_rank: int = 0
+    row_bits: RowBitsSettings | None = None
 
     @property
     def skipped(self) -> bool:
@@ -74,12 +77,13 @@ class LayerPlan:
 
     @property
     def bits(self) -> str:
-        """ "kept", "W4A6", "W4A16", or "W4A16g64" with a scale for 64 input channels."""
+        """ "kept", "W4A6", "W4A16", "W4A16g64" with a scale for 64 input channels, or "W4±1A6" with rows of 3 to 5."""
         if self.skipped:
             return "kept"
         groups = f"g{self.group_size}" if self.group_size else ""
         kinds = {self.weight_format, self.act_format} - {"int"}
-        return f"W{self.weight_bits}A{self.act_bits or KEEP}{groups}{''.join(f'-{kind}' for kind in sorted(kinds))}"
+        weights = f"W{self.weight_bits}" + ("" if self.row_bits is None else "±1")
+        return f"{weights}A{self.act_bits or KEEP}{groups}{''.join(f'-{kind}' for kind in sorted(kinds))}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def plan_layers(
     weight_format: str = "int",
     act_format: str = "int",
     low_rank: int = 0,
+    row_bits: RowBitsSettings | None = None,
 ) -> list[LayerPlan]:
     """The plan of every linear layer of a transformer, in the order given.
 
@@ -114,7 +119,8 @@ def plan_layers(
     weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
     group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
     scale per output channel, and its reason says so.
-    weight_format, act_format: of all planned layers. low_rank: of those that are not plain.
+    weight_format, act_format: of all planned layers. low_rank, row_bits: of those that are not plain; layers of 8 bits
+    have as many in all rows.
     overrides: {pattern: {"weights": bits, "acts": bits, "skip": bool}}; a pattern is a role or a dotted
     name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
     Raises AttarError for bits out of range, unknown keys, patterns that match no layer, and groups that no layer has.
@@ -143,7 +149,7 @@ def plan_layers(
                 chosen.update(options)
                 last = pattern
         plan = _plan(linear, inside, weights, acts, chosen, last, group_size)
-        plans.append(_with_formats(plan, weight_format, act_format, low_rank))
+        plans.append(_with_formats(plan, weight_format, act_format, low_rank, row_bits))
     if unmatched:
         roles = sorted({plan.role for plan in plans})
         raise AttarError(
@@ -173,13 +179,20 @@ def _check_parts(plans: Iterable[LayerPlan]) -> None:
             )
 
 
-def _with_formats(plan: LayerPlan, weight_format: str, act_format: str, low_rank: int) -> LayerPlan:
+def _with_formats(
+    plan: LayerPlan, weight_format: str, act_format: str, low_rank: int, row_bits: RowBitsSettings | None
+) -> LayerPlan:
     if plan.weight_bits is None:
         return plan
+    row_bits = None if plan.plain or plan.weight_bits == 8 else row_bits
     try:
         check_weight_format(weight_format, plan.weight_bits)
         if plan.act_bits is not None:
             check_format(act_format, plan.act_bits)
+        if row_bits is not None:
+            if plan.group_size is not None:
+                raise AttarError("rows of several widths have one scale each", fix="Leave group_size out")
+            row_bits.grids(plan.weight_bits, weight_format)
         if not plan.plain and low_rank > min(plan.in_features, plan.out_features):
             raise AttarError(
                 f"a branch of rank {low_rank} is no smaller than the layer", fix="Choose a smaller rank"
@@ -191,6 +204,7 @@ def _with_formats(plan: LayerPlan, weight_format: str, act_format: str, low_rank
         weight_format=weight_format,
         act_format="int" if plan.act_bits is None else act_format,
         low_rank=0 if plan.plain else low_rank,
+        row_bits=row_bits,
     )
 
 
@@ -315,12 +329,28 @@ def _rotation_bytes(d: int, rotation: str) -> int:
 
 
 def weight_bytes(plan: LayerPlan) -> int:
-    """Bytes of a planned layer's codes, scales and tables."""
+    """Bytes of a planned layer's codes, scales and tables.
+
+    Of rows with a bit more or less as many are expected as one step of their search has: which they are shows on data.
+    """
     assert plan.weight_bits is not None
+    if plan.row_bits is not None:
+        return _mixed_bytes(plan, plan.row_bits)
     groups = group_count(plan.in_features, plan.group_size)
     row = packed_width(plan.in_features, plan.weight_bits) + 4 * groups
     tables = own_tables(plan.weight_format, plan.out_features, groups)
     return plan.out_features * row + tables * (2 << plan.weight_bits)
+
+
+def _mixed_bytes(plan: LayerPlan, settings: RowBitsSettings) -> int:
+    out, few = plan.out_features, int(plan.out_features * settings.step)
+    total = out * (4 + 1)  # the scale and the kind of each row
+    for grid, count in zip(
+        settings.grids(plan.weight_bits or 0, plan.weight_format), (few, out - 2 * few, few), strict=True
+    ):
+        total += count * packed_width(plan.in_features, grid.bits)
+        total += own_tables(grid.weight_format, count, 1) * (2 << grid.bits)
+    return total
 
 
 def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.quantize.formats import fake_quantize_tokens
-from attar.runtime.formats import decode, wide
+from attar.runtime.formats import wide
 from attar.runtime.layers import PackedLinear
 
 
@@ -25,9 +25,7 @@ class ScaledCodes(nn.Module):
     def __init__(self, packed: PackedLinear) -> None:
         super().__init__()
         self.packed = packed
-        codes = packed.unpacked().unflatten(1, (packed.weight_scale.shape[1], -1))
-        numbers = decode(codes, packed.weight_format, packed.weight_bits, packed.levels)
-        self.register_buffer("numbers", numbers.float(), persistent=False)
+        self.register_buffer("numbers", packed.numbers().float(), persistent=False)
         self.log_scale = nn.Parameter(packed.weight_scale.log())
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.detach().float().clone())
         self.clip = None if packed.act_clip is None else nn.Parameter(packed.act_clip.clone())

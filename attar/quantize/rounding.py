@@ -68,6 +68,17 @@ def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return quantize(weight, _column_scales(scale, weight), bits)
 
 
+def gptq_codes(layer: QuantizedLinear, hessian: Tensor, damping: float, block: int) -> Tensor:
+    """GPTQ's codes (out, in) of a layer at the scales of its clipping. A row's codes depend on no other row's."""
+    weight, scale = layer.baked_weight(clipped=True)
+    factor = inverse_factor(hessian, damping)
+
+    def codes(rows: Tensor, scales: Tensor, bits: int, number: str, levels: Tensor | None) -> Tensor:
+        return _gptq(rows, factor, scales, bits, block, number, levels)
+
+    return layer.quantizer.by_kinds(codes, weight, scale)
+
+
 @torch.no_grad()
 def gptq(
     weight: Tensor,
@@ -89,11 +100,19 @@ def gptq(
     Returns codes (out, in), int8 (int16 above 8 bits). Raises AttarError when the Hessian is not finite or
     stays indefinite in float64 at 1000 times the damping.
     """
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {weight.shape[1]} input channels")
+    return _gptq(weight, inverse_factor(hessian, damping), scale, bits, block, number, levels)
+
+
+@torch.no_grad()
+def _gptq(
+    weight: Tensor, factor: Tensor, scale: Tensor, bits: int, block: int, number: str, levels: Tensor | None
+) -> Tensor:
+    """`gptq` with the factor (in, in) of its Hessian."""
     weight, columns = wide(weight).clone(), weight.shape[1]
-    if hessian.shape != (columns, columns):
-        raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {columns} input channels")
     scales = _column_scales(scale, weight).to(weight.dtype)
-    factor = _inverse_factor(hessian, damping).to(weight.dtype)  # upper triangular, (in, in)
+    factor = factor.to(weight.dtype)
     codes = torch.empty_like(weight, dtype=torch.int8 if bits <= 8 else torch.int16)
     width = columns // scale.shape[1]
     for start in range(0, columns, block):
@@ -120,7 +139,7 @@ def _column_scales(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.unsqueeze(-1).expand(-1, -1, size).reshape(weight.shape)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of (H + λI)^{-1}, λ = damping · mean diag H; on failure float64, then more λ."""
     if not torch.isfinite(hessian).all():
         raise AttarError("the Hessian of a layer is not finite", fix="Check the calibration inputs for NaN")

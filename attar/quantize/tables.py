@@ -125,9 +125,14 @@ def check_trained_levels(name: str) -> None:
         raise AttarError(f"the weight format {name} has no levels to train", fix=f"Choose one of {those}")
 
 
+def has_own_tables(name: str) -> bool:
+    """Whether each row of a weight format has a table to itself."""
+    return name in TABLES and TABLES[name].per_row
+
+
 def own_tables(name: str, out_features: int, groups: int) -> int:
     """How many tables a layer has."""
-    return 0 if name not in TABLES else out_features * groups if TABLES[name].per_row else 1
+    return 0 if name not in TABLES else out_features * groups if has_own_tables(name) else 1
 
 
 def _fp4(steps: Tensor, bits: int) -> Tensor:

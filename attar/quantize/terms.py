@@ -19,7 +19,8 @@ class LowRankTerm(nn.Module):
 
     def __init__(self, up: Tensor, down: Tensor) -> None:
         super().__init__()
-        self.up, self.down = nn.Parameter(up.detach().clone()), nn.Parameter(down.detach().clone())
+        # rows one after another, as stored tensors are: a fused optimizer reads its moments in the factors' order
+        self.up, self.down = (nn.Parameter(_copy(part)) for part in (up, down))
         self.gate = nn.Parameter(up.new_ones(up.shape[1]), requires_grad=False)
 
     @classmethod
@@ -68,8 +69,12 @@ class LowRankTerm(nn.Module):
         u, s, v = torch.linalg.svd(a @ b.T)
         root = s.sqrt()
         up, down = (left @ u) * root, root[:, None] * (v @ right.T)
-        self.up, self.down = nn.Parameter(up.to(self.up)), nn.Parameter(down.to(self.down))
+        self.up, self.down = (nn.Parameter(_copy(part.to(self.up))) for part in (up, down))
         self.gate = nn.Parameter(self.gate.new_ones(keep), requires_grad=False)
+
+
+def _copy(part: Tensor) -> Tensor:
+    return part.detach().clone(memory_format=torch.contiguous_format)
 
 
 def kaiming_uniform(rank: int, width: int, generator: torch.Generator | None) -> Tensor:

@@ -15,7 +15,11 @@ class says which convolution that is. Layers that are split over their input hav
 
      "splits": {"up_blocks.0.resnets.0.conv1.linear": [11520, 5760]}
 
-Models that have either are of format version 3.
+Models that have either are of format version 3. Version 4 brought layers whose rows have several widths or formats:
+
+     "rows": [[3, "int", 153], [4, "int", 1230], [5, "int", 153]]
+
+in their scheme, bits, format and count of each kind (rows.py).
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
@@ -32,11 +36,12 @@ from attar.errors import AttarError
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
 from attar.runtime.patches import PatchLinear, model_splits, open_layers
-from attar.runtime.scheme import LATER, LATER_TRANSFORMS
+from attar.runtime.rows import kinds_of
+from attar.runtime.scheme import LATER, LATER_TRANSFORMS, MIXED_ROWS
 from attar.runtime.transforms import transform_class
 
 QUANT_METHOD = "attar"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -85,7 +90,13 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
     opened = bool(splits) or any(isinstance(m, PatchLinear) for m in model.modules())
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": 3 if opened else 2 if later else 1,
+        "format_version": 4
+        if any(MIXED_ROWS in scheme for scheme in schemes)
+        else 3
+        if opened
+        else 2
+        if later
+        else 1,
         "attar_version": attar_version(),
         "recipe": recipe,
         "schemes": schemes,
@@ -117,7 +128,7 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
     if config["quant_method"] != QUANT_METHOD:
         raise AttarError(f"quant_method is {config['quant_method']!r}, not {QUANT_METHOD!r}", where=where)
     for position, scheme in enumerate(config["schemes"]):
-        later = LATER if found > 1 else {}
+        later = {key: kind for key, kind in LATER.items() if found > (3 if key == MIXED_ROWS else 1)}
         if not isinstance(scheme, Mapping) or not set(_SCHEME_FIELDS) <= set(scheme) <= {
             *_SCHEME_FIELDS,
             *later,
@@ -127,6 +138,8 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
             if type(value) not in {**_SCHEME_FIELDS, **later}[field]:
                 raise AttarError(f"scheme {position} has {field} = {value!r}", where=where, fix=update)
         packed_width(1, scheme["weight_bits"])
+        if MIXED_ROWS in scheme:
+            kinds_of(scheme[MIXED_ROWS])
         for transform in scheme["transforms"]:
             transform_class(transform)
     for name, position in config["layers"].items():

@@ -24,17 +24,24 @@ def describe_backend(parts: Iterable[Any], device: torch.device | str) -> str | 
     text, name = backend_description(device), backend_name(device)
     if name == "reference":
         return text
-    lacking = Counter(_numbers(layer) for layer in layers if _formats(layer) not in BACKENDS[name].formats())
+    having = BACKENDS[name].formats()
+    lacking = Counter(_numbers(layer) for layer in layers if not _formats(layer) <= having)
     if not lacking:
         return text
     kinds = ", ".join(f"{count} with {numbers}" for numbers, count in sorted(lacking.items()))
     return f"{text}; {lacking.total()} of {len(layers)} packed layers run on the slow reference: {kinds}"
 
 
-def _formats(layer: PackedLinear) -> tuple[str, str | None]:
-    return layer.weight_format, None if layer.act_bits is None else layer.act_format
+def _formats(layer: PackedLinear) -> set[tuple[str, str | None]]:
+    """(weights, activations); several where rows are of several kinds."""
+    acts = None if layer.act_bits is None else layer.act_format
+    return {(number, acts) for number in _weight_formats(layer)}
+
+
+def _weight_formats(layer: PackedLinear) -> list[str]:
+    return [layer.weight_format] if layer.rows is None else sorted({kind.number for kind in layer.rows})
 
 
 def _numbers(layer: PackedLinear) -> str:
-    weights, acts = _formats(layer)
-    return f"{weights} weights and {acts or 'floating-point'} activations"
+    acts = "floating-point" if layer.act_bits is None else layer.act_format
+    return f"{' and '.join(_weight_formats(layer))} weights and {acts} activations"

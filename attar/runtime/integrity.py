@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.runtime.checkpoint import QUANT_METHOD, check_config
+from attar.runtime.scheme import MIXED_ROWS
 
 CHECKSUM_KEY = "attar_sha256"
 CONFIG_KEY = "attar_config_sha256"
@@ -159,6 +160,8 @@ def _check_layers(
     for name, position in layers.items():
         scheme = schemes[position]
         wanted = ["codes", "weight_scale"] + (["act_clip"] if scheme["act_clip"] else [])
+        mixed = MIXED_ROWS in scheme
+        wanted += ["row_kind"] if mixed else []
         for part in wanted:
             if f"{name}.{part}" not in tensors:
                 raise AttarError(f"tensor '{name}.{part}' is missing", where=where, fix=_DAMAGED)
@@ -166,7 +169,9 @@ def _check_layers(
             if not any(key.startswith(f"{name}.transforms.{i}.") for key in tensors):
                 raise AttarError(f"transform {i} of {name!r} is missing", where=where, fix=_DAMAGED)
         (codes_dtype, codes), (scale_dtype, scale) = (tensors[f"{name}.{part}"] for part in wanted[:2])
-        if (codes_dtype, scale_dtype) != (torch.uint8, torch.float32) or codes[:1] != scale[:1]:
+        rows = tensors[f"{name}.row_kind"][1] if mixed else codes[:1]
+        types = (codes_dtype, scale_dtype)
+        if types != (torch.uint8, torch.float32) or rows != scale[:1] or len(codes) != (1 if mixed else 2):
             raise AttarError(f"codes and scales of {name!r} do not match", where=where, fix=_DAMAGED)
     for key, (dtype, _) in tensors.items():
         layer, part = _owner(key, layers)
@@ -196,8 +201,9 @@ def _has_part(scheme: Mapping[str, Any], part: str) -> bool:
         return index.isdecimal() and int(index) < len(scheme["transforms"])
     if part in ("low_rank_in", "low_rank_out"):
         return bool(scheme.get("low_rank"))
-    if part in ("act_clip", "levels"):
-        return bool(scheme.get(part))
+    if part in ("act_clip", "levels", "row_kind"):
+        tables = part == "levels" and any(kind[1] == "table" for kind in scheme.get(MIXED_ROWS, ()))
+        return tables or bool(scheme.get(MIXED_ROWS if part == "row_kind" else part))
     return part in ("codes", "weight_scale", "bias")
 
 

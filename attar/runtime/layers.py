@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -13,10 +14,19 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.runtime.float32 import KeepsBufferDtype
-from attar.runtime.formats import check_levels
-from attar.runtime.ops import dequantized, packed_linear
+from attar.runtime.formats import check_levels, decode
+from attar.runtime.ops import packed_linear
 from attar.runtime.packing import pack, packed_width, unpack
-from attar.runtime.scheme import LATER, check_formats, check_scheme, later_fields, levels_of, table_shape
+from attar.runtime.rows import RowKind, Rows, check_rows, pack_rows, sizes, split_rows
+from attar.runtime.scheme import (
+    LATER,
+    check_formats,
+    check_mixed,
+    check_scheme,
+    later_fields,
+    levels_of,
+    table_shape,
+)
 from attar.runtime.transforms import Transform, as_module_list, restore_weight, transform_from_config
 
 
@@ -35,6 +45,9 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     the dtype of the model, or None. There is no `weight` Parameter: the property gives the dequantized weight in the
     original basis, with the branch, in the dtype of the model.
 
+    Rows of several kinds (rows.py): `rows` lists them, `weight_bits` is the widest's, `codes` and `levels` are flat,
+    and the buffer `row_kind` uint8 (out,) says which row is which. Their products are computed kind by kind.
+
     Gradients flow to the input (straight-through), so adapters beside or before the layer can be trained.
     """
 
@@ -43,6 +56,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     weight_scale: Tensor
     act_clip: Tensor | None
     levels: Tensor | None
+    row_kind: Tensor | None
     low_rank_in: nn.Parameter | None
     low_rank_out: nn.Parameter | None
 
@@ -61,6 +75,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         act_format: str = "int",
         levels: str | None = None,
         low_rank: int = 0,
+        rows: Sequence[Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -73,19 +88,22 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         self.weight_format, self.act_format, self.low_rank = weight_format, act_format, low_rank
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = 1 if group_size is None else in_features // group_size
-        width = packed_width(in_features, weight_bits)
-        self.register_buffer("codes", torch.zeros(out_features, width, dtype=torch.uint8, device=device))
+        shape: tuple[int, ...] = (out_features, packed_width(in_features, weight_bits))
+        tables = None if levels is None else (*table_shape(levels, out_features, groups), 1 << weight_bits)
+        self.rows: list[RowKind] | None = None
+        if rows is not None:
+            self.rows = check_mixed(rows, out_features, weight_bits, weight_format, group_size)
+            count, entries = sizes(self.rows, in_features)
+            shape, tables = (count,), (entries,) if entries else None
+        self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8, device=device))
+        kind = None if rows is None else torch.zeros(out_features, dtype=torch.uint8, device=device)
+        self.register_buffer("row_kind", kind)
         self.register_buffer(
             "weight_scale", torch.ones(out_features, groups, dtype=torch.float32, device=device)
         )
         clip = torch.ones(2, dtype=torch.float32, device=device) if act_clip else None
         self.register_buffer("act_clip", clip)
-        tables = None if levels is None else table_shape(levels, out_features, groups)
-        table = (
-            None
-            if tables is None
-            else torch.zeros(*tables, 1 << weight_bits, dtype=torch.float16, device=device)
-        )
+        table = None if tables is None else torch.zeros(tables, dtype=torch.float16, device=device)
         self.register_buffer("levels", table)
         self.transforms = as_module_list(transforms)
         shapes = {"bias": (out_features,)} if bias else {}
@@ -114,23 +132,28 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         act_format: str = "int",
         levels: Tensor | None = None,
         branch: tuple[Tensor, Tensor] | None = None,
+        rows: Sequence[RowKind] | None = None,
+        row_kind: Tensor | None = None,
     ) -> PackedLinear:
         """A layer from integer codes (out, in) and scales (out, 1) or (out, in/group_size).
 
         The numbers that the codes stand for (formats.py) times the scale are the weight in the transformed basis,
         W̃ = W T^{-T}; for integers that is codes · scale. `compute_dtype`, the dtype of the model, defaults to the
         bias's, else float32. levels: (1 or out, 1 or groups, 2^bits) of the format "table". branch: (A (rank, in),
-        B (out, rank)), on the layer's input.
+        B (out, rank)), on the layer's input. rows, row_kind (out,): the kinds of rows and which of them each row is;
+        each row's codes are those of its kind, levels (numbers,) are those of all tables one after another, and `bits`
+        are the widest kind's.
         Raises AttarError for codes out of range, scales that are not finite and positive, wrong shapes.
         """
         if codes.ndim != 2 or codes.is_floating_point():
             raise AttarError(f"codes must be an integer matrix, found {codes.dtype} {tuple(codes.shape)}")
         out_features, in_features = codes.shape
         if levels is not None:
-            if levels.ndim != 3:
+            if levels.ndim != (3 if rows is None else 1):
                 raise AttarError(f"levels has shape {tuple(levels.shape)}, expected rows, groups and entries")
-            check_levels(levels, bits)
-        own = None if levels is None else levels_of(levels)
+            if rows is None:
+                check_levels(levels, bits)
+        own = None if levels is None or rows is not None else levels_of(levels)
         layer = cls(
             in_features,
             out_features,
@@ -144,6 +167,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             act_format=act_format,
             levels=own,
             low_rank=0 if branch is None else branch[0].shape[0],
+            rows=None if rows is None else [astuple(kind) for kind in rows],
             device="meta",
             dtype=compute_dtype or (bias.dtype if bias is not None else torch.float32),
         )
@@ -155,7 +179,15 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             )
         if not bool((torch.isfinite(weight_scale) & (weight_scale > 0)).all()):
             raise AttarError("weight_scale must be finite and positive")
-        layer.codes, layer.weight_scale = pack(codes, bits), weight_scale
+        layer.weight_scale = weight_scale
+        if layer.rows is None:
+            layer.codes = pack(codes, bits)
+        else:
+            if row_kind is None or row_kind.shape != (out_features,):
+                raise AttarError("which kind each row is has to be said for all rows")
+            check_rows(row_kind, layer.rows, levels)
+            layer.row_kind = row_kind.detach().to(torch.uint8, copy=True)
+            layer.codes = pack_rows(codes, layer.row_kind, layer.rows)
         if act_clip is not None:
             clip = torch.as_tensor(act_clip, dtype=torch.float32, device=codes.device).detach().clone()
             if clip.shape != (2,) or not bool(torch.isfinite(clip).all()):
@@ -210,7 +242,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             "act_clip": self.act_clip is not None,
             "group_size": self.group_size,
             "transforms": [transform.config() for transform in self._chain()],
-            **later_fields(self.weight_format, self.act_format, self.levels, self.low_rank),
+            **later_fields(self.weight_format, self.act_format, self.levels, self.low_rank, self.rows),
         }
 
     def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
@@ -230,13 +262,21 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
 
     def unpacked(self) -> Tensor:
         """The integer codes, int8 (out, in)."""
-        return unpack(self.codes, self.weight_bits, self.in_features)
+        return self._whole(lambda own: unpack(own.codes, own.kind.bits, self.in_features))
+
+    def numbers(self) -> Tensor:
+        """What the codes stand for, before their scales: float32 (out, groups, in/groups)."""
+        groups = self.weight_scale.shape[1]
+        return self._whole(
+            lambda own: decode(
+                unpack(own.codes, own.kind.bits, self.in_features).unflatten(1, (groups, -1)),
+                own.kind.number, own.kind.bits, own.levels,
+            )
+        )  # fmt: skip
 
     def dequantized(self) -> Tensor:
         """The codes' numbers times the scale: the weight in the transformed basis, float32 (out, in)."""
-        return dequantized(
-            self.codes, self.weight_scale, self.weight_bits, self.in_features, self.weight_format, self.levels
-        )
+        return (self.numbers() * self.weight_scale[..., None]).flatten(1)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -257,11 +297,13 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             kept = torch.float16 if buffer == "levels" else torch.float32
             if tensor.is_floating_point() and tensor.dtype != kept:
                 raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
-        if self.levels is not None and not self.levels.is_meta:
-            try:
+        try:
+            if self.row_kind is not None and self.rows is not None and not self.row_kind.is_meta:
+                check_rows(self.row_kind, self.rows, self.levels)
+            elif self.levels is not None and not self.levels.is_meta:
                 check_levels(self.levels, self.weight_bits)
-            except AttarError as error:
-                raise AttarError(error.what, where=name) from error
+        except AttarError as error:
+            raise AttarError(error.what, where=name) from error
         scale = self.weight_scale
         if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise AttarError("the weight scales are not finite and positive", where=name)
@@ -273,6 +315,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         acts = "float" if self.act_bits is None else f"{self.act_bits} bits per token"
         acts += "" if self.act_format == "int" else f" ({self.act_format})"
         kind = "" if self.weight_format == "int" else f" ({self.weight_format})"
+        kind += "" if self.rows is None else " at most"
         branch = f", low_rank={self.low_rank}" if self.low_rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -286,26 +329,46 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
 
     def _run(self, x: Tensor, gelu: str | None = None) -> Tensor:
         chain = self._chain()
+        kinds = [transform.kind for transform in chain]
+        operands = [operand for transform in chain for operand in transform(None)]
+        first = gelu if self.low_rank_out is None else None  # behind the branch where there is one
+
+        def product(own: Rows) -> Tensor:
+            part = own.places
+            scale = self.weight_scale if part is None else self.weight_scale[part]
+            bias = self.bias if part is None or self.bias is None else self.bias[part]
+            return packed_linear(
+                x, own.codes, scale, bias, self.act_clip, own.kind.bits, self.act_bits, kinds, operands,
+                first, own.kind.number, self.act_format, own.levels,
+            )  # fmt: skip
+
         with _full_precision(x.device):  # autocast would round the integers and the scales
-            y = packed_linear(
-                x,
-                self.codes,
-                self.weight_scale,
-                self.bias,
-                self.act_clip,
-                self.weight_bits,
-                self.act_bits,
-                [transform.kind for transform in chain],
-                [operand for transform in chain for operand in transform(None)],
-                gelu if self.low_rank_out is None else None,
-                self.weight_format,
-                self.act_format,
-                self.levels,
-            )
+            y = self._whole(product, -1)
             if self.low_rank_in is None or self.low_rank_out is None:
                 return y
             y = y + F.linear(F.linear(x, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype))
             return y if gelu is None else F.gelu(y, approximate=gelu)
+
+    def _kinds(self) -> list[Rows]:
+        """The rows by their kinds; one kind alone has them all."""
+        if self.rows is None or self.row_kind is None:
+            kind = RowKind(self.weight_bits, self.weight_format, self.out_features)
+            return [Rows(kind, None, self.codes, self.levels)]
+        return split_rows(self.codes, self.row_kind, self.rows, self.in_features, self.levels)
+
+    def _whole(self, make: Callable[[Rows], Tensor], dim: int = 0) -> Tensor:
+        """What `make` gives for each kind of rows, with all rows in their places along `dim`."""
+        kinds = self._kinds()
+        if self.rows is None:
+            return make(kinds[0])
+        parts = [make(own) for own in kinds]
+        shape = list(parts[0].shape)
+        shape[dim] = self.out_features
+        whole = parts[0].new_empty(shape)
+        for own, part in zip(kinds, parts, strict=True):
+            assert own.places is not None
+            whole.index_copy_(dim, own.places, part)
+        return whole
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Without a weight Parameter, a layer with no bias would forget the dtype that its model was cast to.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from attar.errors import AttarError
 from attar.runtime.formats import check_format, integer_range
 from attar.runtime.packing import packed_width
+from attar.runtime.rows import RowKind, kinds_of
 
 LEVELS = ("layer", "row", "group")  # what has a table of numbers of its own
 # fields that version 2 of the format brought, left out where a layer has none of it
@@ -17,17 +20,22 @@ LATER: dict[str, tuple[type, ...]] = {
     "act_format": (str,),
     "levels": (str,),
     "low_rank": (int,),
+    "rows": (list,),
 }
+MIXED_ROWS = "rows"  # of version 4
 LATER_TRANSFORMS = ("block_rotations",)
 
 
-def later_fields(weight_format: str, act_format: str, levels: Tensor | None, low_rank: int) -> dict[str, Any]:
-    """Those that a layer needs."""
+def later_fields(
+    weight_format: str, act_format: str, levels: Tensor | None, low_rank: int, rows: Sequence[RowKind] | None
+) -> dict[str, Any]:
+    """Those that a layer needs. Kinds of rows tell of the levels themselves."""
     found = {
         "weight_format": weight_format if weight_format != "int" else None,
         "act_format": act_format if act_format != "int" else None,
-        "levels": None if levels is None else levels_of(levels),
+        "levels": None if levels is None or rows else levels_of(levels),
         "low_rank": low_rank or None,
+        "rows": [list(astuple(kind)) for kind in rows] if rows else None,
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -83,3 +91,17 @@ def check_formats(
         raise AttarError(f"weights of the format {weight_format!r} cannot have levels of each {levels!r}")
     if low_rank < 0:
         raise AttarError(f"a branch cannot have rank {low_rank}")
+
+
+def check_mixed(
+    rows: Sequence[Any], out_features: int, weight_bits: int, weight_format: str, group_size: int | None
+) -> list[RowKind]:
+    """The kinds of rows of a layer that has several. Raises AttarError where they do not fit the rest of it."""
+    kinds = kinds_of(rows)
+    if sum(kind.count for kind in kinds) != out_features:
+        raise AttarError(f"kinds of {[kind.count for kind in kinds]} rows are not {out_features} rows")
+    if max(kind.bits for kind in kinds) != weight_bits:
+        raise AttarError(f"the widest rows have {max(kind.bits for kind in kinds)} bits, not {weight_bits}")
+    if weight_format != "int" or group_size is not None:
+        raise AttarError("rows of several kinds have formats of their own, and one scale each")
+    return kinds

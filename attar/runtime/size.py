@@ -19,7 +19,7 @@ def packed_size(module: nn.Module) -> dict[str, float]:
     for layer in packed_layers(module).values():
         weights += layer.in_features * layer.out_features
         sizes["codes"] += layer.codes.nbytes
-        sizes["scales"] += layer.weight_scale.nbytes + _nbytes(layer.act_clip)
+        sizes["scales"] += layer.weight_scale.nbytes + _nbytes(layer.act_clip) + _nbytes(layer.row_kind)
         sizes["transforms"] += sum(buffer.nbytes for buffer in layer.transforms.buffers())
         sizes["biases"] += _nbytes(layer.bias)
     total = sum(t.nbytes for t in module.parameters()) + sum(t.nbytes for t in module.buffers())

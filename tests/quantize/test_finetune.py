@@ -129,10 +129,12 @@ def test_scale_aware_rates_change_as_many_codes_in_small_layers_as_in_large_ones
             layer = toy.layers["0"]
             layer.weight.data *= size
             toy.model[0].bias.data *= size
-            before = layer._quantize(layer.transformed_weight())[0]
+            before = layer.quantizer.quantize(layer.transformed_weight())[0]
             settings = replace(WEIGHTS, weight_lr=0.0, adapter_rank=8, adapter_lr=rates(size), max_norm=None)
             toy.tuner(replace(settings, steps=20), chosen=["0"]).train()
-            shares[size] = (layer._quantize(layer.transformed_weight())[0] != before).float().mean().item()
+            shares[size] = (
+                (layer.quantizer.quantize(layer.transformed_weight())[0] != before).float().mean().item()
+            )
         return shares[0.3], shares[30.0]
 
     small, large = flipped(lambda size: 0.3)

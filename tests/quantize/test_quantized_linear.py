@@ -133,11 +133,11 @@ def test_error_falls_with_bits_to_nothing_at_sixteen():
 
 def test_clipping_starts_at_0_982_and_learns():
     layer = QuantizedLinear(make_linear(), 4, 4)
-    assert layer._weight_clip().flatten()[0].item() == pytest.approx(0.98201, abs=1e-5)
-    assert layer._weight_clip().shape == (2, OUT, 1)
+    assert layer.quantizer.clip.flatten()[0].item() == pytest.approx(0.98201, abs=1e-5)
+    assert layer.quantizer.clip.shape == (2, OUT, 1)
     layer(torch.randn(30, D)).square().sum().backward()
     assert (layer.act_clip_logit.grad != 0).all()
-    assert (layer.weight_clip_logit.grad != 0).float().mean() > 0.9
+    assert (layer.quantizer.clip_logit.grad != 0).float().mean() > 0.9
     assert layer.weight.grad is None and layer.bias.grad is None
     assert QuantizedLinear(make_linear(), 4, None).act_clip_logit is None
     plain = QuantizedLinear(make_linear(), 4, 4, weight_clip=False, act_clip=False)
@@ -153,7 +153,7 @@ def test_evaluation_cache_follows_every_change_of_a_parameter():
     train(layer, x, steps=1, lr=0.5)
     with torch.no_grad():
         second = layer(x)
-        layer.weight_clip_logit.fill_(-1.0)
+        layer.quantizer.clip_logit.fill_(-1.0)
         third = layer(x)
         layer.weight_quant = False
         fourth = layer(x)

@@ -1,0 +1,94 @@
+"""The relation term of a training run: its settings, the memory of the teacher's places, the value of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from attar.errors import AttarError
+from attar.losses.relation import memory_divergence, relation_divergence, smoothed
+from attar.quantize.batching import Streams
+from attar.quantize.seeds import seed_of
+
+FEATURES = "relation"  # the stream of the features (B, N, C) in what a model gives
+
+
+@dataclass(frozen=True)
+class RelationSettings:
+    """weight: of the mean divergence, beside the mean squared error. window: consecutive denoising steps whose features
+    are averaged; 1 for none. temperature: of the softmax over cosines. memory: rows of the teacher's places from all
+    traced steps that places are compared with, `anchors` of them at a time; 0 compares the places of a sample with one
+    another. places: the most of a sample that are compared with one another, spread evenly.
+    """
+
+    weight: float
+    window: int = 2
+    temperature: float = 1.0
+    memory: int = 0
+    anchors: int = 4096
+    places: int = 1024
+
+
+@dataclass(frozen=True)
+class RelationTerm:
+    """weight · divergence of the relations in a batch. memory: (K, C), as `draw_memory` makes it, or None."""
+
+    settings: RelationSettings
+    memory: Tensor | None = None
+    seed: str = "0"
+
+    def __call__(self, pred: Tensor, target: Tensor, steps: int, update: int) -> Tensor:
+        """pred, target: (steps · B, N, C), step after step. update: its number; it decides which rows of the memory are
+        looked at. Returns a scalar."""
+        chosen = self.settings
+        stride = -(-pred.shape[1] // chosen.places)
+        ours, full = (smoothed(f[:, ::stride], steps, chosen.window) for f in (pred, target))
+        if self.memory is None:
+            return chosen.weight * relation_divergence(ours, full, chosen.temperature)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "anchors", str(update)))
+        rows = torch.randperm(len(self.memory), generator=generator)[: chosen.anchors]
+        anchors = self.memory[rows].to(pred.device)
+        return chosen.weight * memory_divergence(ours, full, anchors, chosen.temperature)
+
+
+def draw_memory(samples: Sequence[tuple[Any, Streams]], rows: int, seed: str) -> Tensor:
+    """Places of the teacher, as many from every traced step: (about `rows`, C), normalised, float32, on the CPU.
+
+    samples: with the stream FEATURES (B, N, C) among what the original gave. All steps are known here, so the memory is
+    full and balanced over time from the first update on, which MPQ-DMv2's queue is once it has seen a trajectory, and
+    it holds all guidance branches evenly.
+    Raises AttarError for fewer rows than samples.
+    """
+    each = rows // len(samples)
+    if not each:
+        raise AttarError(
+            f"a memory of {rows} places is smaller than the {len(samples)} traced steps",
+            where="finetune.relation.memory",
+            fix="Choose a larger one",
+        )
+    generator = torch.Generator().manual_seed(seed_of(seed, "memory"))
+    found = []
+    for _, streams in samples:
+        places = streams[FEATURES].flatten(0, -2)
+        found.append(places[torch.randint(len(places), (each,), generator=generator)].float())
+    return normalize(torch.cat(found), dim=-1)
+
+
+def windows(places: Sequence[tuple[int, ...]], length: int) -> list[list[int]]:
+    """Indices of consecutive steps, `length` at a time, that do not overlap; a rest that fills no window is left out.
+
+    places: (prompt, step, …) of every sample; windows stay within one prompt, and within what else tells them apart.
+    """
+    runs: dict[tuple[int, ...], list[int]] = {}
+    for index, (prompt, _, *rest) in enumerate(places):
+        runs.setdefault((prompt, *rest), []).append(index)
+    return [
+        run[start : start + length]
+        for run in runs.values()
+        for start in range(0, len(run) - length + 1, length)
+    ]
