@@ -21,7 +21,7 @@ from torch import nn
 
 from attar import ranks
 from attar.allocation import Allocation, allocate
-from attar.budget.plan_file import read_plan
+from attar.budget.plan_file import PlanFile, read_plan
 from attar.calibration.prompts import GENERAL_PROMPTS
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
@@ -84,19 +84,20 @@ def compress(
     model: a pipeline, which is changed in place, or anything that `attar.load` takes (a built-in name, a folder, a
     hub id). recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
     "quantize.weights" and "quantize.acts". budget: "0.30x", "3.2bits", "0.5dB" or "same", short for
-    "allocate.budget": bits for each layer by measured sensitivity. plan: a plan file with the bits of each layer
-    instead. prompts: calibration prompts; default: the model's own, else general ones. generation: arguments of the
-    pipeline's call while tracing (height, num_frames, ...). workspace: a folder; a killed run that is started again
-    with the same arguments goes on there. Without one, a temporary folder is used. seed: of noise, selection, rotations
-    and order.
+    "allocate.budget": bits for each layer by measured sensitivity. plan: a plan file with the bits of each layer, in
+    the place of a budget that the recipe has. prompts: for calibration; default: the model's own, else general ones.
+    generation: arguments of the pipeline's call while tracing (height, num_frames, ...). workspace: a folder; a killed
+    run that is started again with the same arguments goes on there. Without one, a temporary folder is used. seed: of
+    noise, selection, rotations and order.
 
     The result has the attribute `attar_compression` (a `Compression`). Raises AttarError for everything that cannot be
     done; no file is half-written then, and all that the request itself can be wrong in is found before the first
     layer is touched.
     """
     short = {"quantize.weights": weights, "quantize.acts": acts, "allocate.budget": budget}
-    recipe = load_recipe(recipe, {**(overrides or {}), **{k: v for k, v in short.items() if v is not None}})
-    layers = None if plan is None else read_plan(plan)
+    overrides = {**(overrides or {}), **{k: v for k, v in short.items() if v is not None}}
+    recipe = load_recipe(recipe, overrides)
+    layers = None if plan is None else read_plan_for(plan, overrides)
     if isinstance(model, (str, Path)):
         source = find_source(str(model))
         pipe = load_pipeline(source)
@@ -108,6 +109,14 @@ def compress(
         with tempfile.TemporaryDirectory(prefix="attar-") as folder:
             return run(pipe, source, recipe, Workspace(folder), prompts, generation, seed, progress)
     return run(pipe, source, recipe, Workspace(workspace), prompts, generation, seed, progress)
+
+
+def read_plan_for(path: str | Path, overrides: Mapping[str, Any]) -> PlanFile:
+    """A plan file, which takes the place of a recipe's own budget. AttarError where another one is asked for too."""
+    asked = overrides.get("allocate.budget")
+    if asked is not None or isinstance(overrides.get("allocate"), Mapping):
+        raise AttarError("a plan and a budget are given", fix="Choose one of both")
+    return read_plan(path)
 
 
 def run(

@@ -65,10 +65,8 @@ def with_widths(recipe: Recipe, bits: int) -> Recipe:
 def with_plan(recipe: Recipe, plan: PlanFile, components: Mapping[str, nn.Module]) -> Recipe:
     """The recipe with the layers of a plan file as its last overrides, in the place of a budget.
 
-    Raises AttarError when the plan was made for another model, or the recipe has a budget as well.
+    Raises AttarError when the plan was made for another model.
     """
-    if recipe.allocate is not None:
-        raise AttarError("a plan and a budget are given", fix="Choose one of both")
     plan.check(model_identity(components))
     return with_overrides(recipe, plan.overrides())
 

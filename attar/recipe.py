@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from attar.defaults import DEFAULT_RECIPE as DEFAULT_RECIPE
 from attar.errors import AttarError
 from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.tables import check_trained_levels
@@ -172,9 +173,6 @@ def _commented(stage: Stage, indent: str = "") -> Iterator[str]:
         text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
         comment = f"  # {field.description}" if field.description and "\n" not in text else ""
         yield textwrap.indent(text, indent) + comment + "\n"
-
-
-DEFAULT_RECIPE = "attar-ptq"
 
 
 def recipe_names() -> list[str]:

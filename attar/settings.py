@@ -47,13 +47,15 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         )  # fmt: skip
     return BlockSettings(
         transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip,
-        clip_start=q.clip_start, stats_ema=q.stats_ema, learning=learning,
+        clip_start=q.clip_start, clip_search=q.clip_search, stats_ema=q.stats_ema, learning=learning,
         train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
         train_clip=r is not None and r.train_clip, train_levels=recipe.trains_levels,
         train_branch=r is not None and r.train_branch,
         low_rank=None if q.low_rank is None else LowRankSettings(**q.low_rank.model_dump()),
         row_bits=_row_bits(recipe),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
+        gptq_whole=rounding.target == "weight", gptq_by_activation=rounding.order == "activation",
+        round_weights=r is None or r.round_weights,
     )  # fmt: skip
 
 

@@ -144,6 +144,9 @@ class Quantize(Stage):
     weight_clip: bool = True
     act_clip: bool = True
     clip_start: float = Field(default=4.0, description="clipping factors start at the sigmoid of it: 0.982")
+    clip_search: bool = Field(
+        default=False, description="weight clipping starts where rounding to nearest errs least, row by row"
+    )
     stats_ema: float | None = Field(
         default=None, ge=0, lt=1,
         description="momentum of the channels' maxima over the samples; null for their maximum",
@@ -183,13 +186,15 @@ class Quantize(Stage):
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # who uses nothing of what came later has the digests, jobs and evidence of the time before
-        later = {"split": self.split, "row_bits": self.row_bits}
+        later = {"split": self.split, "row_bits": self.row_bits, "clip_search": self.clip_search}
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
 
     @model_validator(mode="after")
     def _stretch_needs_factors(self) -> Quantize:
         if self.affine and self.rotation != "kronecker":
             raise ValueError("affine needs the rotation kronecker")
+        if self.clip_search and not self.weight_clip:
+            raise ValueError("clip_search needs weight_clip")
         return self
 
 
@@ -241,6 +246,10 @@ class Reconstruct(Stage):
     train_levels: bool = Field(default=False, description="also what a table format's numbers depend on")
     level_lr: float = Field(default=1e-3, gt=0)
     train_branch: bool = Field(default=False, description="needs quantize.low_rank")
+    round_weights: bool = Field(
+        default=True,
+        description="round weights while learning; else activations alone, which leaves weights to GPTQ",
+    )
     loss: Literal["token_weighted", "mse"] = "token_weighted"
     temporal_weight: float = Field(
         default=0.0,
@@ -261,6 +270,17 @@ class Reconstruct(Stage):
     propagate: Literal["fp", "quant"] = Field(
         default="fp", description="what the next block is calibrated on"
     )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        later = {"round_weights": not self.round_weights}
+        return {key: value for key, value in handler(self).items() if later.get(key, True)}
+
+    @model_validator(mode="after")
+    def _levels_are_rounded_to(self) -> Reconstruct:
+        if self.train_levels and not self.round_weights:
+            raise ValueError("train_levels needs round_weights")
+        return self
 
     @model_validator(mode="after")
     def _ordered_weights(self) -> Reconstruct:
@@ -362,8 +382,20 @@ class Rounding(Stage):
     """How transformed weights become integers."""
 
     method: Literal["nearest", "gptq"] = "gptq"
+    target: Literal["clipped", "weight"] = Field(
+        default="clipped",
+        description="what GPTQ approximates: the clipped weight, or the weight, making up for what clipping cuts off",
+    )
+    order: Literal["given", "activation"] = Field(
+        default="given", description="of GPTQ's columns: as they are, or those of the largest inputs first"
+    )
     damping: float = Field(default=0.01, gt=0)
     block: int = Field(default=128, ge=1)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        later = {"target": self.target != "clipped", "order": self.order != "given"}
+        return {key: value for key, value in handler(self).items() if later.get(key, True)}
 
 
 class TextEncoder(Stage):

@@ -24,7 +24,7 @@ from benchmarks.cells import (
 
 Cells = dict[str, Any]
 Value = Callable[[dict[str, Any]], float]
-DEFAULT, FAITHFUL = "attar-ptq (default)", "S²Q-VDiT (with GPTQ)"
+DEFAULT, FAITHFUL = "attar (default)", "S²Q-VDiT (with GPTQ)"
 HARMLESS = 5  # percent
 UNLEARNED = ("round to nearest", "SmoothQuant", "Hadamard (QuaRot-style)")
 

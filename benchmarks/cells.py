@@ -149,7 +149,8 @@ MAIN = Study(
         Method("S²Q-VDiT without GPTQ", "s2q-vdit", {**FULL, **NEAREST}),
         Method("S²Q-VDiT (with GPTQ)", "s2q-vdit"),
         Method("learned base + GPTQ", "s2q-vdit", _base(rounding__method="gptq")),
-        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq", "attar-ptq"),
+        Method("attar (default)", "attar"),
     ),
 )
 
@@ -188,7 +189,7 @@ WEIGHT_ONLY = Study(
         Method("round to nearest", "rtn"),
         Method("SmoothQuant", "smoothquant"),
         Method("Hadamard (QuaRot-style)", "hadamard"),
-        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq", "attar-ptq"),
         Method("round to nearest, groups of 64", "rtn", {"quantize.group_size": 64}),
         Method("attar-ptq, groups of 64", "attar-ptq", {"quantize.group_size": 64}),
     ),
@@ -272,7 +273,7 @@ LRQ_DIT = Study(
         Method("+ twin-log weights", "lrq-dit", FIXED),
         Method("LRQ-DiT (both)", "lrq-dit"),
         Method("LRQ-DiT + GPTQ", "lrq-dit", {"rounding.method": "gptq"}),
-        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq", "attar-ptq"),
     ),
     prompts=0,
 )
@@ -283,7 +284,8 @@ ACCURACY = Study(
     ((4, 6),),
     (
         Method("S²Q-VDiT (with GPTQ)", "s2q-vdit"),
-        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq", "attar-ptq"),
+        Method("attar (default)", "attar"),
     ),
     prompts=200,
 )
@@ -342,12 +344,32 @@ SYSTEMS = Study(
         Method("learned base", "learned-base", FEW_EPOCHS),
         Method("learned base + TMD", "learned-base", {**FEW_EPOCHS, **TMD}),
         Method("learned base + TQE", "learned-base", {**FEW_EPOCHS, **TQE}),
-        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq", "attar-ptq"),
         Method("attar-ptq + TMD", "attar-ptq", TMD),
         Method("attar-ptq + a trained branch", "attar-ptq", {**BRANCH, "quantize.low_rank.rank": 1}),
     ),
     prompts=0,
     needs="temporal",
+)
+
+UNIFORM = {"allocate": None}
+WITH_NEAREST = {"reconstruct.round_weights": True}
+OWN = Study(
+    "own",
+    "What do the parts of the recipe attar give, taken away one at a time? (the same bits in every layer)",
+    ((4, 4), (3, 6)),
+    (
+        Method("attar-ptq", "attar-ptq"),
+        Method("attar, same bits", "attar", UNIFORM),
+        Method("without learning", "attar", {**UNIFORM, "reconstruct.epochs": 0}),
+        Method("without clip search", "attar", {**UNIFORM, "quantize.clip_search": False}),
+        Method("GPTQ of the clipped weight", "attar", {**UNIFORM, "rounding.target": "clipped"}),
+        Method("columns in their own order", "attar", {**UNIFORM, "rounding.order": "given"}),
+        Method("weights rounded while learning", "attar", {**UNIFORM, **WITH_NEAREST}),
+        Method("nearest rounding", "attar", {**UNIFORM, "rounding.method": "nearest"}),
+        Method("attar", "attar"),
+    ),
+    prompts=0,
 )
 
 ROWS = Study(
@@ -385,7 +407,7 @@ TRAINING = Study(
     ((4, 4), (3, 3)),
     (
         Method("round to nearest", "rtn"),
-        Method("attar-ptq (default)", "attar-ptq"),
+        Method("attar-ptq", "attar-ptq"),
         Method("attar-ptq, polished", "attar-ptq", POLISH),
         Method("attar-mixed", "attar-mixed"),
         Method("attar-mixed, polished", "attar-mixed", POLISH),
@@ -412,6 +434,7 @@ LEADERBOARD = Study(
         Method("s2q-vdit", "s2q-vdit"),
         Method("attar-ptq", "attar-ptq"),
         Method("attar-mixed", "attar-mixed"),
+        Method("attar", "attar"),
     ),
 )
 
@@ -419,6 +442,6 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, ROWS, TRAINING, LEADERBOARD),
+        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, ROWS, OWN, TRAINING, LEADERBOARD),
     )
 }

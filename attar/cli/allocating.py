@@ -30,6 +30,7 @@ from attar.cli.options import (
     torch_dtype,
     without_none,
 )
+from attar.defaults import DEFAULT_RECIPE
 from attar.errors import AttarError
 from attar.files import check_writable, named_path
 
@@ -44,7 +45,7 @@ def allocate(
     output: Annotated[
         Path, typer.Option("-o", "--output", parser=named_path, metavar="FILE", help="the plan, a YAML file")
     ] = Path("plan.yaml"),
-    recipe: RecipeName = "attar-ptq",
+    recipe: RecipeName = DEFAULT_RECIPE,
     weights: WeightBits = None,
     acts: ActBits = None,
     set_: Settings = None,

@@ -36,6 +36,7 @@ from attar.cli.options import (
     torch_dtype,
     without_none,
 )
+from attar.defaults import DEFAULT_RECIPE
 from attar.errors import AttarError
 from attar.files import check_writable, named_path
 
@@ -71,7 +72,7 @@ def compress(
             "-o", "--output", parser=named_path, metavar="FOLDER", help="folder of the compressed model"
         ),
     ] = None,
-    recipe: RecipeName = "attar-ptq",
+    recipe: RecipeName = DEFAULT_RECIPE,
     weights: WeightBits = None,
     acts: ActBits = None,
     budget: Annotated[
@@ -109,7 +110,6 @@ def compress(
     """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
     from attar import conductor, ranks
     from attar.allocation import PLAN
-    from attar.budget.plan_file import read_plan
     from attar.calibration.trace import transformer_components
     from attar.forecast.dry_run import forecast_job, forecast_text
     from attar.models.memory import choose, open_pipeline
@@ -124,10 +124,9 @@ def compress(
         "text_encoder.weights": text_encoder_weights,
         "allocate.budget": budget,
     }
-    chosen = load_recipe(recipe, {**assignments(set_), **without_none(bits)})
-    layers = None if plan is None else read_plan(plan)
-    if layers is not None and chosen.allocate is not None:
-        raise AttarError("a plan and a budget are given", fix="Choose one of both")
+    overrides = {**assignments(set_), **without_none(bits)}
+    chosen = load_recipe(recipe, overrides)
+    layers = None if plan is None else conductor.read_plan_for(plan, overrides)
     if output is None and not dry_run:
         raise AttarError("no output folder was given", fix="Add -o FOLDER, or --dry-run to see the plan only")
     precision = torch_dtype(dtype)

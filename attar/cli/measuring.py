@@ -9,6 +9,7 @@ import typer
 
 from attar.cli.app import app
 from attar.cli.options import Device, Frames, Json, Steps, assignments, emit, torch_dtype, without_none
+from attar.defaults import DEFAULT_RECIPE
 from attar.errors import AttarError
 
 
@@ -21,7 +22,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h200, h100, a100, 4090, 5090, b200, or cpu, which is measured")],
     recipe: Annotated[
         str, typer.Option(help="published name or YAML file; see `attar recipes`")
-    ] = "attar-ptq",
+    ] = DEFAULT_RECIPE,
     weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
     acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
     set_: Annotated[
@@ -68,7 +69,7 @@ def bench(
     shape: Annotated[
         str | None, typer.Option(help="instead: a real model's shapes with random weights, e.g. wan-1.3b")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="whose bits and transforms are packed")] = "attar-ptq",
+    recipe: Annotated[str, typer.Option(help="whose bits and transforms are packed")] = DEFAULT_RECIPE,
     weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
     acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
     set_: Annotated[

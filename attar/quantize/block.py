@@ -19,7 +19,7 @@ from attar.quantize.initialize import (
     build_transforms,
     collect_input_stats,
 )
-from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module
+from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module, set_quantizers
 from attar.quantize.low_rank import LowRankSettings, start_branch
 from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import (
@@ -40,7 +40,10 @@ from attar.runtime.layers import PackedLinear
 class BlockSettings:
     """How a block is quantized. `learning` None trains nothing; `gptq_damping` None rounds to nearest.
 
-    clip_start: logit from which clipping factors start. stats_ema: momentum of the channels' statistics, see
+    clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
+    round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
+    what comes behind it. gptq_whole, gptq_by_activation: see `gptq_codes`.
+    stats_ema: momentum of the channels' statistics, see
     `collect_input_stats`.
     """
 
@@ -48,6 +51,7 @@ class BlockSettings:
     weight_clip: bool = True
     act_clip: bool = True
     clip_start: float = 4.0
+    clip_search: bool = False
     stats_ema: float | None = None
     learning: ReconstructionSettings | None = None
     train_scale: bool = True
@@ -55,8 +59,11 @@ class BlockSettings:
     train_clip: bool = True
     train_levels: bool = False
     train_branch: bool = False
+    round_weights: bool = True
     gptq_damping: float | None = None
     gptq_block: int = 128
+    gptq_whole: bool = False
+    gptq_by_activation: bool = False
     low_rank: LowRankSettings | None = None
     row_bits: RowBitsSettings | None = None
 
@@ -70,7 +77,7 @@ class BlockSettings:
             steps.reverse()
         steps += [
             ("bits by rows", plan.row_bits is not None),
-            ("weight clipping", self.weight_clip),
+            ("searched weight clipping" if self.clip_search else "weight clipping", self.weight_clip),
             (f"low-rank branch ({plan.low_rank})", plan.low_rank > 0),
             ("activation clipping", self.act_clip and plan.act_bits is not None),
             ("nearest", self.gptq_damping is None),
@@ -131,10 +138,16 @@ def quantize_block(
         outcome.error_before = mean_relative_error(run, calls, targets)
     if settings.learning is not None:
         generator = torch.Generator().manual_seed(seed_of(seed, "order"))
+        learned = [layer for name, layer in layers.items() if not plans[name].plain]
+        set_quantizers(learned, settings.round_weights, True)
         outcome.learning = reconstruct_block(
             run, calls, targets, _trained(layers.values(), settings), settings.learning, loss,
             contexts=contexts, generator=generator, progress=progress,
         )  # fmt: skip
+        set_quantizers(learned, True, True)
+        if settings.clip_search and not settings.round_weights:
+            for layer in learned:  # transforms have moved, and clipping has not
+                layer.search_clip()
     codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
@@ -202,6 +215,10 @@ def wrap_linears(
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
+    if settings.clip_search:
+        for name, layer in layers.items():
+            if not plans[name].plain:
+                layer.search_clip()
     if settings.row_bits is not None:
         _mix_rows(layers, plans, run, calls, settings.row_bits, seed)
     if settings.low_rank is not None:
@@ -272,7 +289,11 @@ def _gptq_codes(
         if name not in own:
             continue
         try:
-            codes.append(gptq_codes(layer, hessian, settings.gptq_damping, settings.gptq_block).cpu())
+            found = gptq_codes(
+                layer, hessian, settings.gptq_damping, settings.gptq_block,
+                settings.gptq_whole, settings.gptq_by_activation,
+            )  # fmt: skip
+            codes.append(found.cpu())
         except AttarError as error:
             raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
     everyone = zip(calibrated, ranks.collected(codes), strict=True)
@@ -290,11 +311,15 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
     }
     wanted = {True: settings.train_scale, False: settings.train_rotation}
     branches = groups["branch"] if settings.train_branch else []
+    clips = groups["clip"] if settings.train_clip else []
+    if not settings.round_weights:  # without a weight's rounding its clipping gets no gradient
+        weights = {id(layer.quantizer.clip_logit) for layer in layers}
+        clips = [p for p in clips if id(p) not in weights]
     for parameter in branches:
         parameter.requires_grad_()
     return {
         "transform": [p for p in groups["transform"] if wanted[id(p) in scales]],
-        "clip": groups["clip"] if settings.train_clip else [],
+        "clip": clips,
         "levels": groups["levels"],
         "branch": branches,
     }

@@ -109,6 +109,11 @@ class QuantizedLinear(nn.Module):
         rows of several kinds."""
         return self.quantizer.levels
 
+    def search_clip(self) -> None:
+        """Starts the clipping of the weight where rounding it errs least (`WeightQuantizer.search_clip`)."""
+        self.quantizer.search_clip(self.transformed_weight())
+        self._cache = None
+
     def mix_rows(self, grids: Sequence[Grid], row_grid: Tensor) -> None:
         """Gives row r the grid `grids[row_grid[r]]`, as `WeightQuantizer.mix`; tables are those of the weight now."""
         self.quantizer.mix(grids, row_grid)

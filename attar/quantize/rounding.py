@@ -68,15 +68,39 @@ def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return quantize(weight, _column_scales(scale, weight), bits)
 
 
-def gptq_codes(layer: QuantizedLinear, hessian: Tensor, damping: float, block: int) -> Tensor:
-    """GPTQ's codes (out, in) of a layer at the scales of its clipping. A row's codes depend on no other row's."""
-    weight, scale = layer.baked_weight(clipped=True)
+def gptq_codes(
+    layer: QuantizedLinear,
+    hessian: Tensor,
+    damping: float,
+    block: int,
+    whole: bool = False,
+    by_activation: bool = False,
+) -> Tensor:
+    """GPTQ's codes (out, in) of a layer at the scales of its clipping. A row's codes depend on no other row's.
+
+    whole: approximate the weight as it is, so that later columns make up for what the clipping cuts off too; by default
+    the clipped weight, as FlatQuant's code does. by_activation: columns in the order of their inputs' mean squares, the
+    largest first, while there are most others to make up for them (GPTQ's "act-order"). What is stored is the same; it
+    takes one scale a row.
+    """
+    weight, scale = layer.baked_weight(clipped=not whole)
+    order = None
+    if by_activation:
+        if scale.shape[1] > 1:
+            raise AttarError(
+                "columns of several groups cannot be rounded by activation",
+                where="rounding.order",
+                fix='Set it to "given", or leave group_size out',
+            )
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        weight, hessian = weight[:, order], hessian[order][:, order]
     factor = inverse_factor(hessian, damping)
 
     def codes(rows: Tensor, scales: Tensor, bits: int, number: str, levels: Tensor | None) -> Tensor:
         return _gptq(rows, factor, scales, bits, block, number, levels)
 
-    return layer.quantizer.by_kinds(codes, weight, scale)
+    found = layer.quantizer.by_kinds(codes, weight, scale)
+    return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ from attar.quantize.tables import (
 from attar.runtime.formats import code_range, decode
 from attar.runtime.rows import RowKind
 
+SHARES = tuple(1 - 0.02 * i for i in range(36))  # of the largest magnitude of a row: 1.00, 0.98 … 0.30
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -110,6 +112,30 @@ class WeightQuantizer(nn.Module):
                 largest = weight_magnitudes(rows.of(weight), clip, size)
                 found = fit_parameters(rows.grid.weight_format, steps, rows.grid.bits, largest)
                 rows.table = nn.Parameter(found, self.train_levels)
+
+    @torch.no_grad()
+    def search_clip(self, weight: Tensor) -> None:
+        """Starts the clipping of each row and group where the weight (out, in) is rounded with the smallest error.
+
+        Both ends are cut at the same share of the row's largest magnitude, and nowhere farther out than where clipping
+        starts without a search. Tables are fitted to what is cut. Raises AttarError without clipping.
+        """
+        if self.clip_logit is None:
+            raise AttarError(
+                "there is no clipping to search", where="quantize.clip_search", fix="Set weight_clip"
+            )
+        start = chosen = self.clip_logit.clone()
+        grouped = weight.unflatten(1, (start.shape[2], -1))
+        ends = torch.stack([grouped.amin(-1).neg(), grouped.amax(-1)]).clamp(min=1e-12)  # (2, out, groups)
+        best = torch.full_like(start[0], float("inf"))
+        for share in SHARES:
+            factor = (share * ends.amax(0) / ends).clamp(max=0.999)
+            self.clip_logit.copy_(torch.minimum(factor.logit(), start))
+            error = (self(weight) - weight).square().view_as(grouped).sum(-1)
+            chosen = torch.where(error < best, self.clip_logit, chosen)
+            best = torch.minimum(error, best)
+        self.clip_logit.copy_(chosen)
+        self.fit(weight)
 
     def mix(self, grids: Sequence[Grid], row_grid: Tensor) -> None:
         """Gives row r the grid `grids[row_grid[r]]`; where that is one for all, the rows are of one kind.
