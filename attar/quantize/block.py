@@ -42,7 +42,8 @@ class BlockSettings:
 
     clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
     round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
-    what comes behind it. gptq_whole, gptq_by_activation: see `gptq_codes`.
+    what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
+    gptq_by_activation: see `gptq_codes`.
     stats_ema: momentum of the channels' statistics, see
     `collect_input_stats`.
     """
@@ -66,6 +67,10 @@ class BlockSettings:
     gptq_by_activation: bool = False
     low_rank: LowRankSettings | None = None
     row_bits: RowBitsSettings | None = None
+
+    def keeps_weight(self, layer: QuantizedLinear) -> bool:
+        """Whether the layer's weight is not rounded while the block learns; a weight-only layer has nothing else."""
+        return not self.round_weights and layer.act_bits is not None and bool(len(layer.transforms))
 
     def treatment(self, plan: LayerPlan) -> list[str]:
         """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
@@ -138,15 +143,15 @@ def quantize_block(
         outcome.error_before = mean_relative_error(run, calls, targets)
     if settings.learning is not None:
         generator = torch.Generator().manual_seed(seed_of(seed, "order"))
-        learned = [layer for name, layer in layers.items() if not plans[name].plain]
-        set_quantizers(learned, settings.round_weights, True)
+        whole = [layer for layer in layers.values() if settings.keeps_weight(layer)]
+        set_quantizers(whole, False, True)
         outcome.learning = reconstruct_block(
             run, calls, targets, _trained(layers.values(), settings), settings.learning, loss,
             contexts=contexts, generator=generator, progress=progress,
         )  # fmt: skip
-        set_quantizers(learned, True, True)
-        if settings.clip_search and not settings.round_weights:
-            for layer in learned:  # transforms have moved, and clipping has not
+        set_quantizers(whole, True, True)
+        if settings.clip_search:
+            for layer in whole:  # transforms have moved, and clipping has not
                 layer.search_clip()
     codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
     for name in list(layers):
@@ -312,9 +317,9 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
     wanted = {True: settings.train_scale, False: settings.train_rotation}
     branches = groups["branch"] if settings.train_branch else []
     clips = groups["clip"] if settings.train_clip else []
-    if not settings.round_weights:  # without a weight's rounding its clipping gets no gradient
-        weights = {id(layer.quantizer.clip_logit) for layer in layers}
-        clips = [p for p in clips if id(p) not in weights]
+    # without a weight's rounding its clipping gets no gradient
+    whole = {id(layer.quantizer.clip_logit) for layer in layers if settings.keeps_weight(layer)}
+    clips = [p for p in clips if id(p) not in whole]
     for parameter in branches:
         parameter.requires_grad_()
     return {

@@ -80,27 +80,18 @@ def gptq_codes(
 
     whole: approximate the weight as it is, so that later columns make up for what the clipping cuts off too; by default
     the clipped weight, as FlatQuant's code does. by_activation: columns in the order of their inputs' mean squares, the
-    largest first, while there are most others to make up for them (GPTQ's "act-order"). What is stored is the same; it
-    takes one scale a row.
+    largest first, while there are most others to make up for them (GPTQ's "act-order"). What is stored is the same.
     """
     weight, scale = layer.baked_weight(clipped=not whole)
-    order = None
+    order = torch.arange(len(hessian), device=hessian.device)
     if by_activation:
-        if scale.shape[1] > 1:
-            raise AttarError(
-                "columns of several groups cannot be rounded by activation",
-                where="rounding.order",
-                fix='Set it to "given", or leave group_size out',
-            )
         order = hessian.diagonal().argsort(descending=True, stable=True)
-        weight, hessian = weight[:, order], hessian[order][:, order]
-    factor = inverse_factor(hessian, damping)
+    factor = inverse_factor(hessian[order][:, order] if by_activation else hessian, damping)
 
     def codes(rows: Tensor, scales: Tensor, bits: int, number: str, levels: Tensor | None) -> Tensor:
-        return _gptq(rows, factor, scales, bits, block, number, levels)
+        return _gptq(rows, factor, scales, bits, block, number, levels, order)
 
-    found = layer.quantizer.by_kinds(codes, weight, scale)
-    return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
+    return layer.quantizer.by_kinds(codes, weight, scale)
 
 
 @torch.no_grad()
@@ -126,25 +117,34 @@ def gptq(
     """
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {weight.shape[1]} input channels")
-    return _gptq(weight, inverse_factor(hessian, damping), scale, bits, block, number, levels)
+    order = torch.arange(weight.shape[1], device=weight.device)
+    return _gptq(weight, inverse_factor(hessian, damping), scale, bits, block, number, levels, order)
 
 
 @torch.no_grad()
 def _gptq(
-    weight: Tensor, factor: Tensor, scale: Tensor, bits: int, block: int, number: str, levels: Tensor | None
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    bits: int,
+    block: int,
+    number: str,
+    levels: Tensor | None,
+    order: Tensor,
 ) -> Tensor:
-    """`gptq` with the factor (in, in) of its Hessian."""
-    weight, columns = wide(weight).clone(), weight.shape[1]
-    scales = _column_scales(scale, weight).to(weight.dtype)
-    factor = factor.to(weight.dtype)
+    """`gptq` of the columns in an order (in,), with the factor (in, in) of their Hessian in that order."""
+    columns = weight.shape[1]
+    scales = _column_scales(scale, weight)[:, order]
+    weight = wide(weight)[:, order].clone()  # what is left of the columns still to come
+    scales, factor = scales.to(weight.dtype), factor.to(weight.dtype)
+    group = (order // (columns // scale.shape[1])).tolist()
     codes = torch.empty_like(weight, dtype=torch.int8 if bits <= 8 else torch.int16)
-    width = columns // scale.shape[1]
     for start in range(0, columns, block):
         end = min(start + block, columns)
         errors = torch.empty_like(weight[:, start:end])
         for i in range(start, end):
             column, step = weight[:, i], scales[:, i]
-            own = None if levels is None else levels[:, i // width % levels.shape[1]]  # (1 or out, 2^bits)
+            own = None if levels is None else levels[:, group[i] % levels.shape[1]]  # (1 or out, 2^bits)
             code = encode((column / step)[:, None], number, bits, own)
             codes[:, i : i + 1] = code
             rounded = decode(code, number, bits, own)[:, 0].to(weight.dtype) * step
@@ -152,7 +152,7 @@ def _gptq(
             weight[:, i:end].addr_(error, factor[i, i:end], alpha=-1)
             errors[:, i - start] = error
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return codes
+    return torch.empty_like(codes).index_copy_(1, order, codes)
 
 
 def _column_scales(scale: Tensor, weight: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Clipping that starts where rounding errs least, and GPTQ that makes up for what clipping cuts off."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -124,8 +125,15 @@ def test_columns_by_activation_are_gptq_of_the_columns_in_another_order():
     assert torch.equal(
         gptq_codes(layer, torch.eye(64), 0.01, 16, by_activation=True), layer.quantizer.quantize(weight)[0]
     )
-    with pytest.raises(AttarError, match="several groups"):
-        gptq_codes(layer_of(weight, group_size=16), hessian, 0.01, 16, by_activation=True)
+    # scales and tables of groups stay those of the columns' own groups
+    for options in ({"bits": 3}, {"bits": 3, "weight_format": "lloyd"}):
+        grouped = layer_of(weight, group_size=16, **options)
+        for by_activation in (True, False):
+            grouped.freeze(gptq_codes(grouped, hessian, 0.01, 16, by_activation=by_activation))
+            errors[by_activation] = (grouped.bake()(x) - x @ weight.T).square().mean().item()
+            grouped.unfreeze()
+        grouped.freeze()
+        assert errors[True] < errors[False] < (grouped.bake()(x) - x @ weight.T).square().mean().item()
 
 
 def test_a_block_that_learns_for_its_activations_alone():
@@ -159,6 +167,19 @@ def test_a_block_that_learns_for_its_activations_alone():
         layer.unfreeze()
         layer.search_clip()
         assert torch.equal(layer.quantizer.clip_logit, left)  # it was searched last
+
+
+def test_weight_only_layers_learn_with_their_weights_rounded():
+    case = Case()
+    plans = {name: replace(plan, act_bits=None) for name, plan in case.plans.items()}
+    case.plans = plans
+    settings = BlockSettings(
+        TransformSettings(), learning=ReconstructionSettings(epochs=2), gptq_damping=0.01, clip_search=True,
+        round_weights=False, gptq_whole=True,
+    )  # fmt: skip
+    outcome = case.quantize(settings)
+    assert outcome.learning.error_before > 1e-6  # of a block without any rounding it would be zero
+    assert 0 < outcome.error_after < outcome.error_before
 
 
 def test_refusals_and_old_recipes():
