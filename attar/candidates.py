@@ -23,7 +23,7 @@ def plan_options(components: Mapping[str, nn.Module], recipe: Recipe) -> dict[in
     A layer whose bits the recipe names has them in all of these, and needs no rule of its own.
     """
     assert recipe.allocate is not None
-    widths = sorted({*recipe.allocate.bits, recipe.quantize.weights})
+    widths = sorted({*recipe.widths, recipe.quantize.weights})
     return {bits: plan_components(components, with_widths(recipe, bits)) for bits in widths}
 
 
@@ -44,7 +44,7 @@ def layers_of(
                     p.weight_bits, layer_size(p, recipe).packed, errors.get(p.weight_bits, 0.0)
                 )
             asked = dict(zip(options, row, strict=True))
-            allowed = {asked[bits].weight_bits for bits in recipe.allocate.bits}
+            allowed = {asked[bits].weight_bits for bits in recipe.widths}
             own = at[asked[recipe.quantize.weights].weight_bits]
             dense, count = layer_size(row[0], recipe).dense, row[0].in_features * row[0].out_features
             candidates = tuple(c for b, c in sorted(at.items()) if b in allowed)

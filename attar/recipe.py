@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from attar.budget.amount import Budget
 from attar.defaults import DEFAULT_RECIPE as DEFAULT_RECIPE
 from attar.errors import AttarError
 from attar.quantize.low_rank import LowRankSettings
-from attar.quantize.tables import check_trained_levels
+from attar.quantize.tables import check_trained_levels, has_bits
 from attar.stages import (
     Allocate,
     Finetune,
@@ -142,6 +143,12 @@ class Recipe(Stage):
             return self.trace if self.needs_data else None
         return self.trace or Trace(prompts=self.allocate.prompts)
 
+    @property
+    def widths(self) -> list[int]:
+        """The bits that a budget may choose: those listed that the weight format has. Empty without a budget."""
+        listed = [] if self.allocate is None else self.allocate.bits
+        return [bits for bits in listed if has_bits(self.quantize.weight_format, bits)]
+
     def refuse_budget(self) -> None:
         """Raises AttarError where the bits are yet to be chosen under a budget."""
         if self.allocate is not None:
@@ -200,6 +207,15 @@ def load_recipe(
         recipe = Recipe(**content)
     except (ValidationError, TypeError) as error:
         raise _readable(error, where) from error
+    if recipe.allocate is not None:
+        if not recipe.widths:
+            name = recipe.quantize.weight_format
+            raise AttarError(f"the weight format {name} has none of the budget's bits", where="allocate.bits")
+        most = Budget.parse(recipe.allocate.budget).at(recipe.quantize.weights)
+        if most == Budget(
+            "bits", float(max(recipe.widths))
+        ):  # the widest for all: there is nothing to choose
+            recipe = recipe.model_copy(update={"allocate": None})
     selects = recipe.finetune is None or recipe.polishes  # training alone uses every traced step
     if recipe.needs_data and (recipe.trace is None or (selects and recipe.select is None)):
         raise AttarError("the recipe learns from data but has no trace or select stage", where=where)

@@ -37,7 +37,7 @@ MODELS = ("digits-dit", "digits-image")
 BITS = ("W4A8", "W4A6", "W4A4", "W3A6")
 SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
-    "attar-ptq", "attar-mixed",
+    "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
 CALIBRATION, SHOWN = 8, 35  # prompts that are traced, and pictures that are judged

@@ -210,6 +210,28 @@ def test_what_cannot_be_done_is_one_line(cli, wan_folder, plan, tmp_path):
         assert says in refused("--plan", tmp_path / "edited.yaml")
 
 
+def test_a_plan_takes_the_place_of_the_recipes_own_budget(cli, wan_folder, plan, tmp_path):
+    """And nothing is measured then: the recipe attar has a budget, which an asked one would not be."""
+    options = (
+        "--recipe",
+        "attar",
+        "--set",
+        "trace.prompts=2",
+        "--set",
+        "select.count=2",
+        "--set",
+        "reconstruct.epochs=0",
+    )
+    done = cli("compress", wan_folder, "-o", tmp_path / "out", *options, "--plan", plan, "--json")
+    assert done.code == 0 and json.loads(done.out)["allocation"] is None
+    layers = packed_layers(attar.load(tmp_path / "out").transformer)
+    chosen = yaml.safe_load(plan.read_text())["layers"]["transformer"]
+    assert {name: layers[name].weight_bits for name in chosen} == {n: o["weights"] for n, o in chosen.items()}
+    for asked in (("--set", "allocate.budget=3bits"), ("--set", "allocate={budget: 3bits}")):
+        message = cli("compress", wan_folder, "-o", tmp_path / "x", *options, "--plan", plan, *asked).message
+        assert "a plan and a budget are given" in message
+
+
 def test_a_plan_in_python_of_another_model(plan):
     with pytest.raises(AttarError, match="made for another model"):
         attar.compress(pipelines.make("flux"), "rtn", plan=plan)

@@ -109,3 +109,14 @@ def test_changed_settings_are_those_of_the_method():
     assert (
         changed_settings(load_recipe({**described, "name": "mine"}, {"quantize.rotation": "hadamard"})) == {}
     )
+
+
+def test_a_budget_that_leaves_no_choice_is_none():
+    assert load_recipe("attar", {"quantize.weights": 8}).allocate is None
+    assert load_recipe("attar", {"quantize.weights": 8, "allocate.bits": [2, 4]}).allocate is not None
+    assert load_recipe("attar", {"quantize.weights": 6}).allocate is not None
+    assert load_recipe("rtn", {"allocate.budget": "8bits"}).allocate is None
+    lloyd = load_recipe("attar", {"quantize.weight_format": "lloyd"})
+    assert lloyd.widths == [2, 3, 4, 5]
+    with pytest.raises(AttarError, match="none of the budget's bits"):
+        load_recipe("attar", {"quantize.weight_format": "binary", "quantize.weights": 1})

@@ -75,7 +75,7 @@ def allocation_seconds(block: BlockCost, planned: Mapping[str, LayerPlan], recip
     width's statistics, for its target, and with all layers quantized. 0 without a budget."""
     if recipe.allocate is None:
         return 0.0
-    passes = len(recipe.allocate.bits) * (len(planned) + 1) + 2
+    passes = len(recipe.widths) * (len(planned) + 1) + 2
     return recipe.allocate.samples * passes * block.forward
 
 

@@ -102,13 +102,22 @@ def least_bits(name: str) -> int:
     return 1 if name in TABLES and 1 in TABLES[name].bits else 2
 
 
+def _bits_of(name: str) -> tuple[int, ...]:
+    if name in TABLES:
+        return TABLES[name].bits
+    return (8,) if name == "fp8" else tuple(range(2, 17))
+
+
+def has_bits(name: str, bits: int) -> bool:
+    """Whether a weight format exists with so many bits."""
+    return name in WEIGHT_FORMATS and bits in _bits_of(name)
+
+
 def check_weight_format(name: str, bits: int) -> None:
     """Raises AttarError for a weight format that does not exist, or not with so many bits."""
     if name not in WEIGHT_FORMATS:
         raise AttarError(f"unknown weight format {name!r}", fix=f"Choose one of {', '.join(WEIGHT_FORMATS)}")
-    has: tuple[int, ...] = (8,) if name == "fp8" else tuple(range(2, 17))
-    if name in TABLES:
-        has = TABLES[name].bits
+    has = _bits_of(name)
     if bits not in has:
         some = (
             f"Choose between {min(has)} and {min(max(has), 8)} bits"
