@@ -44,8 +44,7 @@ class BlockSettings:
     round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
     what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
     gptq_by_activation: see `gptq_codes`.
-    stats_ema: momentum of the channels' statistics, see
-    `collect_input_stats`.
+    stats_ema: momentum of the channels' statistics, see `collect_input_stats`.
     """
 
     transforms: TransformSettings

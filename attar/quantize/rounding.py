@@ -83,6 +83,7 @@ def gptq_codes(
     largest first, while there are most others to make up for them (GPTQ's "act-order"). What is stored is the same.
     """
     weight, scale = layer.baked_weight(clipped=not whole)
+    _check_hessian(weight, hessian)
     order = torch.arange(len(hessian), device=hessian.device)
     if by_activation:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -115,8 +116,8 @@ def gptq(
     Returns codes (out, in), int8 (int16 above 8 bits). Raises AttarError when the Hessian is not finite or
     stays indefinite in float64 at 1000 times the damping.
     """
-    if hessian.shape != (weight.shape[1], weight.shape[1]):
-        raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {weight.shape[1]} input channels")
+    _check_hessian(weight, hessian)
+    _column_scales(scale, weight)
     order = torch.arange(weight.shape[1], device=weight.device)
     return _gptq(weight, inverse_factor(hessian, damping), scale, bits, block, number, levels, order)
 
@@ -134,16 +135,15 @@ def _gptq(
 ) -> Tensor:
     """`gptq` of the columns in an order (in,), with the factor (in, in) of their Hessian in that order."""
     columns = weight.shape[1]
-    scales = _column_scales(scale, weight)[:, order]
-    weight = wide(weight)[:, order].clone()  # what is left of the columns still to come
-    scales, factor = scales.to(weight.dtype), factor.to(weight.dtype)
-    group = (order // (columns // scale.shape[1])).tolist()
+    scale, factor = scale.to(wide(weight).dtype), factor.to(wide(weight).dtype)
+    group = (order // (columns // scale.shape[1])).tolist()  # of each column
+    weight = wide(weight)[:, order]  # a copy, in which later columns take up what earlier ones lose
     codes = torch.empty_like(weight, dtype=torch.int8 if bits <= 8 else torch.int16)
     for start in range(0, columns, block):
         end = min(start + block, columns)
         errors = torch.empty_like(weight[:, start:end])
         for i in range(start, end):
-            column, step = weight[:, i], scales[:, i]
+            column, step = weight[:, i], scale[:, group[i]]
             own = None if levels is None else levels[:, group[i] % levels.shape[1]]  # (1 or out, 2^bits)
             code = encode((column / step)[:, None], number, bits, own)
             codes[:, i : i + 1] = code
@@ -153,6 +153,11 @@ def _gptq(
             errors[:, i - start] = error
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return torch.empty_like(codes).index_copy_(1, order, codes)
+
+
+def _check_hessian(weight: Tensor, hessian: Tensor) -> None:
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {weight.shape[1]} input channels")
 
 
 def _column_scales(scale: Tensor, weight: Tensor) -> Tensor:
