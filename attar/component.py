@@ -7,23 +7,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attar import ranks
 from attar.calibration.score import score_candidates
 from attar.calibration.select import ScoreTable, select, selection_histogram
-from attar.calibration.store import TraceStore
 from attar.errors import AttarError
+from attar.job import Job
 from attar.losses import BlockLoss, TemporalTerm, joint_token_weights, mass_concentration, weight_percentiles
-from attar.models.adapter import Block, ModelAdapter, TokenGrid, evaluating
+from attar.models.adapter import Block, TokenGrid, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall, run_block
-from attar.models.weights import fill, weights_of
-from attar.progress import Progress
+from attar.models.types import give_types, types_of
+from attar.models.weights import fill
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import LayerPlan, open_planned
-from attar.recipe import Recipe
+from attar.quantize.plan import open_planned
 from attar.samples import Calls, Sample, SegmentStarts, catch_samples
 from attar.settings import block_settings
 from attar.stored import (
@@ -36,37 +35,23 @@ from attar.stored import (
     save_block,
     write_boundary,
 )
-from attar.workspace import Workspace
 
 LAMBDA_PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
 
-class ComponentJob:
-    """Compresses one transformer in place. One block is open at a time, wherever its weights come from.
+class ComponentJob(Job):
+    """Compresses a transformer block after block. One block is open at a time, wherever its weights come from.
 
     Several processes make every block together; each holds its share of the calibration samples.
     """
 
-    def __init__(
-        self,
-        name: str,
-        transformer: nn.Module,
-        plan: list[LayerPlan],
-        recipe: Recipe,
-        workspace: Workspace,
-        store: TraceStore,
-        seed: int,
-        progress: Progress,
-    ) -> None:
-        self.name, self.transformer, self.recipe = name, transformer, recipe
-        self.plan = {p.name: p for p in plan if not p.skipped}
-        self.workspace, self.store, self.seed, self.progress = workspace, store, seed, progress
-        self.adapter = ModelAdapter.of(transformer)
-        self.settings = block_settings(recipe)
-        self.weights = weights_of(transformer)
-        self.device = self.weights.device
+    def __init__(self, *job: Any) -> None:
+        """The arguments of `Job`."""
+        super().__init__(*job)
+        self.settings = block_settings(self.recipe)
         self.grid: TokenGrid | None = None  # where the loss looks at frames
-        self.propagates = recipe.reconstruct is not None and recipe.reconstruct.propagate == "quant"
+        learned = self.recipe.reconstruct
+        self.propagates = learned is not None and learned.propagate == "quant"
 
     def run(self, prompts: int) -> dict[str, Any]:
         """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
@@ -192,7 +177,7 @@ class ComponentJob:
         module, prefix = block.module, f"{block.name}."
         plans = {name.removeprefix(prefix): p for name, p in self.plan.items() if name.startswith(prefix)}
         open_planned(module, plans)
-        dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
+        dtypes = types_of(module)
         if full:
             module.float()  # learned in float32 whatever the model is stored in
 
@@ -221,9 +206,7 @@ class ComponentJob:
         if self.propagates:
             with torch.no_grad():
                 following = [call.with_streams(_cpu(runner(call))) for call in quantized]
-        for name, tensor in _tensors(module):
-            if name in dtypes:
-                tensor.data = tensor.data.to(dtypes[name])
+        give_types(module, dtypes)
         for name, layer in outcome.layers.items():
             layer.to(dtypes.get(f"{name}.weight", layer.compute_dtype))  # with a branch, which is new
         learning = outcome.learning
@@ -302,7 +285,3 @@ class ComponentJob:
 
 def _cpu(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu") for name, tensor in streams.items()}
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]

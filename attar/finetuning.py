@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.calibration.store import TraceStore
 from attar.component import ComponentJob
 from attar.errors import AttarError
+from attar.job import Job
 from attar.losses import mse, mse_with_layers, relative_error
-from attar.models.adapter import ModelAdapter
 from attar.models.block import BlockCall, as_outputs
+from attar.models.types import give_types, tensors_of, types_of
 from attar.models.weights import ResidentWeights, fill, weights_of
-from attar.progress import Progress
 from attar.quantize.block import wrap_linears
 from attar.quantize.finetune import Finetuner, Layer
 from attar.quantize.linear import QuantizedLinear, replace_module
@@ -31,7 +30,6 @@ from attar.runtime.layers import PackedLinear, packed_layers
 from attar.settings import block_settings, finetune_settings, relation_settings
 from attar.stored import OUTSIDE, block_file, read_layers, read_result, restore_block, save_block
 from attar.traced import OUTPUT, TracedSteps
-from attar.workspace import Workspace
 
 SAVE_SECONDS = 120.0
 CHECKED = 16  # samples whose error is measured before and after
@@ -63,34 +61,20 @@ def job_of(recipe: Recipe) -> type[ComponentJob | FinetuneJob | PolishJob]:
     return PolishJob if recipe.polishes else FinetuneJob
 
 
-class _WholeModel:
+class _WholeModel(Job):
     """What both ways share: one model in float32, the outputs of the original, a loop that can be killed.
 
     The model is held once: the original's outputs are computed before anything of it is replaced. The state of the
     training is kept every two minutes, and a run that is taken up again ends with the same bits.
     """
 
-    def __init__(
-        self,
-        name: str,
-        transformer: nn.Module,
-        plan: list[LayerPlan],
-        recipe: Recipe,
-        workspace: Workspace,
-        store: TraceStore,
-        seed: int,
-        progress: Progress,
-    ) -> None:
-        self.name, self.transformer, self.recipe = name, transformer, recipe
-        self.plan = {p.name: p for p in plan if not p.skipped}
-        self.workspace, self.seed, self.progress, self.store = workspace, seed, progress, store
-        self.device = weights_of(transformer).device
-        self.adapter = ModelAdapter.of(transformer)
+    def __init__(self, *job: Any) -> None:
+        """The arguments of `Job`."""
+        super().__init__(*job)
         self.blocks = self.adapter.blocks
-
-        local = recipe.finetune.local if recipe.finetune is not None else None
+        local = self.recipe.finetune.local if self.recipe.finetune is not None else None
         self.local = [] if local is None else matching(self.plan.values(), local)
-        self.relation = relation_settings(recipe)
+        self.relation = relation_settings(self.recipe)
         self.features: tuple[nn.Module, int] | None = None  # the last block, and which of its outputs
 
     def samples(self, prompts: int) -> TracedSteps:
@@ -198,17 +182,6 @@ class _WholeModel:
             errors.append(relative_error(output, target, {OUTPUT: torch.zeros_like(target[OUTPUT])}).item())
         return sum(errors) / len(errors)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.transformer.named_parameters()), **dict(self.transformer.named_buffers())}
-
-    def types(self) -> dict[str, torch.dtype]:
-        return {name: tensor.dtype for name, tensor in self.tensors().items()}
-
-    def give_types_back(self, types: Mapping[str, torch.dtype]) -> None:
-        for name, tensor in self.tensors().items():
-            if name in types:
-                tensor.data = tensor.data.to(types[name])
-
     def files(self) -> dict[str, tuple[nn.Module, str, list[str]]]:
         """File -> (module that its layers are in, prefix of their names, their names); those in no block last."""
         left, files = list(self.plan), {}
@@ -234,7 +207,7 @@ class FinetuneJob:
     """Compresses one transformer in place, as `ComponentJob` does, by training it end to end on all traced steps."""
 
     def __init__(self, *job: Any) -> None:
-        """The arguments of `ComponentJob`."""
+        """The arguments of `Job`."""
         self.whole = _WholeModel(*job)
 
     def run(self, prompts: int) -> dict[str, Any]:
@@ -253,7 +226,7 @@ class FinetuneJob:
     def _make(self, samples: TracedSteps) -> None:
         whole = self.whole
         open_planned(whole.transformer, whole.plan)
-        types = whole.types()
+        types = types_of(whole.transformer)
         whole.transformer.float()
         samples.compute(whole.forward, whole.progress)
         few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
@@ -263,7 +236,7 @@ class FinetuneJob:
             f"{whole.seed}/{whole.name}",
         )  # fmt: skip
         report = whole.train(layers, samples)
-        whole.give_types_back(types)
+        give_types(whole.transformer, types)
         for file, (_, prefix, names) in whole.files().items():
             packed = {name.removeprefix(prefix): self._bake(name, layers.pop(name)) for name in names}
             if not whole.workspace.has(file):  # else a run before was killed behind it, and it is the same
@@ -291,7 +264,7 @@ class PolishJob:
     """
 
     def __init__(self, *job: Any) -> None:
-        """The arguments of `ComponentJob`."""
+        """The arguments of `Job`."""
         self.whole, self.blocks = _WholeModel(*job), ComponentJob(*job)
 
     def run(self, prompts: int) -> dict[str, Any]:
@@ -300,10 +273,10 @@ class PolishJob:
         whole.transformer.requires_grad_(False).eval()
         samples, trained = whole.samples(prompts), whole.workspace.has(self._file)
         if not trained:
-            types = whole.types()
+            types = types_of(whole.transformer)
             whole.transformer.float()
             samples.compute(whole.forward, whole.progress)
-            whole.give_types_back(types)
+            give_types(whole.transformer, types)
         evidence = self.blocks.run(prompts)
         if not trained:
             self._polish(samples)
@@ -313,7 +286,7 @@ class PolishJob:
 
     def _polish(self, samples: TracedSteps) -> None:
         whole = self.whole
-        packed, types = packed_layers(whole.transformer), whole.types()
+        packed, types = packed_layers(whole.transformer), types_of(whole.transformer)
         computing = {name: layer.compute_dtype for name, layer in packed.items()}
         whole.transformer.float()
         layers = {name: ScaledCodes(layer) for name, layer in packed.items()}
@@ -323,7 +296,7 @@ class PolishJob:
         for name, layer in packed.items():
             replace_module(whole.transformer, name, layer)
             layer.compute_dtype = computing[name]
-        whole.give_types_back(types)
+        give_types(whole.transformer, types)
         found = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.trained().items()}
         # all that was trained is in one file before the first block is written over
         whole.workspace.write_tensors(self._file, {key: t.to(types[key]) for key, t in found.items()}, report)
@@ -336,7 +309,7 @@ class PolishJob:
         if stored is None:
             raise AttarError("the trained scales are missing", where=self._file, fix="Use another workspace")
         trained, report = stored
-        model = whole.tensors()
+        model = dict(tensors_of(whole.transformer))
         for key, tensor in trained.items():
             model[key].data = tensor.to(whole.device)
         packed = packed_layers(whole.transformer)

@@ -18,6 +18,7 @@ CONDUCTING = {
     "conductor",
     "component",
     "finetuning",
+    "job",
     "traced",
     "samples",
     "assemble",
@@ -44,7 +45,9 @@ ALLOWED = {
     "evaluate": {"models", "runtime", "progress"},
     "budget": {"quantize"},
     "stages": {"budget", "calibration", "quantize", "runtime"},
-    "recipe": {"quantize", "stages"},
+    "defaults": set(),
+    "recipe": {"budget", "defaults", "quantize", "stages"},
+    "job": {"calibration", "models", "progress", "quantize", "recipe", "workspace"},
     "planning": {"budget", "models", "quantize", "recipe", "runtime", "settings"},
     "candidates": {"budget", "planning", "recipe", "settings"},
     "allocation": {
@@ -70,6 +73,7 @@ ALLOWED = {
     "samples": {*VERBS, "models", "ranks", "workspace"},
     "component": {
         *VERBS,
+        "job",
         "losses",
         "models",
         "progress",
@@ -84,6 +88,7 @@ ALLOWED = {
     "finetuning": {
         *VERBS,
         "component",
+        "job",
         "losses",
         "models",
         "progress",
