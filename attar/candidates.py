@@ -53,9 +53,17 @@ def layers_of(
 
 
 def choose(layers: Sequence[Layer], recipe: Recipe) -> list[Candidate]:
-    """One candidate for each layer under the recipe's budget. Raises AttarError where none keeps to it."""
+    """One candidate for each layer under the recipe's budget. Raises AttarError where none keeps to it.
+
+    The budget "same" is the mean of the layers that there is a choice for, as those whose bits the recipe names would
+    have these in any case.
+    """
     assert recipe.allocate is not None
-    return choose_bits(layers, Budget.parse(recipe.allocate.budget).at(recipe.quantize.weights))
+    budget = Budget.parse(recipe.allocate.budget)
+    free = [layer for layer in layers if len(layer.candidates) > 1 or budget.kind != "same"]
+    taken = choose_bits(free, budget.at(recipe.quantize.weights)) if free else []
+    chosen = {id(layer): candidate for layer, candidate in zip(free, taken, strict=True)}
+    return [chosen.get(id(layer), layer.candidates[0]) for layer in layers]
 
 
 def bits_of(options: Mapping[int, Plans], layers: Sequence[Layer], taken: Sequence[Candidate]) -> Bits:
@@ -112,3 +120,9 @@ def presume(components: Mapping[str, nn.Module], recipe: Recipe) -> tuple[Recipe
     layers = layers_of(options, equal, recipe)
     bits = bits_of(options, layers, choose(layers, recipe))
     return with_bits(recipe, bits), bits
+
+
+def check_budget(components: Mapping[str, nn.Module], recipe: Recipe) -> None:
+    """Raises AttarError for a budget of size or mean bits that no choice keeps to, before anything is measured."""
+    if recipe.allocate is not None and Budget.parse(recipe.allocate.budget).kind != "loss":
+        presume(components, recipe)

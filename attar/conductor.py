@@ -25,6 +25,7 @@ from attar.budget.plan_file import PlanFile, read_plan
 from attar.calibration.prompts import GENERAL_PROMPTS
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
+from attar.candidates import check_budget
 from attar.errors import AttarError
 from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
@@ -167,13 +168,16 @@ def choose_plan(
 ) -> Allocation:
     """Only the first part of `run` for a recipe with a budget: its bits. The plan file is in the workspace then, and
     `run` can go on there."""
+    if recipe.allocate is None:
+        raise AttarError(
+            "the recipe has no budget, or one that gives the widest bits to every layer",
+            where="allocate.budget",
+            fix="Give one with --budget that leaves a choice",
+        )
     with _prepared(
         pipe, source, recipe, workspace, prompts, generation, seed, progress or SilentProgress()
     ) as job:
-        if job[0].allocation is None:
-            raise AttarError(
-                "the recipe has no budget", where="allocate.budget", fix="Give one with --budget"
-            )
+        assert job[0].allocation is not None
         return job[0].allocation
 
 
@@ -193,6 +197,7 @@ def _prepared(
     bits = recipe.quantize.weights
     plans = plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))
     check_trainable(components, plans, recipe)
+    check_budget(components, recipe)
     plan_text_encoders(pipe, recipe)
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))
@@ -256,6 +261,12 @@ def fingerprint(pipe: Any, source: Source) -> str:
 def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
     """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for, or these
     are fewer than the processes."""
+    if recipe.allocate is not None and recipe.allocate.samples < ranks.size():
+        raise AttarError(
+            f"{ranks.size()} processes cannot share allocate.samples = {recipe.allocate.samples}",
+            where="allocate.samples",
+            fix="Start fewer processes, or ask for more samples",
+        )
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:
         return
     if recipe.select.count < ranks.size():

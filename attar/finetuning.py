@@ -159,10 +159,11 @@ class _WholeModel(Job):
 
             def keep_features(module: nn.Module, args: Any, output: Any) -> None:
                 features = as_outputs(output)[place]
-                # places after the batch, and channels last, as tokens have them
-                found[FEATURES] = (
-                    features.flatten(2).mT if self.adapter.unet and features.ndim == 4 else features
-                )
+                if self.adapter.unet and features.ndim == 4:  # (B, C, H, W) -> places as tokens are
+                    features = features.flatten(2).mT
+                assert self.relation is not None
+                # those that are compared, and no more: they are kept for every step
+                found[FEATURES] = features[:, :: -(-features.shape[1] // self.relation.places)].contiguous()
 
             hooks.append(last.register_forward_hook(keep_features))
         try:

@@ -88,7 +88,17 @@ class Recipe(Stage):
     def _bits_are_chosen_once(self) -> Recipe:
         if self.allocate is not None and self.quantize.row_bits is not None:
             raise ValueError(
-                "a budget chooses the bits of layers, row_bits those of rows: leave one of them out"
+                "a budget chooses the bits of layers, row_bits those of rows: leave one of them out "
+                "(allocate=null for a recipe that has a budget)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_know_the_whole_weight(self) -> Recipe:
+        whole, branch = self.finetune, self.quantize.low_rank
+        if whole is not None and whole.adapter_start != "zero" and branch is not None:
+            raise ValueError(
+                "finetune.adapter_start takes the rounded weight, which a branch (low_rank) is no part of"
             )
         return self
 
@@ -210,7 +220,11 @@ def load_recipe(
     if recipe.allocate is not None:
         if not recipe.widths:
             name = recipe.quantize.weight_format
-            raise AttarError(f"the weight format {name} has none of the budget's bits", where="allocate.bits")
+            raise AttarError(
+                f"the weight format {name} has none of the budget's bits",
+                where="allocate.bits",
+                fix="Leave the budget out with --set allocate=null",
+            )
         most = Budget.parse(recipe.allocate.budget).at(recipe.quantize.weights)
         if most == Budget(
             "bits", float(max(recipe.widths))
@@ -230,19 +244,29 @@ def changed_settings(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """
     if recipe.name not in recipe_names():
         return {}
-    unsaid: Any = {
-        "quantize": {"weights", "acts"},
-        **dict.fromkeys(("name", "summary", "notes", "paper", "allocate", "text_encoder"), True),
-    }
-    used, published = (_flat(r.model_dump(exclude=unsaid)) for r in (recipe, load_recipe(recipe.name)))
+    used, published = (_flat(r) for r in (recipe, load_recipe(recipe.name)))
     keys = [key for key in {**published, **used} if used.get(key) != published.get(key)]
     return {key: (used.get(key), published.get(key)) for key in keys}
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+UNSAID = {
+    *("name", "summary", "notes", "paper", "allocate", "text_encoder"),
+    *("quantize.weights", "quantize.acts"),
+}
+
+
+def _flat(stage: Stage | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, with defaults that a dump leaves out."""
+    content = (
+        stage
+        if isinstance(stage, Mapping)
+        else {name: getattr(stage, name) for name in type(stage).model_fields}
+    )
     found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key not in UNSAID:
+            found |= _flat(value, f"{key}.") if isinstance(value, (Stage, Mapping)) else {key: value}
     return found
 
 

@@ -102,6 +102,12 @@ class RowBits(Stage):
         description="weight format of rows with one bit more: int for that of the others, or residual",
     )
 
+    @model_validator(mode="after")
+    def _a_step_fits(self) -> RowBits:
+        if self.most < self.step:
+            raise ValueError("most is less than one step, so no bit would move")
+        return self
+
 
 class Quantize(Stage):
     """Bits by role, equivalent transforms, and which of their parameters exist."""
@@ -355,6 +361,15 @@ class Finetune(Stage):
         rates = (self.weight_lr, self.bias_lr, self.clip_lr, self.level_lr, self.scale_lr)
         if not any(rates) and not self.adapter_rank:
             raise ValueError("nothing is trained: give a learning rate, or adapters a rank")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_start_beside_something(self) -> Finetune:
+        if self.adapter_start != "zero" and (not self.adapter_rank or self.weight_lr):
+            raise ValueError(
+                "adapter_start takes the rounded weight as the base of adapters: give them adapter_rank, and leave "
+                "weight_lr at 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -87,14 +87,12 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
             for done, prompt in enumerate(prompts):
                 if not self.workspace.has(self._file(prompt)):
                     with torch.no_grad():
-                        made = {
-                            place[1:]: run(self.call(*place)) for place in self.places if place[0] == prompt
+                        outputs = {
+                            f"{step}.{part}.{name}": stream.cpu()
+                            for p, step, part in self.places
+                            if p == prompt
+                            for name, stream in run(self.call(p, step, part)).items()
                         }
-                    outputs = {
-                        f"{s}.{k}.{name}": streams[name]
-                        for (s, k), streams in made.items()
-                        for name in streams
-                    }
                     self.workspace.write_tensors(self._file(prompt), outputs)
                 advance(done + 1, f"prompt {prompt}")
 

@@ -115,6 +115,7 @@ ALLOWED = {
         *VERBS,
         "allocation",
         "budget",
+        "candidates",
         "component",
         "finetuning",
         "identity",

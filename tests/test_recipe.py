@@ -120,3 +120,10 @@ def test_a_budget_that_leaves_no_choice_is_none():
     assert lloyd.widths == [2, 3, 4, 5]
     with pytest.raises(AttarError, match="none of the budget's bits"):
         load_recipe("attar", {"quantize.weight_format": "binary", "quantize.weights": 1})
+
+
+def test_changed_settings_name_both_values_of_a_default():
+    changed = changed_settings(
+        load_recipe("attar", {"quantize.clip_search": False, "rounding.order": "given"})
+    )
+    assert changed == {"quantize.clip_search": (False, True), "rounding.order": ("given", "activation")}

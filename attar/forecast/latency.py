@@ -52,6 +52,10 @@ def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
         return "fp8" if "fp8" in hardware.rates else dense
     if (plan.weight_format, plan.act_format) != ("int", "int"):
         return dense
+    if plan.row_bits is not None and any(
+        grid.number != "int" for grid in plan.row_bits.grids(plan.weight_bits, plan.weight_format)
+    ):
+        return dense  # some rows are
     if max(plan.weight_bits, plan.act_bits) <= 4 and "int4" in hardware.rates:
         return "int4"
     return "int8" if "int8" in hardware.rates else dense

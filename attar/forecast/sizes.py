@@ -20,7 +20,9 @@ def planned_sizes(
     recipe: Recipe,
     stored: Mapping[str, Mapping[str, torch.dtype]] | None = None,
 ) -> dict[str, Any]:
-    """Exact bytes. components may be on the meta device.
+    """Exact bytes, but for what shows on data: adaptive rotations, and rows with bits of their own.
+
+    components may be on the meta device.
 
     "block_linears_*" count the quantized linears with their biases, these and everything else in bfloat16;
     "checkpoint" is what the transformers' files will hold, the floating-point rest in the types of the source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,8 +150,7 @@ def quantize_block(
         )  # fmt: skip
         set_quantizers(whole, True, True)
         if settings.clip_search:
-            for layer in whole:  # transforms have moved, and clipping has not
-                layer.search_clip()
+            _search_clips(whole)  # transforms have moved, and clipping has not
     codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
@@ -219,15 +218,23 @@ def wrap_linears(
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
-    if settings.clip_search:
-        for name, layer in layers.items():
-            if not plans[name].plain:
-                layer.search_clip()
+    searched = [layer for name, layer in layers.items() if settings.clip_search and not plans[name].plain]
+    _search_clips(searched)
     if settings.row_bits is not None:
-        _mix_rows(layers, plans, run, calls, settings.row_bits, seed)
+        _mix_rows(layers, plans, run, calls, settings.row_bits, seed, settings.clip_search)
     if settings.low_rank is not None:
         _start_branches(layers, plans, run, calls, settings.low_rank, seed)
+    if settings.row_bits is not None or settings.low_rank is not None:
+        _search_clips(searched)  # other bits, or another weight, are rounded now
     return layers
+
+
+def _search_clips(layers: Iterable[QuantizedLinear]) -> None:
+    """Searched clipping, of which all processes take the first one's."""
+    found = list(layers)
+    for layer in found:
+        layer.search_clip()
+    ranks.same_([layer.quantizer.clip_logit for layer in found if layer.quantizer.clip_logit is not None])
 
 
 def _input_samples(
@@ -253,12 +260,13 @@ def _mix_rows(
     calls: Sequence[Any],
     settings: RowBitsSettings,
     seed: str,
+    search_clip: bool,
 ) -> None:
     chosen = {name: layer for name, layer in layers.items() if plans[name].row_bits is not None}
     moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
     for name, layer in chosen.items():
         generator = torch.Generator().manual_seed(seed_of(seed, name, "rows"))
-        mix_rows(layer, settings, moments.pop(name, None), generator)
+        mix_rows(layer, settings, moments.pop(name, None), generator, search_clip)
 
 
 def _start_branches(

@@ -26,6 +26,9 @@ from attar.quantize.relations import FEATURES, RelationTerm
 from attar.quantize.seeds import seed_of
 from attar.quantize.terms import LowRankTerm
 
+OPEN = (
+    0.999  # the clipping factor of a weight that is on its grid: no code moves, and it can still be trained
+)
 Layer = QuantizedLinear | ScaledCodes
 Samples = Sequence[tuple[Any, Streams]]  # a call of the model, and what the original gave
 
@@ -95,7 +98,9 @@ class Finetuner:
         self.groups = [[i] for i in range(len(samples))] if groups is None else groups
         if not self.groups:
             raise AttarError(
-                "there are fewer traced steps than a window has", where="finetune.relation.window"
+                "there are fewer traced steps than a window has",
+                where="finetune.relation.window",
+                fix="Trace more steps, or average over fewer",
             )
         self.chosen = {name: layers[name] for name in (layers if chosen is None else chosen)}
         self._open = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
@@ -267,10 +272,15 @@ class Finetuner:
 
 @torch.no_grad()
 def _round_base(layer: QuantizedLinear) -> Tensor:
-    """W becomes Ŵ, whose codes are the same; returns what is lost, W - Ŵ in the basis in which the layer quantizes."""
+    """W becomes Ŵ, whose codes are the same; returns what is lost, W - Ŵ in the basis in which the layer quantizes.
+
+    Ŵ ends where W was clipped, so clipping opens again, or it would cut a second time and the codes would move.
+    """
     weight = layer.transformed_weight()
     rounded = layer.rounded(weight)
     layer.weight = nn.Parameter(layer.to_original(rounded), requires_grad=False)
+    if layer.quantizer.clip_logit is not None:
+        layer.quantizer.clip_logit.fill_(math.log(OPEN / (1 - OPEN)))
     return weight - rounded
 
 

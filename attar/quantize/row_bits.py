@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.weights import Grid, check_row_grid
@@ -61,11 +62,12 @@ def mix_rows(
     settings: RowBitsSettings,
     moment: Tensor | None = None,
     generator: torch.Generator | None = None,
+    search_clip: bool = False,
 ) -> Tensor:
     """Gives the layer its row bits; returns which row got what, (out,) of LOW, SAME, HIGH.
 
     moment: (in, in), the mean of x̃ᵀx̃ over the layer's transformed inputs, for the metric "output". generator: of the
-    random control. Errors are those of the quantizer as it is now, rounded to nearest.
+    random control. Errors are those of rounding to nearest with the clipping as it is now, or searched for each grid.
     Raises AttarError when there is no moment, and as `RowBitsSettings.grids`.
     """
     if settings.metric == "output" and moment is None:
@@ -76,6 +78,8 @@ def mix_rows(
     errors = []
     for i in range(len(grids)):
         layer.mix_rows(grids, torch.full((layer.out_features,), i, device=weight.device))
+        if search_clip:
+            layer.search_clip()
         errors.append(row_errors(layer.rounded(weight) - weight, moment))
     table = torch.stack(errors)
     if settings.by == "error":
@@ -86,6 +90,7 @@ def mix_rows(
         else:
             salience = torch.rand(layer.out_features, generator=generator).to(weight.device)
         chosen = searched_rows(table, salience, settings.step, settings.most)
+    ranks.same_([chosen])
     layer.mix_rows(grids, chosen)
     return chosen
 

@@ -94,7 +94,7 @@ class WeightQuantizer(nn.Module):
             check_trained_levels(grid.weight_format)
         self.grid, self.group_size, self.train_levels = grid, group_size, train_levels
         groups = group_count(in_features, group_size)
-        self.clip_logit = None
+        self.clip_logit, self.clip_start = None, clip_start
         if clip_start is not None:
             self.clip_logit = nn.Parameter(torch.full((2, out_features, groups), clip_start))
         self.kinds = nn.ModuleList([_Rows(grid, None)])
@@ -120,11 +120,11 @@ class WeightQuantizer(nn.Module):
         Both ends are cut at the same share of the row's largest magnitude, and nowhere farther out than where clipping
         starts without a search. Tables are fitted to what is cut. Raises AttarError without clipping.
         """
-        if self.clip_logit is None:
+        if self.clip_logit is None or self.clip_start is None:
             raise AttarError(
                 "there is no clipping to search", where="quantize.clip_search", fix="Set weight_clip"
             )
-        start = chosen = self.clip_logit.clone()
+        start = chosen = torch.full_like(self.clip_logit, self.clip_start)  # whatever it was before
         grouped = weight.unflatten(1, (start.shape[2], -1))
         ends = torch.stack([grouped.amin(-1).neg(), grouped.amax(-1)]).clamp(min=1e-12)  # (2, out, groups)
         best = torch.full_like(start[0], float("inf"))
@@ -143,8 +143,8 @@ class WeightQuantizer(nn.Module):
         Tables are made by `fit`, which has to be called again.
 
         row_grid: (out,) integers. Grids that no row has are left out.
-        Raises AttarError for groups of input channels, formats that have one table for all rows or are no tables and
-        no integers, and levels that cannot be trained.
+        Raises AttarError for groups of input channels, and formats that have one table for all rows or are no tables
+        and no integers.
         """
         if self.group_size is not None:
             raise AttarError("rows of several kinds have one scale each", fix="Leave the group size out")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.runtime.checkpoint import QUANT_METHOD, check_config
+from attar.runtime.rows import kinds_of
 from attar.runtime.scheme import MIXED_ROWS
 
 CHECKSUM_KEY = "attar_sha256"
@@ -169,9 +170,11 @@ def _check_layers(
             if not any(key.startswith(f"{name}.transforms.{i}.") for key in tensors):
                 raise AttarError(f"transform {i} of {name!r} is missing", where=where, fix=_DAMAGED)
         (codes_dtype, codes), (scale_dtype, scale) = (tensors[f"{name}.{part}"] for part in wanted[:2])
-        rows = tensors[f"{name}.row_kind"][1] if mixed else codes[:1]
-        types = (codes_dtype, scale_dtype)
-        if types != (torch.uint8, torch.float32) or rows != scale[:1] or len(codes) != (1 if mixed else 2):
+        fits = (codes_dtype, scale_dtype) == (torch.uint8, torch.float32) and len(codes) == (
+            1 if mixed else 2
+        )
+        fits &= _rows_fit(scheme, name, tensors) if mixed else codes[:1] == scale[:1]
+        if not fits:
             raise AttarError(f"codes and scales of {name!r} do not match", where=where, fix=_DAMAGED)
     for key, (dtype, _) in tensors.items():
         layer, part = _owner(key, layers)
@@ -184,6 +187,17 @@ def _check_layers(
                 where=where,
                 fix="Copy or download it again",
             )
+
+
+def _rows_fit(
+    scheme: Mapping[str, Any], name: str, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> bool:
+    """Whether there is a kind for each row, and a level for each entry of a table."""
+    kinds = kinds_of(scheme[MIXED_ROWS])
+    count, entries = (sum(n) for n in ([k.count for k in kinds], [k.count * k.entries for k in kinds]))
+    levels = tensors.get(f"{name}.levels", (torch.float16, (0,)))
+    rows = tensors[f"{name}.row_kind"] == (torch.uint8, (count,))
+    return rows and tensors[f"{name}.weight_scale"][1] == (count, 1) and levels == (torch.float16, (entries,))
 
 
 def _owner(key: str, layers: Mapping[str, int]) -> tuple[str | None, str]:

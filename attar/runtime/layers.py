@@ -185,8 +185,8 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         else:
             if row_kind is None or row_kind.shape != (out_features,):
                 raise AttarError("which kind each row is has to be said for all rows")
-            check_rows(row_kind, layer.rows, levels)
             layer.row_kind = row_kind.detach().to(torch.uint8, copy=True)
+            check_rows(layer.row_kind, layer.rows, levels)
             layer.codes = pack_rows(codes, layer.row_kind, layer.rows)
         if act_clip is not None:
             clip = torch.as_tensor(act_clip, dtype=torch.float32, device=codes.device).detach().clone()

@@ -93,7 +93,14 @@ def split_rows(
 
 
 def check_rows(row_kind: Tensor, kinds: Sequence[RowKind], levels: Tensor | None) -> None:
-    """Raises AttarError where the rows' numbers are not those that the kinds say, or levels are none."""
+    """Raises AttarError where the rows are not those that the kinds say, or the levels are no tables of them."""
+    if row_kind.dtype != torch.uint8:
+        raise AttarError(f"the kinds of rows are {row_kind.dtype}, not uint8")
+    entries = sum(kind.count * kind.entries for kind in kinds)
+    if (0 if levels is None else levels.numel()) != entries:
+        raise AttarError(
+            f"the rows have tables of {entries} levels, and there are {levels if levels is None else levels.numel()}"
+        )
     counts = torch.bincount(row_kind.long(), minlength=len(kinds)).tolist()
     if counts != [kind.count for kind in kinds]:
         raise AttarError("the kinds of the rows do not fit the layer")

@@ -62,6 +62,17 @@ def test_it_never_makes_a_row_or_group_worse(seed, bits, groups, tail):
     assert (once <= 4.0).all() and torch.isfinite(once).all()
 
 
+def test_a_second_search_does_not_remember_the_first():
+    torch.manual_seed(0)
+    first, second = torch.distributions.StudentT(2.5).sample((OUT, IN)), torch.rand(OUT, IN) - 0.5
+    layer, fresh = layer_of(first), layer_of(second)
+    layer.search_clip()
+    layer.weight.data.copy_(second)
+    layer.search_clip()
+    fresh.search_clip()
+    assert torch.equal(layer.quantizer.clip_logit, fresh.quantizer.clip_logit)
+
+
 def test_uniform_rows_and_rows_of_zeros_keep_their_range():
     weight = torch.cat([torch.linspace(-1, 1, IN).expand(3, -1), torch.zeros(2, IN)])
     layer = layer_of(weight, 4)

@@ -225,6 +225,18 @@ def test_prescaling_tames_a_planted_outlier_channel():
     assert losses["scaled"] < losses["plain"] / 2
 
 
+def test_clipping_is_searched_for_the_bits_of_each_row():
+    weight = heavy() * torch.logspace(-0.5, 0.5, OUT)[:, None]
+    layer = layer_of(weight, 3, weight_clip=True)
+    chosen = mix_rows(layer, RowBitsSettings("error", "weight"), search_clip=True)
+    layer.search_clip()
+    assert set(chosen.tolist()) == {LOW, SAME, HIGH}
+    for row in range(OUT):
+        alone = layer_of(weight[row : row + 1], 2 + int(chosen[row]), weight_clip=True)
+        alone.search_clip()
+        assert torch.equal(alone.quantizer.clip_logit[:, 0], layer.quantizer.clip_logit[:, row])
+
+
 def test_refusals():
     layer = layer_of(heavy())
     with pytest.raises(AttarError, match="calibration inputs"):

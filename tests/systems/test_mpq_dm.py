@@ -18,6 +18,7 @@ from attar.quantize.relations import FEATURES, RelationSettings, RelationTerm
 from attar.quantize.terms import LowRankTerm
 from attar.recipe import load_recipe
 from attar.runtime.layers import packed_layers
+from attar.workspace import Workspace
 
 ADAPTERS = FinetuneSettings(steps=40, batch_size=7, adapter_rank=4, adapter_lr=0.05, clip_lr=1e-2)
 FEW = {"trace.prompts": 2, "finetune.steps": 6, "finetune.batch_size": 2, "finetune.adapter_rank": 2}
@@ -87,14 +88,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
             if kill:
                 seen = []
 
-                def write(self, file, *rest, own=finetuning.Workspace.write_tensors):
+                def write(self, file, *rest, own=Workspace.write_tensors):
                     own(self, file, *rest)
                     if "finetune" in file:
                         seen.append(file)
                         if len(seen) == 3:
                             raise Killed
 
-                m.setattr(finetuning.Workspace, "write_tensors", write)
+                m.setattr(Workspace, "write_tensors", write)
             return compressed("wan", V2[0], V2[1] | BY_ERROR, workspace=folder)
 
     with pytest.raises(Killed):
@@ -125,6 +126,17 @@ def test_starting_from_the_error_leaves_the_codes_and_gives_both_factors_gradien
     zero.tuner(replace(ADAPTERS, adapter_rank=8))
     zero.run(zero.samples[0][0])["y"].square().sum().backward()
     assert zero.layers["0"].adapter.up.grad.norm() > 0 == zero.layers["0"].adapter.down.grad.norm()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_the_rounded_base_has_the_codes_and_scales_of_the_weight(bits):
+    toy = Toy(bits=bits, width=64)
+    layer = toy.layers["0"]
+    codes, scale = layer.quantizer.quantize(layer.transformed_weight())
+    toy.tuner(replace(ADAPTERS, adapter_start="rounded"))
+    again, other = layer.quantizer.quantize(layer.transformed_weight())
+    assert torch.equal(again, codes)
+    torch.testing.assert_close(other, scale, rtol=2e-3, atol=0)
 
 
 def test_added_to_the_full_precision_weight_the_error_makes_things_worse():
@@ -212,6 +224,10 @@ def test_windows_pair_consecutive_steps():
         ({"quantize.weight_format": "nf4"}, "row_bits"),
         ({"allocate.budget": "same"}, "leave one of them out"),
         ({"quantize.group_size": 64}, "leave group_size out"),
+        ({"finetune.adapter_start": "error", "finetune.weight_lr": 1e-4}, "leave weight_lr at 0"),
+        ({"finetune.adapter_start": "error", "finetune.adapter_rank": 0}, "give them adapter_rank"),
+        ({"finetune.adapter_start": "error", "quantize.low_rank": {"rank": 4}}, "no part of"),
+        ({"quantize.row_bits.most": 0.05}, "no bit would move"),
     ],
 )
 def test_what_does_not_fit_is_refused(overrides, words):
@@ -241,7 +257,7 @@ def test_row_bits_behind_a_calibration_and_without_data(tmp_path):
         pipelines.assert_same_model(pipe, again, name)
 
 
-def test_forecast_of_bytes_is_exact_for_integers(cli, wan_folder, tmp_path):
+def test_forecast_of_bytes_is_exact_but_for_the_kinds_of_rows(cli, wan_folder, tmp_path):
     options = (
         "--recipe",
         "rtn",

@@ -259,14 +259,22 @@ def prompt_files() -> dict[str, list[str]]:
     return found
 
 
+def _curves_of(repeat: dict | None) -> str:
+    """Where the losses are, of a model whose own were not kept."""
+    if repeat is None:
+        return "the losses of this run were not kept"
+    right = ", ".join(f"{name} {100 * share:.1f} %" for name, share in repeat["scores"].items())
+    return (
+        "the losses of this run were not kept, those by step in `training.json` are of a\n"
+        f"repeat by the command below in one process, whose model gets {right} right and\n"
+        f"whose autoencoder keeps {repeat['autoencoder']['psnr_db']:.1f} dB"
+    )
+
+
 def model_card(card: dict) -> str:
     """README.md of the folder, with the measured figures."""
     scores, minutes = card["scores"], card["minutes"]
-    curves = (
-        "the losses by step are in `training.json`"
-        if card["curves"]
-        else "the losses of this run were not kept"
-    )
+    curves = "the losses by step are in `training.json`" if card["curves"] else _curves_of(card.get("repeat"))
     shares = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in scores.items())
     return f"""---
 pipeline_tag: text-to-video
