@@ -609,7 +609,7 @@ def test_the_real_command(wan_folder, tmp_path):
 
     done = run(*compress(wan_folder, tmp_path, "--weights", "9"))
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: quantize.weights = 9: choose between 2 and 8 bits [attar-ptq]\n"
+    assert done.stderr == "error: quantize.weights = 9: choose between 2 and 8 bits [attar]\n"
     done = run("generate", tmp_path, "a dog")
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "model_index.json is missing" in done.stderr

@@ -68,7 +68,7 @@ def test_saved_and_loaded(kind, models, whole):
     """The loaded model is the one that was made, bit for bit, by diffusers' loader and by attar's."""
     folder = whole(kind)
     config = json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == FORMAT_VERSION == 3
+    assert config["format_version"] == 3 < FORMAT_VERSION
     assert ("splits" in config) == (kind == "scales, split")
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

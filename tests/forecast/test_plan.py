@@ -69,7 +69,7 @@ def test_wan_at_480p_as_everyone_asks(cli):
     assert done.code == 0, done.err
     assert done.err == ""
     for text in (
-        "attar-ptq W4A6 on NVIDIA H200", "self_attn.q", "cross", "vae, once", "text_encoder, once", "one video",
+        "attar W4A6 on NVIDIA H200", "self_attn.q", "cross", "vae, once", "text_encoder, once", "one video",
         "attention is 71% of the arithmetic", "6 bits run in int8 containers", "1.17×", "calibration about",
         "backend there is triton",
     ):  # fmt: skip
