@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -263,10 +263,8 @@ def _mix_rows(
     search_clip: bool,
 ) -> None:
     chosen = {name: layer for name, layer in layers.items() if plans[name].row_bits is not None}
-    moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
-    for name, layer in chosen.items():
-        generator = torch.Generator().manual_seed(seed_of(seed, name, "rows"))
-        mix_rows(layer, settings, moments.pop(name, None), generator, search_clip)
+    for layer, moment, generator in _with_moments(chosen, settings.metric, run, calls, seed, "rows"):
+        mix_rows(layer, settings, moment, generator, search_clip)
 
 
 def _start_branches(
@@ -278,10 +276,22 @@ def _start_branches(
     seed: str,
 ) -> None:
     chosen = {name: layer for name, layer in layers.items() if plans[name].low_rank}
-    moments = collect_hessians(run, calls, chosen) if settings.metric == "output" else {}
-    for name, layer in chosen.items():
-        generator = torch.Generator().manual_seed(seed_of(seed, name, "branch"))
-        start_branch(layer, settings, moments.pop(name, None), generator)
+    for layer, moment, generator in _with_moments(chosen, settings.metric, run, calls, seed, "branch"):
+        start_branch(layer, settings, moment, generator)
+
+
+def _with_moments(
+    layers: Mapping[str, QuantizedLinear],
+    metric: str,
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    seed: str,
+    purpose: str,
+) -> Iterator[tuple[QuantizedLinear, Tensor | None, torch.Generator]]:
+    """Each layer with the second moment of its inputs, which the metric "output" needs, and a generator of its own."""
+    moments = collect_hessians(run, calls, layers) if metric == "output" else {}
+    for name, layer in layers.items():
+        yield layer, moments.pop(name, None), torch.Generator().manual_seed(seed_of(seed, name, purpose))
 
 
 def _gptq_codes(
