@@ -25,7 +25,8 @@ from attar import __version__
 from attar.forecast.architecture import find_architecture
 from attar.models.adapter import ModelAdapter
 from attar.runtime import PackedLinear, backend_description
-from attar.runtime.formats import integer_range
+from attar.runtime.formats import encode
+from attar.runtime.reference import symmetric_scale
 from benchmarks.peers.competitors import BF16, INT8_DYNAMIC, Competitor, Task, attar, plain, torchao
 from benchmarks.peers.quality import linear_bytes
 from benchmarks.peers.speed import Ready, in_turns, measure_speed
@@ -99,7 +100,7 @@ def _prepare(competitor: Competitor, size: tuple[int, int], tokens: int, device:
         if recipe not in ("rtn", "fp8"):
             raise ValueError("transforms are measured in whole blocks")
         number = "fp8" if recipe == "fp8" else "int"
-        return OneLinear(random_packed(linear, weights, None if acts == 16 else acts, number))
+        return OneLinear(rounded(linear, weights, None if acts == 16 else acts, number))
 
     with torch.no_grad():
         module = competitor.make(Task(OneLinear(linear), [{"x": x}], compress))
@@ -108,14 +109,16 @@ def _prepare(competitor: Competitor, size: tuple[int, int], tokens: int, device:
         return Ready(captured(lambda: module(x), device), linear_bytes(module))
 
 
-def random_packed(linear: nn.Linear, weights: int, acts: int | None, number: str = "int") -> PackedLinear:
-    """A packed layer of the linear's size: what the codes are does not change its speed. number: of both factors."""
-    low, high = integer_range(weights) if number == "int" else (0, 126)  # no NaN
-    codes = torch.randint(low, high + 1, tuple(linear.weight.shape), dtype=torch.int8)
-    scale = torch.full((codes.shape[0], 1), 1e-2)
+def rounded(linear: nn.Linear, weights: int, acts: int | None, number: str = "int") -> PackedLinear:
+    """The linear, rounded to nearest. Uniformly random codes would draw more power, and so run slower, than real ones.
+
+    number: the format of both factors.
+    """
+    scale = symmetric_scale(linear.weight.detach().abs().amax(1, keepdim=True), weights, number)
+    codes = encode(linear.weight.detach().float() / scale, number, weights).cpu()
     bias = None if linear.bias is None else linear.bias.detach().cpu()
     formats = {"weight_format": number, "act_format": "int" if acts is None else number}
-    return PackedLinear.from_codes(codes, scale, weights, bias, acts, **formats).to(linear.weight.device)
+    return PackedLinear.from_codes(codes, scale.cpu(), weights, bias, acts, **formats).to(linear.weight.device)
 
 
 @torch.no_grad()
@@ -133,7 +136,11 @@ def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
             run()
-    return graph.replay
+
+    def replay(tensors_of: Callable[[], object] = run) -> None:  # a graph does not keep what it reads alive
+        graph.replay()
+
+    return replay
 
 
 def measure(shape: str, tokens: int, rounds: int, device: str) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class Kernels(Protocol):
     Both give (m, out). The arguments are those of `packed_linear`.
     """
 
-    def fusable(self, steps: Sequence[Step]) -> int:
-        """How many of the last transforms `linear` can compute; the operator does the others before."""
+    def fusable(self, steps: Sequence[Step], x: Tensor) -> int:
+        """How many of the last transforms `linear` can compute of rows x; the operator does the others before."""
         ...
 
     def linear(

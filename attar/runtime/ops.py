@@ -155,8 +155,8 @@ def _fast(
     _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
     kernels = BACKENDS[name].load()
     steps = _steps(transforms, operands)
-    fused = 0 if act_bits is None else kernels.fusable(steps)
     rows = x.reshape(-1, x.shape[-1])
+    fused = 0 if act_bits is None else kernels.fusable(steps, rows)
     for kind, own in steps[: len(steps) - fused]:
         rows = TRANSFORMS[kind].activation_side(rows, *own)
     if act_bits is None:

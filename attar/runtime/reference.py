@@ -25,7 +25,9 @@ def symmetric_scale(absmax: Tensor, bits: int, number: str = "int") -> Tensor:
     number: the format of the codes. `absmax` is raised to 1e-5, so that rows of zeros keep a finite positive scale.
     NaN passes through.
     """
-    return wide(absmax).clamp(min=MIN_ABSMAX) / largest(number, bits)
+    absmax = wide(absmax).clamp(min=MIN_ABSMAX)
+    # A tensor, since CUDA multiplies by the reciprocal of a number: another step size than the CPU's, by a rounding.
+    return absmax / torch.full_like(absmax, largest(number, bits))
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -5,7 +5,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attar.runtime.triton.codes import BLOCK, planes
-from attar.runtime.triton.kernels import EXACT, plane_depth, rows_of_base
+from attar.runtime.triton.activations import EXACT, Factors
+from attar.runtime.triton.products import plane_depth
 from attar.runtime.triton.matmul import float8_matmul, integer_matmul, weight_only_matmul
 from attar.runtime.triton.quantize import quantize_rows
 from attar.runtime.triton.rotate import quantize_rotated_rows

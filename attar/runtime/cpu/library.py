@@ -79,7 +79,7 @@ class Library:
         finally:
             self.kernels = before
 
-    def fusable(self, steps: Sequence[tuple[str, Sequence[Tensor]]]) -> int:
+    def fusable(self, steps: Sequence[tuple[str, Sequence[Tensor]]], x: Tensor) -> int:
         """How many of the last transforms the kernel can compute while it reads a row."""
         count = 0
         for kind, _ in reversed(steps):

@@ -12,6 +12,29 @@ from attar.errors import AttarError
 LEAST = (8, 0)  # compute capability from which tensor cores multiply the bytes that Triton gives them
 
 
+_TILES = 160 * 1024  # bytes of shared memory that the tiles of many rows take
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; in the interpreter those of the GPUs that have least."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def copies_tiles(device: torch.device) -> bool:
+    """Whether Triton and the device copy whole tiles into large shared memories: Hopper, and Blackwell's large ones."""
+    try:
+        import triton.tools.tensor_descriptor  # noqa: F401  since Triton 3.4
+    except ImportError:
+        return False
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(device) >= (9, 0) and shared_memory(device) > _TILES
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU, one program after another: for tests only."""
     return os.environ.get("TRITON_INTERPRET") == "1"

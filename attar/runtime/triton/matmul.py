@@ -12,9 +12,8 @@ from attar.runtime.triton.codes import load_codes
 
 
 @triton.jit
-def tile_place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and first output of this program; GROUP tiles of rows share the weights that the cache holds."""
-    program = tl.program_id(0)
+def tile_place(program, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and first output of a program's tile; GROUP tiles of rows share the weights that the cache holds."""
     down, across = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     first = program // (GROUP * across) * GROUP
     size = tl.minimum(down - first, GROUP)
@@ -48,7 +47,7 @@ def integer_matmul(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x int8 (m, PLANES, plane_stride) · codes (n, row_bytes)ᵀ -> sum · step · scale + bias, then GELU, in y (m, n)."""
-    first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    first_row, first_output = tile_place(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     row = first_row + tl.arange(0, BLOCK_M)
     output = first_output + tl.arange(0, BLOCK_N)
     # Rows beyond the end repeat the last one, whose outputs are not stored twice.
@@ -85,7 +84,7 @@ def float8_matmul(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """As integer_matmul, of bit patterns: x (m, 1, plane_stride) · codes (n, row_bytes)ᵀ -> y (m, n)."""
-    first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    first_row, first_output = tile_place(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     row = first_row + tl.arange(0, BLOCK_M)
     output = first_output + tl.arange(0, BLOCK_N)
     x_rows = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[None, :] * plane_stride
@@ -115,7 +114,7 @@ def weight_only_matmul(
 
     scale (n, groups). The dequantized weight is rounded to x's type, as the reference's is.
     """
-    first_row, first_output = tile_place(m, n, BLOCK_M, BLOCK_N, GROUP)
+    first_row, first_output = tile_place(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     row = first_row + tl.arange(0, BLOCK_M)
     output = first_output + tl.arange(0, BLOCK_N)
     x_rows = x_ptr + tl.minimum(row, m - 1).to(tl.int64)[None, :] * (PLANES * plane_stride)

@@ -25,15 +25,26 @@ def unordered(bits):
 
 
 @triton.jit
-def step_size(low, high, magnitude, clip_ptr, MOST: tl.constexpr):
-    """The range [low, high] to clamp to and the step Δ of a row, from its extremes or its largest magnitude."""
+def extremes(x, inside, CLIP: tl.constexpr):
+    """Least and largest of the values inside as `ordered` bits, int32 tensors like x; without CLIP of magnitudes."""
+    bits = ordered(x) if CLIP else tl.abs(x).to(tl.int32, bitcast=True)
+    most = tl.where(inside, bits, -0x80000000)  # no zeros that the row does not hold
+    return tl.where(inside, bits, 0x7FFFFFFF) if CLIP else most, most
+
+
+@triton.jit
+def step_size(least, most, clip_ptr, MOST: tl.constexpr):
+    """The range [low, high] to clamp to, the step Δ of a row and 1/Δ, from its extremes as `ordered` bits."""
+    low, high = unordered(least), unordered(most)
+    magnitude = high
     if clip_ptr is not None:
         low = low * tl.load(clip_ptr)
         high = high * tl.load(clip_ptr + 1)
         below = tl.abs(low)
         magnitude = tl.where((below > high) | (below != below), below, high)
     magnitude = tl.where(magnitude < 1e-5, 1e-5, magnitude)
-    return low, high, tl.div_rn(magnitude, MOST)
+    step = tl.div_rn(magnitude, MOST)
+    return low, high, step, tl.div_rn(1.0, step)
 
 
 @triton.jit
@@ -50,12 +61,19 @@ def round_float8(x):
 
 
 @triton.jit
-def encode(x, low, high, step, MOST: tl.constexpr, CLIP: tl.constexpr, FP8: tl.constexpr):
-    """float32 -> codes in int8."""
+def encode(x, low, high, step, inverse, MOST: tl.constexpr, CLIP: tl.constexpr, FP8: tl.constexpr):
+    """float32 -> codes in int8.
+
+    x / Δ is rounded once, as a division is, but in three operations: the remainder of x · (1/Δ) is exact in a fused
+    multiply-add, and what it is worth is added (Markstein, IBM J. Res. Dev. 34(1), 1990). A division in hardware is
+    ten, and would take longer than the memory.
+    """
     if CLIP:
         x = tl.where(x < low, low, x)
         x = tl.where(x > high, high, x)
-    x = tl.div_rn(x, step + tl.zeros_like(x))
+    step, inverse = step + tl.zeros_like(x), inverse + tl.zeros_like(x)
+    quotient = x * inverse
+    x = tl.fma(tl.fma(-quotient, step, x), inverse, quotient)
     if FP8:  # NaN stays one
         x = tl.where(x < -MOST, -MOST * 1.0, x)
         x = tl.where(x > MOST, MOST * 1.0, x)
@@ -68,23 +86,23 @@ def encode(x, low, high, step, MOST: tl.constexpr, CLIP: tl.constexpr, FP8: tl.c
 
 
 @triton.jit
-def load_chunk(x_ptr, channel_ptr, place, width):
-    """float32 values of a row at `place`, divided by the channel scales; 0 beyond the row's end."""
-    inside = place < width
+def load_chunk(x_ptr, channel_ptr, place, inside):
+    """float32 values of a row at `place`, divided by the channel scales; 0 where it is not inside."""
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if channel_ptr is not None:
         x = tl.div_rn(x, tl.load(channel_ptr + place, mask=inside, other=1.0))
-    return x, inside
+    return x
 
 
 @triton.jit
 def quantize_rows(
     x_ptr, channel_ptr, clip_ptr, codes_ptr, step_ptr, width, columns, x_stride, codes_stride,
-    MOST: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    MOST: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """One row for a program: x (m, width) -> codes int8 (m, PLANES, columns), zeros behind each plane, step (m,).
 
-    The row is read twice, the second time from the cache: keeping it would bound its width by the registers.
+    WHOLE: BLOCK columns hold the row, which stays in registers. A longer one is read twice, the second time from the
+    cache: keeping it would bound its width by the registers.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -92,22 +110,34 @@ def quantize_rows(
     plane = tl.arange(0, PLANES)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     CLIP: tl.constexpr = clip_ptr is not None
-
-    most = tl.full([PLANES, BLOCK], -0x80000000, tl.int32)
-    least = tl.full([PLANES, BLOCK], 0x7FFFFFFF, tl.int32)
-    for start in range(0, columns, BLOCK):
-        x, inside = load_chunk(x_ptr, channel_ptr, (start + column) * PLANES + plane, width)
-        bits = ordered(x if CLIP else tl.abs(x))
-        most = tl.maximum(most, tl.where(inside, bits, -0x80000000))  # no zeros that the row does not hold
-        if CLIP:
-            least = tl.minimum(least, tl.where(inside, bits, 0x7FFFFFFF))
-    high = unordered(tl.max(tl.max(most, 1), 0))
-    low = unordered(tl.min(tl.min(least, 1), 0))
-    low, high, step = step_size(low, high, high, clip_ptr, MOST)
+    if WHOLE:
+        place = column * PLANES + plane
+        inside = place < width
+        x = load_chunk(x_ptr, channel_ptr, place, inside)
+        least, most = extremes(x, inside, CLIP)
+        low, high, step, inverse = step_size(
+            tl.min(tl.min(least, 1), 0), tl.max(tl.max(most, 1), 0), clip_ptr, MOST
+        )
+        codes = tl.where(inside, encode(x, low, high, step, inverse, MOST, CLIP, FP8), 0)
+        tl.store(codes_ptr + plane * columns + column, codes, mask=column < columns)
+    else:
+        most = tl.full([PLANES, BLOCK], -0x80000000, tl.int32)
+        least = tl.full([PLANES, BLOCK], 0x7FFFFFFF, tl.int32)
+        for start in range(0, columns, BLOCK):
+            place = (start + column) * PLANES + plane
+            inside = place < width
+            x = load_chunk(x_ptr, channel_ptr, place, inside)
+            below, above = extremes(x, inside, CLIP)
+            most = tl.maximum(most, above)
+            if CLIP:
+                least = tl.minimum(least, below)
+        low, high, step, inverse = step_size(
+            tl.min(tl.min(least, 1), 0), tl.max(tl.max(most, 1), 0), clip_ptr, MOST
+        )
+        for start in range(0, columns, BLOCK):
+            place = (start + column) * PLANES + plane
+            inside = place < width
+            x = load_chunk(x_ptr, channel_ptr, place, inside)
+            codes = tl.where(inside, encode(x, low, high, step, inverse, MOST, CLIP, FP8), 0)
+            tl.store(codes_ptr + plane * columns + start + column, codes, mask=start + column < columns)
     tl.store(step_ptr + row, step)
-
-    for start in range(0, columns, BLOCK):
-        x, inside = load_chunk(x_ptr, channel_ptr, (start + column) * PLANES + plane, width)
-        codes = tl.where(inside, encode(x, low, high, step, MOST, CLIP, FP8), 0)
-        place = start + column
-        tl.store(codes_ptr + plane * columns + place, codes, mask=place < columns)

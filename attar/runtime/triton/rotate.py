@@ -1,57 +1,101 @@
-"""Rows of activations -> Hadamard rotation -> integer codes and step sizes, in one launch."""
+"""Rows of activations -> rotation -> codes and step sizes, in one launch.
+
+A rotation by a Kronecker product left ⊗ right turns a row, written as a matrix X (LEFT, RIGHT), into leftᵀ X right: two
+small products on the tensor cores. A Hadamard matrix is such a product too, its factors are made of signs.
+"""
 
 import triton
 import triton.language as tl
 
-from attar.runtime.triton.quantize import encode, load_chunk, ordered, step_size, unordered
+from attar.runtime.triton.quantize import encode, extremes, load_chunk, step_size
 
 
 @triton.jit
-def butterfly(x, STRIDE: tl.constexpr, L: tl.constexpr, R: tl.constexpr):
-    """x (L, R): sums and differences of the numbers that lie STRIDE apart in a row."""
-    pairs = tl.permute(tl.reshape(x, [L * R // (2 * STRIDE), 2, STRIDE]), [0, 2, 1])
-    u, v = tl.split(pairs)
-    return tl.reshape(tl.permute(tl.join(u + v, u - v), [0, 2, 1]), [L, R])
+def hadamard_factor(base_ptr, ORDER: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """base (ORDER, ORDER) ⊗ Sylvester's matrix, (PADDED, PADDED) with zeros beyond SIZE."""
+    row, column = tl.arange(0, PADDED)[:, None], tl.arange(0, PADDED)[None, :]
+    WIDTH: tl.constexpr = SIZE // ORDER
+    bits = (row % WIDTH) & (column % WIDTH)  # an odd number of bits in common is -1
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    sign = 1.0 - 2.0 * (bits & 1).to(tl.float32)
+    inside = (row < SIZE) & (column < SIZE)
+    if ORDER > 1:
+        place = row // WIDTH * ORDER + column // WIDTH
+        sign = sign * tl.load(base_ptr + place, mask=inside, other=0).to(tl.float32)
+    return tl.where(inside, sign, 0.0)
+
+
+@triton.jit
+def matrix_factor(pointer, down, across, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """A matrix (SIZE, SIZE) whose rows and columns lie `down` and `across` apart, with zeros around it."""
+    row, column = tl.arange(0, PADDED)[:, None], tl.arange(0, PADDED)[None, :]
+    place = row * down + column * across
+    return tl.load(pointer + place, mask=(row < SIZE) & (column < SIZE), other=0.0)
+
+
+@triton.jit
+def normalized(x):
+    """x (a, b) / p in float16, below 4 in magnitude, and the power of two p, float32. All NaN where x is not finite."""
+    most = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1), 0)
+    power = tl.minimum(most & 0x7F800000, 0x7E800000)
+    inverse = (0x7F000000 - power).to(tl.float32, bitcast=True)
+    inverse = tl.where(most < 0x7F800000, inverse, float("nan"))
+    return (x * inverse).to(tl.float16), power.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def quantize_rotated_rows(
-    x_ptr, channel_ptr, signs_ptr, base_ptr, clip_ptr, codes_ptr, step_ptr, width, columns, x_stride, codes_stride,
-    norm, ORDER: tl.constexpr, MOST: tl.constexpr, PLANES: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    LOG_R: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    x_ptr, channel_ptr, signs_ptr, left_ptr, right_ptr, clip_ptr, codes_ptr, step_ptr, m, columns, x_stride,
+    codes_stride, norm, ORDER: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    HALF: tl.constexpr, MOST: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """One row for a program: x (m, ORDER · R), as transforms.Hadamard of one block turns it, -> as quantize_rows.
+    """x (m, LEFT · RIGHT), as transforms.Hadamard or Kronecker turns it, -> as quantize_rows.
 
-    R = 2^LOG_R; a row is held as (L, R), where L is ORDER raised to a power of two that tensor cores take.
+    ORDER: of the base of a Hadamard rotation, which left_ptr has then; 0 for a Kronecker product. A row is held as
+    (L, R), powers of two. HALF: row and factors are divided by powers of two and rounded to float16, whose 11 bits are
+    no fewer than those of a row in half precision; sums are float32. Else products are nearly those of float32.
     """
-    row = tl.program_id(0).to(tl.int64)
-    codes_ptr += row * codes_stride
     down, across = tl.arange(0, L)[:, None], tl.arange(0, R)[None, :]
-    place = down * R + across
-    x, inside = load_chunk(x_ptr + row * x_stride, channel_ptr, place, width)
-    x = x * tl.load(signs_ptr + place, mask=inside, other=0).to(tl.float32)
-    for power in tl.static_range(LOG_R):
-        x = butterfly(x, 2**power, L, R)
-    if ORDER > 1:
-        to = tl.arange(0, L)[None, :]
-        base = tl.load(base_ptr + down * ORDER + to, mask=(down < ORDER) & (to < ORDER), other=0).to(
-            tl.float32
+    place = down * RIGHT + across
+    inside = (down < LEFT) & (across < RIGHT)
+    CLIP: tl.constexpr = clip_ptr is not None
+    if ORDER > 0:
+        left = hadamard_factor(left_ptr, ORDER, LEFT, L)
+        right = hadamard_factor(left_ptr, 1, RIGHT, R)
+        scale = norm
+        if HALF:
+            left, right = left.to(tl.float16), right.to(tl.float16)
+    else:
+        left = matrix_factor(left_ptr, 1, LEFT, LEFT, L)  # transposed
+        right = matrix_factor(right_ptr, RIGHT, 1, RIGHT, R)
+        scale = norm
+        if HALF:
+            left, left_power = normalized(left)
+            right, right_power = normalized(right)
+            scale = left_power * right_power
+
+    for row in range(tl.program_id(0), m, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64)
+        x = load_chunk(x_ptr + at * x_stride, channel_ptr, place, inside)
+        if signs_ptr is not None:
+            x = x * tl.load(signs_ptr + place, mask=inside, other=0).to(tl.float32)
+        if HALF:
+            x, power = normalized(x)
+            x = tl.dot(left, tl.dot(x, right).to(tl.float16)) * (power * scale)
+        else:  # tf32x3: nearly float32
+            x = tl.dot(left, tl.dot(x, right, input_precision="tf32x3"), input_precision="tf32x3") * scale
+
+        least, most = extremes(x, inside, CLIP)
+        low, high, step, inverse = step_size(
+            tl.min(tl.min(least, 1), 0), tl.max(tl.max(most, 1), 0), clip_ptr, MOST
         )
-        x = tl.dot(base, x, input_precision="tf32x3")  # nearly float32: ±1 is exact, x is split in three
-    x = x * norm
-
-    bits = ordered(x if clip_ptr is not None else tl.abs(x))
-    high = unordered(tl.max(tl.max(tl.where(inside, bits, -0x80000000), 1), 0))
-    low = unordered(tl.min(tl.min(tl.where(inside, bits, 0x7FFFFFFF), 1), 0))
-    low, high, step = step_size(low, high, high, clip_ptr, MOST)
-    tl.store(step_ptr + row, step)
-
-    codes = encode(x, low, high, step, MOST, clip_ptr is not None, FP8)
-    codes = tl.permute(tl.reshape(codes, [L, R // PLANES, PLANES]), [2, 0, 1])
-    plane = tl.arange(0, PLANES)[:, None, None]
-    down, across = tl.arange(0, L)[None, :, None], tl.arange(0, R // PLANES)[None, None, :]
-    place = plane * columns + down * (R // PLANES) + across
-    tl.store(codes_ptr + place, codes, mask=down < ORDER)
-    tail = width // PLANES + tl.arange(0, BLOCK)[None, :]  # zeros behind each plane
-    nothing = tl.zeros([PLANES, BLOCK], tl.int8)
-    tl.store(codes_ptr + tl.arange(0, PLANES)[:, None] * columns + tail, nothing, mask=tail < columns)
+        tl.store(step_ptr + at, step)
+        codes = encode(x, low, high, step, inverse, MOST, CLIP, FP8)
+        to = codes_ptr + at * codes_stride
+        tl.store(to + place % PLANES * columns + place // PLANES, codes, mask=inside)
+        plane = tl.arange(0, PLANES)[:, None]
+        tail = LEFT * RIGHT // PLANES + tl.arange(0, BLOCK)[None, :]  # zeros behind each plane
+        behind = (tail < columns) & (tail * PLANES + plane >= LEFT * RIGHT)
+        tl.store(to + plane * columns + tail, tl.zeros([PLANES, BLOCK], tl.int8), mask=behind)

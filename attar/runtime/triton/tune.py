@@ -23,19 +23,24 @@ from attar.errors import AttarError
 from attar.files import writing
 from attar.runtime.cache import cache_folder
 
-_FORMAT = 1
+_FORMAT = 2
 _VARIABLE = "ATTAR_TRITON_TUNING"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of a program: rows, outputs, and codes of a row in one step, all planes together; warps; loads in flight."""
+    """Tile of a program: rows, outputs, and codes of a row in one step, all planes together; warps; loads in flight.
+
+    group: tiles of rows that share the weights in the second-level cache. flatten: of dense_matmul.
+    """
 
     rows: int
     outputs: int
     depth: int
     warps: int
     stages: int
+    group: int = 8
+    flatten: int = 0
 
 
 @dataclass(frozen=True)

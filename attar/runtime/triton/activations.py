@@ -1,0 +1,139 @@
+"""Rows of activations -> transforms -> codes and step sizes: which launch does it, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from attar.runtime.formats import largest
+from attar.runtime.triton.available import shared_memory
+from attar.runtime.triton.codes import BLOCK, padded_columns, planes
+from attar.runtime.triton.quantize import quantize_rows
+from attar.runtime.triton.rotate import quantize_rotated_rows
+
+Step = tuple[str, Sequence[Tensor]]
+EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the reference rounds twice
+_CHUNK = 2048  # values of a row that a program holds at a time
+_LARGEST_FACTOR = 256  # of a rotation that is computed with the codes
+_LARGEST_EXACT = 2**11  # numbers of a float32 row that is: three products for one, in registers
+
+
+class Factors(NamedTuple):
+    """A rotation left ⊗ right, of sizes LEFT · RIGHT = width. order: of a Hadamard base, 0 for matrices."""
+
+    order: int
+    left: int
+    right: int
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Both sizes as powers of two; tensor cores multiply 16 at least."""
+        return _padded(self.left), _padded(self.right)
+
+    @property
+    def work(self) -> int:
+        """Multiplications for a row."""
+        left, right = self.padded
+        return left * right * (left + right)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of shared memory for both factors and a row between them, in half precision."""
+        left, right = self.padded
+        return 2 * (left * left + right * right + left * right)
+
+
+def factors(step: Step) -> Factors | None:
+    """How a rotation of whole rows comes apart, with the least work; None for other transforms."""
+    kind, operands = step
+    if kind == "kronecker":
+        found = [Factors(0, operands[0].shape[0], operands[1].shape[0])]
+    elif kind == "hadamard" and operands[0].shape[0] == 1:
+        width, order = operands[0].shape[1], operands[1].shape[0]
+        powers = (width // order).bit_length()
+        found = [Factors(order, order << p, (width // order) >> p) for p in range(powers)]
+    else:
+        return None
+    return min(found, key=lambda f: f.work)
+
+
+def rotates(step: Step, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a transform of rows of a type is a rotation that one launch computes with the codes."""
+    found = factors(step)
+    if found is None or max(found.padded) > _LARGEST_FACTOR:
+        return False
+    if dtype == torch.float32:
+        return found.padded[0] * found.padded[1] <= _LARGEST_EXACT
+    return found.memory <= shared_memory(device)
+
+
+def quantize(
+    x: Tensor,
+    clip: Tensor | None,
+    act_bits: int,
+    weight_bits: int,
+    steps: Sequence[Step] = (),
+    number: str = "int",
+) -> tuple[Tensor, Tensor]:
+    """x (m, in) -> codes int8 (m, planes of `weight_bits`, columns), zeros at the end of a plane, and steps (m,).
+
+    steps: a channel scale, a rotation for which `rotates` holds, or both. number: "int", or "fp8", whose bit patterns
+    the codes are.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    m, width = x.shape
+    count, length = planes(weight_bits), padded_columns(width, weight_bits)
+    codes = torch.empty(m, count, length, dtype=torch.int8, device=x.device)
+    step = torch.empty(m, dtype=torch.float32, device=x.device)
+    constants = {"MOST": largest(number, act_bits), "PLANES": count, "FP8": number == "fp8", **EXACT}
+    steps = list(steps)
+    channel = float32(steps.pop(0)[1][0]) if steps and steps[0][0] == "channel_scale" else None
+    if steps:
+        _rotated(x, channel, steps[0], float32(clip), codes, step, constants)
+        return codes, step
+    size = min(triton.next_power_of_2(length), _CHUNK // count)
+    plain: Any = quantize_rows[(m,)]
+    plain(
+        x, channel, float32(clip), codes, step, width, length, x.stride(0), count * length,
+        BLOCK=size, WHOLE=size >= length, num_warps=4, **constants,
+    )  # fmt: skip
+    return codes, step
+
+
+def _rotated(
+    x: Tensor, channel: Tensor | None, rotation: Step, clip: Tensor | None, codes: Tensor, step: Tensor, constants: Any
+) -> None:
+    found = factors(rotation)
+    assert found is not None
+    (m, width), (left, right) = x.shape, found.padded
+    if found.order:
+        signs, base = (operand.contiguous() for operand in rotation[1])
+        tensors, norm = (signs, base, None), width**-0.5
+    else:
+        tensors, norm = (None, *(float32(operand) for operand in rotation[1])), 1.0
+    # The factors are read and rounded once for a program, so there are no more of these than run at a time.
+    kernel: Any = quantize_rotated_rows[(min(m, _programs(x.device)),)]
+    kernel(
+        x, channel, *tensors, clip, codes, step, m, codes.shape[2], x.stride(0), codes.stride(0), norm,
+        ORDER=found.order, LEFT=found.left, RIGHT=found.right, L=left, R=right, HALF=x.dtype != torch.float32,
+        BLOCK=BLOCK, num_warps=8 if left * right > 2048 else 4, num_stages=1, **constants,
+    )  # fmt: skip
+
+
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # in the interpreter, so that one takes several rows
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def float32(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
