@@ -43,6 +43,9 @@ COMPETITORS = (
     Competitor("attar rtn W4A16", "attar", attar("rtn", 4, 16), BF16),
     Competitor("attar fp8", "attar", attar("fp8", 8, 8), BF16),
     Competitor("attar hadamard W4A8", "attar", attar("hadamard", 4, 8), BF16),
+    Competitor("attar attar-ptq W4A6", "attar", attar("attar-ptq", 4, 6), BF16),
+    Competitor("bf16, compiled", "torch", plain, BF16, compiled=True),
+    Competitor("attar rtn W4A8, compiled", "attar", attar("rtn", 4, 8), BF16, compiled=True),
     Competitor("torchao int8 dynamic", "torchao", INT8_DYNAMIC, BF16, compiled=True),
     Competitor("torchao fp8 dynamic", "torchao", FP8, BF16, compiled=True),
 )
@@ -145,7 +148,7 @@ def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
 
 def measure(shape: str, tokens: int, rounds: int, device: str) -> dict[str, Any]:
     """Everything about one model at one length: its linears, one by one, and its first block."""
-    linears = [c for c in COMPETITORS if "hadamard" not in c.name]
+    linears = [c for c in COMPETITORS if not {"hadamard", "attar-ptq", "compiled"} & set(c.name.split())]
     return {
         "linears": {
             role: measure_linear(tuple(linears), size, tokens, rounds, device)

@@ -66,7 +66,8 @@ def bench_blocks(
     """
     name, whole = next(iter(architecture.transformers.items()))
     counts = Counter(_kind(block) for block in ModelAdapter.of(whole).blocks)
-    short = _shortened(whole).to(device=device, dtype=dtype)
+    with torch.device(device):  # where random weights are made in no time
+        short = _shortened(whole).to(device=device, dtype=dtype)
     adapter = ModelAdapter.of(short)
     if [_kind(block) for block in adapter.blocks] != list(counts):
         raise AttarError("the kinds of its blocks cannot be told from the config", where=type(whole).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attar.bench.subject import bench_blocks, latent_grid, pack_block
+from attar.bench.subject import BenchBlock, bench_blocks, latent_grid, pack_block
 from attar.bench.timing import faster, interleave
 from attar.forecast.architecture import find_architecture
 from attar.models.block import BlockCall, run_block
@@ -57,12 +58,15 @@ def measure_speed(
     """
     ready: dict[str, Ready] = {}
     found: dict[str, dict[str, Any]] = {}
+    blocks: dict[torch.dtype, BenchBlock] = {}
     for competitor in competitors:
         if competitor.simulated:
             found[competitor.name] = {"error": "simulated in floating point: its speed here says nothing"}
             continue
         try:
-            ready[competitor.name] = _prepare(competitor, shape, tokens, device)
+            if competitor.dtype not in blocks:
+                blocks[competitor.dtype] = _block(shape, tokens, competitor.dtype, device)
+            ready[competitor.name] = _prepare(competitor, blocks[competitor.dtype])
         except Exception as error:  # a failure is a result too
             found[competitor.name] = failure(error)
     found |= in_turns(ready, rounds, device)
@@ -82,17 +86,20 @@ def in_turns(
     return found
 
 
-def _prepare(competitor: Competitor, shape: str, tokens: int, device: torch.device | str) -> Ready:
+def _block(shape: str, tokens: int, dtype: torch.dtype, device: torch.device | str) -> BenchBlock:
     torch.manual_seed(0)
     architecture = find_architecture(shape)
-    block = bench_blocks(architecture, latent_grid(architecture, tokens), 512, competitor.dtype, device)[0]
+    return bench_blocks(architecture, latent_grid(architecture, tokens), 512, dtype, device)[0]
+
+
+def _prepare(competitor: Competitor, block: BenchBlock) -> Ready:
     call = {**block.call.constants, **block.call.streams}
 
     def attar(recipe: str, weights: int, acts: int) -> nn.Module:
         bits = {"quantize.weights": weights, "quantize.acts": acts}
         return OneBlock(pack_block(block, load_recipe(recipe, bits)), block.outputs)
 
-    task = Task(OneBlock(block.dense, block.outputs), [call], attar)
+    task = Task(OneBlock(copy.deepcopy(block.dense), block.outputs), [call], attar)
     with torch.no_grad():
         module = competitor.make(task)
         if competitor.compiled:

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from support.layers import both, make, wan_block
+from support.layers import both, make, make_float8, wan_block
 
 from attar.runtime import backend_name, use_backend
-from attar.runtime.transforms import ChannelScale
+from attar.runtime.transforms import ChannelScale, Hadamard, Kronecker
 
 pytestmark = pytest.mark.gpu
 
@@ -86,6 +86,35 @@ def test_real_sizes_give_the_integers_of_the_reference():
         layer = make(1536, 8960, weight_bits, 8, bias=True, clip=(0.95, 0.95)).to("cuda", torch.bfloat16)
         y, expected = both(layer, torch.randn(2000, 8960, device="cuda").bfloat16(), "triton")
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("transform", [None, "hadamard", "kronecker"])
+@pytest.mark.parametrize("weight_bits, dtype", [(4, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
+def test_many_rows_of_real_layers(weight_bits, dtype, transform):
+    """Thousands of rows, ragged ones, and a width whose rotation fills a program's shared memory."""
+    chain = {
+        None: [],
+        "hadamard": [Hadamard.random(13824)],
+        "kronecker": [Kronecker(*(torch.linalg.qr(torch.randn(n, n))[0] for n in (108, 128)))],
+    }[transform]
+    layer = make(1000, 13824, weight_bits, 8, bias=True, chain=chain).to("cuda", dtype)
+    y, expected = both(layer, torch.randn(3001, 13824, device="cuda").to(dtype), "triton")
+    if transform is None:
+        assert torch.equal(y, expected)
+    else:
+        assert (y - expected).float().norm() < 5e-3 * expected.float().norm()
+
+
+def test_float8_of_many_rows():
+    layer = make_float8(1024, 1536).to("cuda", torch.bfloat16)
+    y, expected = both(layer, torch.randn(3001, 1536, device="cuda").bfloat16(), "triton")
+    assert (y - expected).float().norm() < 3e-3 * expected.float().norm()
+
+
+def test_weights_alone_meet_many_rows():
+    layer = make(1024, 1536, 4, None, group_size=128).to("cuda", torch.bfloat16)
+    y, expected = both(layer, torch.randn(3001, 1536, device="cuda").bfloat16(), "triton")
+    assert torch.equal(y, expected)
 
 
 def test_weights_in_memory_stay_packed():

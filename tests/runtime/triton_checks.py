@@ -36,6 +36,7 @@ from attar.runtime.triton.codes import padded_columns, planes
 from attar.runtime.triton.kernels import KERNELS
 
 DEVICE = "cpu" if interpreting() else "cuda"
+FLOAT8_SUM = 1e-5 if interpreting() else 2**-11  # of the largest output: tensor cores add such products in 14 bits
 CLIPS = [None, (0.97, 0.9), (0.2, 1.3), (0.0, 0.5)]
 if interpreting():
     from support.interpreter import mend
@@ -279,7 +280,7 @@ def test_float8_products(seed, rows, out_features, in_features, dtype, clip):
     x = torch.randn(rows, in_features, generator=generator(seed)).to(dtype)
     y, expected = compare(layer, x)
     size = expected.abs().max().item()
-    rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    rounding = {torch.float32: FLOAT8_SUM, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(y, expected, rtol=rounding, atol=rounding * size)
 
 
@@ -306,7 +307,7 @@ def test_float8_codes_of_rotated_rows(width):
     x = torch.randn(21, width, generator=generator(3))
     y, expected = compare(layer, x)
     difference = (y - expected).abs().amax(1) / expected.abs().amax(1)
-    assert float(difference.max()) < 5e-2 and float((difference < 1e-5).float().mean()) > 0.5
+    assert float(difference.max()) < 5e-2 and float((difference < FLOAT8_SUM).float().mean()) > 0.5
 
 
 @pytest.mark.parametrize("config", [products.INTEGER[0], products.INTEGER[-1]])
@@ -315,7 +316,7 @@ def test_float8_in_every_kind_of_tile(config, monkeypatch):
     for width in (512, 277):
         layer = make_float8(config.outputs + 5, width)
         y, expected = compare(layer, torch.randn(config.rows + 3, width, generator=generator(7)))
-        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=FLOAT8_SUM * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -430,8 +431,8 @@ def test_many_rows_give_the_same_integers(weight_bits, many_rows):
 def test_every_tile_of_many_rows_gives_the_same_integers(config, many_rows, monkeypatch):
     """Several tiles each way, of which the last are ragged, for programs that take more than one."""
     monkeypatch.setattr(products, "choose", lambda problem, candidates, run, device: config)
-    layer = make(config.outputs + 5, 277, 4, 8, bias=config.group > 4)
-    assert_same(*compare(layer, torch.randn(config.rows + 3, 277, generator=generator(7))))
+    layer = make(config.outputs + 5, 277, 4, 8, bias=config.group > 4).bfloat16()  # float32 fits not all of them
+    assert_same(*compare(layer, torch.randn(config.rows + 3, 277, generator=generator(7)).bfloat16()))
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -439,7 +440,8 @@ def test_gelu_of_many_rows(approximate, many_rows):
     layer = make(70, 72, 4, 8).to(DEVICE)
     layer.weight_scale.mul_(20)
     for dtype in DTYPES:
-        close_to_gelu(layer.to(dtype), torch.randn(37, 72, generator=generator(1)).to(DEVICE, dtype), approximate, "triton")
+        x = torch.randn(37, 72, generator=generator(1)).to(DEVICE, dtype)
+        close_to_gelu(layer.to(dtype), x, approximate, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,16 +10,22 @@ import triton
 from torch import Tensor
 
 from attar.runtime.formats import largest
-from attar.runtime.triton.available import shared_memory
+from attar.runtime.triton.available import processors, shared_memory
 from attar.runtime.triton.codes import BLOCK, padded_columns, planes
 from attar.runtime.triton.quantize import quantize_rows
 from attar.runtime.triton.rotate import quantize_rotated_rows
+from attar.runtime.triton.tune import Config, Problem, bucket, choose
 
 Step = tuple[str, Sequence[Tensor]]
 EXACT = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where the reference rounds twice
-_CHUNK = 2048  # values of a row that a program holds at a time
+_LARGEST_ROW = 2**14  # values of a row that a program holds in registers
+_CHUNK = 2048  # of a longer one, those that it holds at a time
 _LARGEST_FACTOR = 256  # of a rotation that is computed with the codes
 _LARGEST_EXACT = 2**11  # numbers of a float32 row that is: three products for one, in registers
+
+
+# rows: programs for each processor. A program reads and rounds the factors once, for many rows.
+ROTATIONS = (Config(4, 0, 0, 4, 1), Config(8, 0, 0, 4, 1), Config(16, 0, 0, 2, 1), Config(2, 0, 0, 8, 1))
 
 
 class Factors(NamedTuple):
@@ -95,13 +101,22 @@ def quantize(
     if steps:
         _rotated(x, channel, steps[0], float32(clip), codes, step, constants)
         return codes, step
-    size = min(triton.next_power_of_2(length), _CHUNK // count)
+    first, second = _pieces(length, count)
+    full = sum(end * count <= width for end in (first, first + second))
     plain: Any = quantize_rows[(m,)]
     plain(
         x, channel, float32(clip), codes, step, width, length, x.stride(0), count * length,
-        BLOCK=size, WHOLE=size >= length, num_warps=4, **constants,
+        FIRST=first, SECOND=second, FULL=full, num_warps=2 if width <= _CHUNK else 4 if width <= 5 * _CHUNK else 8,
+        **constants,
     )  # fmt: skip
     return codes, step
+
+
+def _pieces(length: int, count: int) -> tuple[int, int]:
+    """Two powers of two that together hold `length` columns of `count` planes; (a chunk, 0) for a row too long."""
+    first = 1 << (length.bit_length() - 1)
+    second = triton.next_power_of_2(length - first) if length > first else 1
+    return (first, second) if (first + second) * count <= _LARGEST_ROW else (_CHUNK // count, 0)
 
 
 def _rotated(
@@ -115,19 +130,17 @@ def _rotated(
         tensors, norm = (signs, base, None), width**-0.5
     else:
         tensors, norm = (None, *(float32(operand) for operand in rotation[1])), 1.0
-    # The factors are read and rounded once for a program, so there are no more of these than run at a time.
-    kernel: Any = quantize_rotated_rows[(min(m, _programs(x.device)),)]
-    kernel(
-        x, channel, *tensors, clip, codes, step, m, codes.shape[2], x.stride(0), codes.stride(0), norm,
-        ORDER=found.order, LEFT=found.left, RIGHT=found.right, L=left, R=right, HALF=x.dtype != torch.float32,
-        BLOCK=BLOCK, num_warps=8 if left * right > 2048 else 4, num_stages=1, **constants,
-    )  # fmt: skip
 
+    def run(config: Config) -> None:
+        kernel: Any = quantize_rotated_rows[(min(m, config.rows * processors(x.device)),)]
+        kernel(
+            x, channel, *tensors, clip, codes, step, m, codes.shape[2], x.stride(0), codes.stride(0), norm,
+            ORDER=found.order, LEFT=found.left, RIGHT=found.right, L=left, R=right, HALF=x.dtype != torch.float32,
+            BLOCK=BLOCK, num_warps=config.warps, num_stages=config.stages, **constants,
+        )  # fmt: skip
 
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # in the interpreter, so that one takes several rows
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    problem = Problem("quantize_rotated_rows", str(x.dtype), found.order, bucket(m), left, right, codes.shape[1])
+    run(choose(problem, ROTATIONS, run, x.device))
 
 
 def _padded(size: int) -> int:

@@ -12,7 +12,7 @@ from attar.errors import AttarError
 LEAST = (8, 0)  # compute capability from which tensor cores multiply the bytes that Triton gives them
 
 
-_TILES = 160 * 1024  # bytes of shared memory that the tiles of many rows take
+_TILES = 200 * 1024  # bytes of shared memory that the tiles of many rows take
 
 
 @functools.cache
@@ -21,6 +21,12 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 99 * 1024
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; in the interpreter 2, so that a program takes several rows or tiles."""
+    return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -22,6 +22,12 @@ def unpack_rows(
     inside = column < width
     if FP8:
         number = tl.load(codes_ptr + column, mask=inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif BITS == 4:
+        half = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        both = tl.load(codes_ptr + half, mask=half < row_bytes, other=0)
+        number = tl.interleave(both & 15, both >> 4).to(tl.int8) - 8
+    elif BITS == 8:
+        number = (tl.load(codes_ptr + column, mask=inside, other=0) ^ 128).to(tl.int8, bitcast=True)
     else:
         byte, shift = column * BITS // 8, column * BITS % 8
         code = tl.load(codes_ptr + byte, mask=inside, other=0).to(tl.int32)

@@ -15,12 +15,14 @@ import triton
 from torch import Tensor
 
 from attar.runtime.triton.activations import EXACT, float32
-from attar.runtime.triton.available import copies_tiles
-from attar.runtime.triton.codes import BLOCK, columns, padded_columns, planes
+from attar.runtime.triton.available import copies_tiles, processors
+from attar.runtime.triton.codes import BLOCK, padded_columns, planes
+from attar.runtime.triton.codes import columns as columns_of
 from attar.runtime.triton.dense import dense_matmul, unpack_rows
 from attar.runtime.triton.matmul import float8_matmul, integer_matmul, weight_only_matmul
 from attar.runtime.triton.tune import Config, Problem, bucket, choose
 
+_UNPACKED = 2048  # numbers that a program unpacks
 MANY_ROWS = 1024  # from here on unpacking weights takes little beside the product
 # The first tile that a number of rows allows is taken where nothing may be measured, so it has to fit every GPU.
 INTEGER = (
@@ -35,12 +37,14 @@ INTEGER = (
     Config(16, 64, 256, 4, 4),
 )
 DENSE = (
-    Config(128, 256, 128, 8, 3, group=4, flatten=1),
+    Config(128, 256, 128, 8, 4),
+    Config(256, 128, 128, 8, 4),
+    Config(256, 128, 128, 8, 4, flatten=1),
+    Config(128, 256, 128, 8, 4, flatten=1),
+    Config(128, 256, 128, 8, 3, flatten=1),
     Config(128, 256, 128, 8, 3, group=16, flatten=1),
-    Config(256, 128, 128, 8, 3, group=8, flatten=1),
-    Config(128, 256, 128, 8, 4, group=8),
-    Config(256, 128, 128, 8, 4, group=8),
-    Config(128, 128, 128, 8, 4, group=8, flatten=1),
+    Config(128, 256, 128, 8, 3, group=2, flatten=1),
+    Config(256, 128, 128, 8, 3, flatten=1),
 )
 FLOATING = (
     Config(64, 64, 64, 4, 2),
@@ -63,6 +67,10 @@ def packed_product(
     gelu: str | None, number: str,
 ) -> None:  # fmt: skip
     """Activation codes (m, planes of `bits`, columns), packed weights (n, row bytes) -> y (m, n)."""
+    if number == "fp8" and gelu is None and _cublas_takes(y, width):
+        numbers = (t.view(torch.float8_e4m3fn) for t in (x[:, 0, :width], codes.contiguous()))
+        _scaled_matmul(*numbers, step, float32(scale), bias, y)
+        return
     kernel = float8_matmul if number == "fp8" else integer_matmul
     tensors = (x, step, codes.contiguous(), float32(scale), contiguous(bias), y)
     _in_tiles(kernel, INTEGER, tensors, width, bits, GELU=gelu)
@@ -83,7 +91,7 @@ def unpacked_product(
         tiles = triton.cdiv(m, config.rows) * triton.cdiv(n, config.outputs)
         a = TensorDescriptor.from_tensor(x, [config.rows, config.depth])
         b = TensorDescriptor.from_tensor(w, [config.outputs, config.depth])
-        kernel: Any = dense_matmul[(min(tiles, _processors(y.device)),)]
+        kernel: Any = dense_matmul[(min(tiles, processors(y.device)),)]
         kernel(
             a, b, step, scale, bias, y, m, n, width,
             BLOCK_M=config.rows, BLOCK_N=config.outputs, BLOCK_K=config.depth, GROUP=config.group, GELU=gelu,
@@ -92,6 +100,21 @@ def unpacked_product(
 
     problem = Problem("dense_matmul", "torch.int8", 8, bucket(m), n, width, 1)
     run(choose(problem, DENSE, run, y.device))
+
+
+def _cublas_takes(y: Tensor, width: int) -> bool:
+    """Whether torch's own product of float8 rows with scales gives y: Hopper and later, bfloat16, whole 16 bytes."""
+    if y.device.type != "cuda" or torch.cuda.get_device_capability(y.device) < (9, 0):
+        return False
+    return y.shape[0] >= MANY_ROWS and y.dtype == torch.bfloat16 and width % 16 == 0 == y.shape[1] % 16
+
+
+def _scaled_matmul(x: Tensor, w: Tensor, step: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """x float8 (m, in) · w float8 (n, in)ᵀ · step (m,) · scale (n, 1) + bias -> y (m, n), sums carried to float32."""
+    bias = None if bias is None else bias.to(y.dtype)
+    torch._scaled_mm(
+        x, w.t(), step[:, None], scale.t(), bias, out_dtype=y.dtype, use_fast_accum=False, out=y
+    )
 
 
 def weight_only_product(
@@ -121,13 +144,16 @@ def unpacked(
     """
     n, groups = codes.shape[0], 1 if scale is None else scale.shape[1]
     stride = padded_columns(width, 8) if scale is None else width
-    w = torch.empty(n, stride, dtype=dtype, device=codes.device)[:, :width]
-    kernel: Any = unpack_rows[(n, triton.cdiv(width, 1024))]
+    w = torch.empty(n, stride, dtype=dtype, device=codes.device)
+    rows, columns, row_bytes = n, width, codes.shape[1]
+    if scale is None and stride == width and row_bytes * 8 == width * bits and n * width < 2**31:
+        rows, columns, row_bytes = 1, n * width, n * row_bytes  # rows without gaps are one row
+    kernel: Any = unpack_rows[(rows, triton.cdiv(columns, _UNPACKED))]
     kernel(
-        codes.contiguous(), float32(scale), w, width, codes.shape[1], stride, groups, width // groups,
-        BITS=bits, BLOCK=1024, FP8=number == "fp8", num_warps=4, **EXACT,
+        codes.contiguous(), float32(scale), w, columns, row_bytes, stride, groups, width // groups,
+        BITS=bits, BLOCK=_UNPACKED, FP8=number == "fp8", num_warps=4, **EXACT,
     )  # fmt: skip
-    return w
+    return w[:, :width]
 
 
 def in_planes(x: Tensor, bits: int) -> Tensor:
@@ -148,7 +174,7 @@ def _in_tiles(
 ) -> None:
     """Runs a product of `tensors`, as the kernel takes them: activations (m, planes, columns) first, y (m, n) last."""
     x, (m, n) = tensors[0], tensors[-1].shape
-    count, length = planes(bits), columns(width, bits)
+    count, length = planes(bits), columns_of(width, bits)
     integer = x.dtype == torch.int8
     row_bytes = -(-width * bits // 8)
 
@@ -169,9 +195,3 @@ def _in_tiles(
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # in the interpreter, so that one takes several tiles
-    return torch.cuda.get_device_properties(device).multi_processor_count

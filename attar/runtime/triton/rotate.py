@@ -7,7 +7,7 @@ small products on the tensor cores. A Hadamard matrix is such a product too, its
 import triton
 import triton.language as tl
 
-from attar.runtime.triton.quantize import encode, extremes, load_chunk, step_size
+from attar.runtime.triton.quantize import encode, extremes, load_chunk, over_row, step_size
 
 
 @triton.jit
@@ -87,12 +87,10 @@ def quantize_rotated_rows(
         else:  # tf32x3: nearly float32
             x = tl.dot(left, tl.dot(x, right, input_precision="tf32x3"), input_precision="tf32x3") * scale
 
-        least, most = extremes(x, inside, CLIP)
-        low, high, step, inverse = step_size(
-            tl.min(tl.min(least, 1), 0), tl.max(tl.max(most, 1), 0), clip_ptr, MOST
-        )
+        least, most = over_row(*extremes(x, inside, CLIP))
+        step, inverse, low, high = step_size(least, most, clip_ptr, MOST)
         tl.store(step_ptr + at, step)
-        codes = encode(x, low, high, step, inverse, MOST, CLIP, FP8)
+        codes = encode(x, step, inverse, low, high, CLIP, FP8)
         to = codes_ptr + at * codes_stride
         tl.store(to + place % PLANES * columns + place // PLANES, codes, mask=inside)
         plane = tl.arange(0, PLANES)[:, None]
