@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                                 # Wan-1.3B, Wan-14B, HunyuanVideo at 8k and 32k tokens
     python -m benchmarks.gpu --shapes wan-14b --tokens 8192  # a part; what was measured before is kept
+    python -m benchmarks.gpu --parts linears --only attar    # some competitors, beside bf16
 
 Every linear of a block by itself, its calls captured in a CUDA graph, so that a rate is the device's and not Python's;
 and a whole block, as it is called. All competitors run in turns, so that the clock of the GPU touches all alike. The
@@ -11,8 +12,10 @@ results lie in benchmarks/results/gpu-<device>.json, with the versions of everyt
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +32,7 @@ from attar.runtime.formats import encode
 from attar.runtime.reference import symmetric_scale
 from benchmarks.peers.competitors import BF16, INT8_DYNAMIC, Competitor, Task, attar, plain, torchao
 from benchmarks.peers.quality import linear_bytes
-from benchmarks.peers.speed import Ready, in_turns, measure_speed
+from benchmarks.peers.speed import BASELINE, Ready, in_turns, measure_speed
 from benchmarks.store import FOLDER, failure, load, save
 
 SHAPES = ("wan-1.3b", "wan-14b", "hunyuan")
@@ -45,7 +48,7 @@ COMPETITORS = (
     Competitor("attar hadamard W4A8", "attar", attar("hadamard", 4, 8), BF16),
     Competitor("attar attar-ptq W4A6", "attar", attar("attar-ptq", 4, 6), BF16),
     Competitor("bf16, compiled", "torch", plain, BF16, compiled=True),
-    Competitor("attar rtn W4A8, compiled", "attar", attar("rtn", 4, 8), BF16, compiled=True),
+    Competitor("attar compiled rtn W4A8", "attar", attar("rtn", 4, 8), BF16, compiled=True),
     Competitor("torchao int8 dynamic", "torchao", INT8_DYNAMIC, BF16, compiled=True),
     Competitor("torchao fp8 dynamic", "torchao", FP8, BF16, compiled=True),
 )
@@ -118,10 +121,10 @@ def rounded(linear: nn.Linear, weights: int, acts: int | None, number: str = "in
     number: the format of both factors.
     """
     scale = symmetric_scale(linear.weight.detach().abs().amax(1, keepdim=True), weights, number)
-    codes = encode(linear.weight.detach().float() / scale, number, weights).cpu()
-    bias = None if linear.bias is None else linear.bias.detach().cpu()
+    codes = encode(linear.weight.detach().float() / scale, number, weights)
+    bias = None if linear.bias is None else linear.bias.detach()
     formats = {"weight_format": number, "act_format": "int" if acts is None else number}
-    return PackedLinear.from_codes(codes, scale.cpu(), weights, bias, acts, **formats).to(linear.weight.device)
+    return PackedLinear.from_codes(codes, scale, weights, bias, acts, **formats)
 
 
 @torch.no_grad()
@@ -146,16 +149,14 @@ def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
     return replay
 
 
-def measure(shape: str, tokens: int, rounds: int, device: str) -> dict[str, Any]:
-    """Everything about one model at one length: its linears, one by one, and its first block."""
-    linears = [c for c in COMPETITORS if not {"hadamard", "attar-ptq", "compiled"} & set(c.name.split())]
-    return {
-        "linears": {
-            role: measure_linear(tuple(linears), size, tokens, rounds, device)
-            for role, size in linear_shapes(shape).items()
-        },
-        "block": measure_speed(COMPETITORS, shape, tokens, rounds, device),
-    }
+def wanted(names: list[str] | None, part: str) -> tuple[Competitor, ...]:
+    """The competitors whose name holds one of `names`, all for None, and bf16. Linears: as they are called alone."""
+    found = [
+        c for c in COMPETITORS if not names or c.name == BASELINE or any(name in c.name for name in names)
+    ]
+    if part == "linears":
+        found = [c for c in found if not {"hadamard", "attar-ptq", "compiled"} & set(c.name.split())]
+    return tuple(found)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -166,7 +167,9 @@ def table(content: dict[str, Any]) -> str:
         lines.append("|---|---|---|---|---|---|")
         for part, rows in {**study["linears"], "whole block": study["block"]}.items():
             whole = rows.get("bf16", {}).get("bytes")
-            lines += [f"| {part} | {name} | {_cells(row, whole)} |" for name, row in rows.items()]
+            order = [c.name for c in COMPETITORS if c.name in rows]
+            order += [name for name in rows if name not in order]
+            lines += [f"| {part} | {name} | {_cells(rows[name], whole)} |" for name in order]
     return "\n".join(lines)
 
 
@@ -204,6 +207,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--parts", nargs="+", choices=("linears", "block"), default=["linears", "block"])
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="competitors whose names hold one of these")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu measures a CUDA device, and this machine has none.")
@@ -211,12 +216,23 @@ def main() -> None:
     path = results_path(name)
     content = load(path, "studies")
     content |= {"device": name, "backend": backend_description("cuda"), "versions": versions()}
-    for shape in arguments.shapes:
-        for tokens in arguments.tokens:
-            study = measure(shape, tokens, arguments.rounds, "cuda")
-            content["studies"][f"{shape}, {tokens} tokens"] = study
-            save(path, content)
-            torch.cuda.empty_cache()
+    for part in arguments.parts:
+        competitors = wanted(arguments.only, part)
+        for shape in arguments.shapes:
+            sizes = {"whole block": None} if part == "block" else linear_shapes(shape)
+            for (unit, size), tokens in itertools.product(sizes.items(), arguments.tokens):
+                started = time.perf_counter()
+                title = f"{shape}, {tokens} tokens"
+                study = content["studies"].setdefault(title, {"linears": {}, "block": {}})
+                if size is None:
+                    study["block"] |= measure_speed(competitors, shape, tokens, arguments.rounds, "cuda")
+                else:
+                    found = measure_linear(competitors, size, tokens, arguments.rounds, "cuda")
+                    study["linears"].setdefault(unit, {}).update(found)
+                save(path, content)
+                torch.cuda.empty_cache()
+                seconds = time.perf_counter() - started
+                print(f"{title}, {unit}: {seconds:.0f} s", file=sys.stderr, flush=True)
     print(table(content))
 
 
