@@ -46,7 +46,7 @@ def compiler(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("capability, instruction", [(80, "mma.sync"), (90, "wgmma"), (120, "mma.sync")])
 def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
-    from attar.runtime.triton.kernels import FLOATING, INTEGER
+    from attar.runtime.triton.products import FLOATING, INTEGER
 
     for bits in (4, 8) if capability == 90 else (4,):
         code = compiler.compiled_product(capability, INTEGER[0], bits).asm["ptx"]
@@ -59,7 +59,7 @@ def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, ins
 
 @pytest.mark.parametrize("capability, instruction", [(89, "mma.sync"), (90, "wgmma"), (120, "mma.sync")])
 def test_float8_runs_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
-    from attar.runtime.triton.kernels import FLOATING, INTEGER
+    from attar.runtime.triton.products import FLOATING, INTEGER
 
     code = compiler.compiled_product(capability, INTEGER[0], 8, float8=True).asm["ptx"]
     assert re.search(rf"{instruction}\S*\.f32\.e4m3\.e4m3", code) and "fma.rn.f32" not in code
@@ -67,37 +67,65 @@ def test_float8_runs_on_the_tensor_cores_of_real_gpus(compiler, capability, inst
     assert re.search(rf"{instruction}\S*\.f32\.bf16\.bf16", code)
     code = compiler.compiled_quantize(capability, 8, FP8=True, MOST=448.0).asm["ptx"]
     assert re.search(r"cvt\.rn\.satfinite\.e4m3x2", code) and "div.rn.f32" in code
-    compiler.compiled_rotation(capability, 12, 128, 8, FP8=True, MOST=448.0)
+    compiler.compiled_rotation(capability, 24, 64, 12, FP8=True, MOST=448.0)
 
 
 def test_rows_are_quantized_with_the_rounding_of_the_reference(compiler):
-    code = compiler.compiled_quantize(90).asm["ptx"]
-    assert "div.rn.f32" in code and not re.search(r"div\.(full|approx)|fma\.rn\.f32", code)
+    """Divisions of the row alone; those of its numbers are a product and two fused multiply-adds."""
+    code = compiler.compiled_quantize(90, 8, channel_ptr=None).asm["ptx"]
+    assert len(re.findall(r"div\.rn\.f32", code)) <= 4 and not re.search(r"div\.(full|approx)", code)
+    numbers = len(re.findall(r"fma\.rn\.f32", code))
+    assert numbers == 2 * 1536 // 128 and "ld.global.v4" in code  # 128 threads
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_many_rows_run_on_the_tensor_cores_of_hopper(compiler, dtype):
+    from attar.runtime.triton.available import _TILES
+    from attar.runtime.triton.products import DENSE
+
+    made = compiler.compiled_dense(90, DENSE[0], dtype)  # the one that runs unmeasured
+    code = made.asm["ptx"]
+    assert re.search(r"wgmma\S*\.s32\.s8\.s8", code) and "cp.async.bulk.tensor" in code
+    assert "fma.rn.f32" not in code and made.metadata.shared <= _TILES
+    for bits in (3, 4, 8):
+        compiler.compiled_unpack(90, bits)
+    compiler.compiled_unpack(80, 4, "bf16", scale_ptr=None)
 
 
 def test_ones_and_nones_are_constants(compiler):
     """A single row, a single output, one group, no bias: Triton compiles kernels of their own for these."""
-    from attar.runtime.triton.kernels import FLOATING, INTEGER
+    from attar.runtime.triton.products import DENSE, FLOATING, INTEGER
 
     compiler.compiled_product(90, INTEGER[-1], 4, m=1, bias_ptr=None)
     compiler.compiled_product(90, INTEGER[-1], 4, n=1, m=1)
     compiler.compiled_product(90, FLOATING[-1], 4, weight_only=True, m=1, groups=1, bias_ptr=None)
     compiler.compiled_product(90, FLOATING[-1], 8, weight_only=True, n=1, groups=1)
     compiler.compiled_quantize(90, channel_ptr=None, clip_ptr=None, width=1, x_stride=1)
-    compiler.compiled_rotation(90, 12, 128, channel_ptr=None, clip_ptr=None)
+    compiler.compiled_rotation(90, 24, 64, 12, channel_ptr=None, clip_ptr=None)
+    compiler.compiled_rotation(90, 24, 64, 12, m=1, channel_ptr=None)
+    compiler.compiled_dense(90, DENSE[0], bias_ptr=None, n=1)
 
 
-@pytest.mark.parametrize("order, across", [(1, 4096), (12, 128), (20, 256), (12, 1024)])
-def test_rotations_of_real_widths_fit_every_gpu(compiler, order, across):
-    made = compiler.compiled_rotation(89, order, across)
+@pytest.mark.parametrize("left, right, order", [(64, 80, 0), (96, 128, 0), (40, 128, 20), (108, 128, 108)])
+@pytest.mark.parametrize("capability", [89, 90])
+def test_rotations_of_real_widths_fit_every_gpu(compiler, capability, left, right, order):
+    from attar.runtime.triton.activations import ROTATIONS, Factors
+
+    for config in ROTATIONS:
+        made = compiler.compiled_rotation(capability, left, right, order, config=config)
+        assert made.metadata.shared <= Factors(order, left, right).memory + 1024 <= SHARED
+        assert not re.search(r"div\.(full|approx)", made.asm["ptx"])
+
+
+def test_rotations_of_float32_fit_every_gpu(compiler):
+    made = compiler.compiled_rotation(89, 32, 48, dtype="fp32")
     assert made.metadata.shared <= SHARED
-    assert not re.search(r"div\.(full|approx)", made.asm["ptx"])
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_what_runs_untuned_fits_every_gpu(compiler, bits):
     """In a capture the first tile for a number of rows is taken without a trial; wider codes take less memory."""
-    from attar.runtime.triton.kernels import FLOATING, INTEGER
+    from attar.runtime.triton.products import FLOATING, INTEGER
 
     for candidates, weight_only in ((INTEGER, False), (FLOATING, True)):
         for first in {next(c for c in candidates if c.rows <= rows) for rows in (16, 128)}:

@@ -15,7 +15,7 @@ def unpack_rows(
     codes_ptr, scale_ptr, w_ptr, width, row_bytes, w_stride, groups, group_size,
     BITS: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Packed codes (n, row_bytes) -> w (n, width): their numbers in int8, or times the scales (n, groups) in w's type."""
+    """Packed codes (n, row_bytes) -> w (n, width): their numbers, or these times scales (n, groups), in w's type."""
     row = tl.program_id(0).to(tl.int64)
     codes_ptr += row * row_bytes
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

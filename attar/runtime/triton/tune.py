@@ -80,6 +80,7 @@ class Tuner:
         self._path = path
         self._lock = threading.Lock()
         self._choices: dict[str, Config] | None = None
+        self._known: dict[Problem, Config] = {}  # looked up at every call
 
     def choose(
         self,
@@ -94,18 +95,22 @@ class Tuner:
         and so it is with ATTAR_TRITON_TUNING=0. Candidates that do not fit into the device's shared memory are
         passed over; AttarError when none fits.
         """
+        if problem in self._known:
+            return self._known[problem]
         key = str(problem)
         if self._choices is None:
             self._choices = self._read()
         found = self._choices.get(key)
         if found is not None and found in candidates:
+            self._known[problem] = found
             return found
         if os.environ.get(_VARIABLE) == "0" or _capturing():
             return candidates[0]
         with self._lock:
             self._choices[key] = _fastest(candidates, run, measure)
             self._write()
-        return self._choices[key]
+        self._known[problem] = self._choices[key]
+        return self._known[problem]
 
     def _read(self) -> dict[str, Config]:
         """What the file holds, if it is whole and about this device and these kernels; else nothing."""
