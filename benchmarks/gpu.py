@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                                 # Wan-1.3B, Wan-14B, HunyuanVideo at 8k and 32k tokens
     python -m benchmarks.gpu --shapes wan-14b --tokens 8192  # a part; what was measured before is kept
     python -m benchmarks.gpu --parts linears --only attar    # some competitors, beside bf16
+    python -m benchmarks.gpu --table                         # what was measured, without a GPU
 
 Every linear of a block by itself, its calls captured in a CUDA graph, so that a rate is the device's and not Python's;
 and a whole block, as it is called. All competitors run in turns, so that the clock of the GPU touches all alike. The
@@ -209,7 +210,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", nargs="+", choices=("linears", "block"), default=["linears", "block"])
     parser.add_argument("--only", nargs="+", metavar="WORD", help="competitors whose names hold one of these")
+    parser.add_argument("--table", action="store_true", help="only print what was measured before, on any device")
     arguments = parser.parse_args()
+    if arguments.table:
+        print("\n\n".join(table(load(path)) for path in sorted(FOLDER.glob("gpu-*.json"))))
+        return
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu measures a CUDA device, and this machine has none.")
     name = torch.cuda.get_device_name()

@@ -24,8 +24,8 @@ RATES = ("fp32", "bf16", "fp8", "int8", "int4", "fp4")
 class Hardware:
     """rates: FLOP/s (integer operations likewise) by format. bandwidth: bytes/s. memory: bytes, None where unknown.
 
-    efficiency: share of the peak that is reached in practice, by kind: "gemm", "attention", "bandwidth". sources:
-    where each figure is from. packed_attention: the share that packed models' attention reaches, where they bring one
+    efficiency: share of the peak that is reached in practice, by kind: "gemm", "attention", "bandwidth"; under a format
+    the share of its products, and under "rotation" that of rotations, where these are other than that of "gemm". sources: where each figure is from. packed_attention: the share that packed models' attention reaches, where they bring one
     of their own.
     """
 
@@ -94,7 +94,7 @@ def _from_table(name: str) -> Hardware:
         rates={k: v["value"] * 1e12 for k, v in entry["rates"].items()},
         bandwidth=entry["bandwidth"]["value"] * 1e12,
         memory=entry["memory"]["value"] * 1e9,
-        efficiency={k: efficiency[k]["value"] for k in KINDS},
+        efficiency={k: v["value"] for k, v in efficiency.items()},
         sources=sources,
     )
 

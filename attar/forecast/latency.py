@@ -34,8 +34,14 @@ def _seconds(operation: Operation, hardware: Hardware) -> float:
     moving = operation.bytes / (hardware.bandwidth * hardware.efficiency["bandwidth"])
     if not operation.flops:
         return moving
-    kind = "attention" if operation.part == "attention" else "gemm"
-    arithmetic = operation.flops / (hardware.rate(operation.format) * hardware.efficiency[kind])
+    shares = hardware.efficiency
+    if operation.part == "attention":
+        share = shares["attention"]
+    elif operation.part == "transform":
+        share = shares.get("rotation", shares["gemm"])
+    else:
+        share = shares.get(operation.format, shares["gemm"])
+    arithmetic = operation.flops / (hardware.rate(operation.format) * share)
     return max(moving, arithmetic)
 
 

@@ -139,7 +139,13 @@ def test_the_table_names_a_source_for_every_figure():
     assert gpu_names() == ["a100", "h100", "h200", "4090", "5090", "b200"]
     for name in gpu_names():
         hardware = find_hardware(name)
-        figures = {*hardware.rates, "bandwidth", "memory", *(f"efficiency of {k}" for k in KINDS)}
+        assert set(KINDS) <= set(hardware.efficiency) <= {*KINDS, *hardware.rates, "rotation"}
+        figures = {
+            *hardware.rates,
+            "bandwidth",
+            "memory",
+            *(f"efficiency of {k}" for k in hardware.efficiency),
+        }
         assert figures == set(hardware.sources) and all(hardware.sources.values())
         assert set(hardware.rates) <= set(RATES) and all(0 < v <= 1 for v in hardware.efficiency.values())
         assert hardware.rates["int8"] >= 2 * hardware.rates["bf16"] * 0.99
