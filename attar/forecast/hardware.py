@@ -25,8 +25,9 @@ class Hardware:
     """rates: FLOP/s (integer operations likewise) by format. bandwidth: bytes/s. memory: bytes, None where unknown.
 
     efficiency: share of the peak that is reached in practice, by kind: "gemm", "attention", "bandwidth"; under a format
-    the share of its products, and under "rotation" that of rotations, where these are other than that of "gemm". sources: where each figure is from. packed_attention: the share that packed models' attention reaches, where they bring one
-    of their own.
+    the share of its products, and under "rotation" that of rotations, where these are other than that of "gemm".
+    sources: where each figure is from. packed_attention: the share that packed models' attention reaches, where they
+    bring one of their own.
     """
 
     name: str

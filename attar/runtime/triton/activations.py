@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from attar.runtime.formats import largest
@@ -115,12 +114,18 @@ def quantize(
 def _pieces(length: int, count: int) -> tuple[int, int]:
     """Two powers of two that together hold `length` columns of `count` planes; (a chunk, 0) for a row too long."""
     first = 1 << (length.bit_length() - 1)
-    second = triton.next_power_of_2(length - first) if length > first else 1
+    second = 1 << (length - first - 1).bit_length() if length > first else 1
     return (first, second) if (first + second) * count <= _LARGEST_ROW else (_CHUNK // count, 0)
 
 
 def _rotated(
-    x: Tensor, channel: Tensor | None, rotation: Step, clip: Tensor | None, codes: Tensor, step: Tensor, constants: Any
+    x: Tensor,
+    channel: Tensor | None,
+    rotation: Step,
+    clip: Tensor | None,
+    codes: Tensor,
+    step: Tensor,
+    constants: Any,
 ) -> None:
     found = factors(rotation)
     assert found is not None
@@ -139,7 +144,9 @@ def _rotated(
             BLOCK=BLOCK, num_warps=config.warps, num_stages=config.stages, **constants,
         )  # fmt: skip
 
-    problem = Problem("quantize_rotated_rows", str(x.dtype), found.order, bucket(m), left, right, codes.shape[1])
+    problem = Problem(
+        "quantize_rotated_rows", str(x.dtype), found.order, bucket(m), left, right, codes.shape[1]
+    )
     run(choose(problem, ROTATIONS, run, x.device))
 
 

@@ -21,7 +21,9 @@ def unpack_rows(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     if FP8:
-        number = tl.load(codes_ptr + column, mask=inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        number = (
+            tl.load(codes_ptr + column, mask=inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        )
     elif BITS == 4:
         half = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
         both = tl.load(codes_ptr + half, mask=half < row_bytes, other=0)
@@ -32,7 +34,9 @@ def unpack_rows(
         byte, shift = column * BITS // 8, column * BITS % 8
         code = tl.load(codes_ptr + byte, mask=inside, other=0).to(tl.int32)
         if 8 % BITS != 0:  # a code may go on in the next byte
-            code |= tl.load(codes_ptr + byte + 1, mask=inside & (byte + 1 < row_bytes), other=0).to(tl.int32) << 8
+            code |= (
+                tl.load(codes_ptr + byte + 1, mask=inside & (byte + 1 < row_bytes), other=0).to(tl.int32) << 8
+            )
         number = ((code >> shift) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + row * groups + column // group_size, mask=inside, other=0.0)

@@ -68,8 +68,7 @@ def packed_product(
 ) -> None:  # fmt: skip
     """Activation codes (m, planes of `bits`, columns), packed weights (n, row bytes) -> y (m, n)."""
     if number == "fp8" and gelu is None and _cublas_takes(y, width):
-        numbers = (t.view(torch.float8_e4m3fn) for t in (x[:, 0, :width], codes.contiguous()))
-        _scaled_matmul(*numbers, step, float32(scale), bias, y)
+        _scaled_matmul(x[:, 0, :width], codes.contiguous(), step, scale, bias, y)
         return
     kernel = float8_matmul if number == "fp8" else integer_matmul
     tensors = (x, step, codes.contiguous(), float32(scale), contiguous(bias), y)
@@ -85,7 +84,7 @@ def unpacked_product(
 
     m, n = y.shape
     x, w = x[:, 0], unpacked(codes, None, width, bits, torch.int8)
-    scale, bias = float32(scale), contiguous(bias)
+    factors, bias = float32(scale), contiguous(bias)
 
     def run(config: Config) -> None:
         tiles = triton.cdiv(m, config.rows) * triton.cdiv(n, config.outputs)
@@ -93,7 +92,7 @@ def unpacked_product(
         b = TensorDescriptor.from_tensor(w, [config.outputs, config.depth])
         kernel: Any = dense_matmul[(min(tiles, processors(y.device)),)]
         kernel(
-            a, b, step, scale, bias, y, m, n, width,
+            a, b, step, factors, bias, y, m, n, width,
             BLOCK_M=config.rows, BLOCK_N=config.outputs, BLOCK_K=config.depth, GROUP=config.group, GELU=gelu,
             FLATTEN=bool(config.flatten), num_warps=config.warps, num_stages=config.stages, **EXACT,
         )  # fmt: skip
@@ -110,11 +109,13 @@ def _cublas_takes(y: Tensor, width: int) -> bool:
 
 
 def _scaled_matmul(x: Tensor, w: Tensor, step: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """x float8 (m, in) · w float8 (n, in)ᵀ · step (m,) · scale (n, 1) + bias -> y (m, n), sums carried to float32."""
+    """x (m, in) · w (n, in)ᵀ, bit patterns both, · step (m,) · scale (n, 1) + bias -> y (m, n).
+
+    Sums are carried over to float32 on the way, which the faster accumulation does not.
+    """
+    x, w, scale = x.view(torch.float8_e4m3fn), w.view(torch.float8_e4m3fn), scale.to(torch.float32)
     bias = None if bias is None else bias.to(y.dtype)
-    torch._scaled_mm(
-        x, w.t(), step[:, None], scale.t(), bias, out_dtype=y.dtype, use_fast_accum=False, out=y
-    )
+    torch._scaled_mm(x, w.t(), step[:, None], scale.t(), bias, out_dtype=y.dtype, use_fast_accum=False, out=y)
 
 
 def weight_only_product(

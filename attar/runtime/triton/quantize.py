@@ -112,7 +112,9 @@ def load_chunk(x_ptr, channel_ptr, place, inside, FULL: tl.constexpr = False):
 
 
 @triton.jit
-def load_piece(x_ptr, channel_ptr, start, width, PLANES: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
+def load_piece(
+    x_ptr, channel_ptr, start, width, PLANES: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr
+):
     """Columns [start, start + SIZE) of all planes of a row, float32 (PLANES, SIZE), and which lie inside the row."""
     place = (start + tl.arange(0, SIZE)[None, :]) * PLANES + tl.arange(0, PLANES)[:, None]
     inside = place < width
@@ -158,7 +160,9 @@ def quantize_rows(
         z, within = load_piece(x_ptr, channel_ptr, FIRST, width, PLANES, SECOND, FULL > 1)
         least, most = over_row(*extremes(x, inside, CLIP, FULL > 0))
         below, above = over_row(*extremes(z, within, CLIP, FULL > 1))
-        step, inverse, low, high = step_size(tl.minimum(least, below), tl.maximum(most, above), clip_ptr, MOST)
+        step, inverse, low, high = step_size(
+            tl.minimum(least, below), tl.maximum(most, above), clip_ptr, MOST
+        )
         codes = encode(x, step, inverse, low, high, CLIP, FP8)
         store_piece(codes, inside, codes_ptr, 0, columns, PLANES, FIRST, FULL > 0)
         codes = encode(z, step, inverse, low, high, CLIP, FP8)
