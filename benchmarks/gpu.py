@@ -210,7 +210,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", nargs="+", choices=("linears", "block"), default=["linears", "block"])
     parser.add_argument("--only", nargs="+", metavar="WORD", help="competitors whose names hold one of these")
-    parser.add_argument("--table", action="store_true", help="only print what was measured before, on any device")
+    parser.add_argument(
+        "--table", action="store_true", help="only print what was measured before, on any device"
+    )
     arguments = parser.parse_args()
     if arguments.table:
         print("\n\n".join(table(load(path)) for path in sorted(FOLDER.glob("gpu-*.json"))))
