@@ -6,7 +6,8 @@
     python -m benchmarks.gpu --table                         # what was measured, without a GPU
 
 Every linear of a block by itself, its calls captured in a CUDA graph, so that a rate is the device's and not Python's;
-and a whole block, as it is called. All competitors run in turns, so that the clock of the GPU touches all alike. The
+and a whole block, as it is called. All competitors run in turns, so that the clock of the GPU touches all alike; those
+of a later run with --only are compared with that run's own bf16, and the first one's is kept. The
 results lie in benchmarks/results/gpu-<device>.json, with the versions of everything.
 """
 
@@ -232,10 +233,14 @@ def main() -> None:
                 title = f"{shape}, {tokens} tokens"
                 study = content["studies"].setdefault(title, {"linears": {}, "block": {}})
                 if size is None:
-                    study["block"] |= measure_speed(competitors, shape, tokens, arguments.rounds, "cuda")
+                    kept = study["block"]
+                    found = measure_speed(competitors, shape, tokens, arguments.rounds, "cuda")
                 else:
+                    kept = study["linears"].setdefault(unit, {})
                     found = measure_linear(competitors, size, tokens, arguments.rounds, "cuda")
-                    study["linears"].setdefault(unit, {}).update(found)
+                if arguments.only and kept.get(BASELINE):
+                    del found[BASELINE]  # others were measured beside the one that is there
+                kept.update(found)
                 save(path, content)
                 torch.cuda.empty_cache()
                 seconds = time.perf_counter() - started

@@ -156,16 +156,19 @@ def _fast(
     kernels = BACKENDS[name].load()
     steps = _steps(transforms, operands)
     rows = x.reshape(-1, x.shape[-1])
-    fused = 0 if act_bits is None else kernels.fusable(steps, rows)
-    for kind, own in steps[: len(steps) - fused]:
-        rows = TRANSFORMS[kind].activation_side(rows, *own)
+    while steps:  # what torch transforms may come out in float32, of which a kernel may take less
+        fused = 0 if act_bits is None else kernels.fusable(steps, rows)
+        if fused == len(steps):
+            break
+        for kind, own in steps[: len(steps) - fused]:
+            rows = TRANSFORMS[kind].activation_side(rows, *own)
+        steps = steps[len(steps) - fused :]
     if act_bits is None:
         y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits, weight_format)
         y = y if gelu is None else F.gelu(y, approximate=gelu)
     else:
-        last = steps[len(steps) - fused :]
         y = kernels.linear(
-            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, last, x.dtype, gelu, act_format
+            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, steps, x.dtype, gelu, act_format
         )
     return y.view(*x.shape[:-1], codes.shape[0])
 

@@ -233,6 +233,18 @@ def test_which_rotations_are_left_to_torch(rotation, width, dtype):
     assert KERNELS.fusable(steps, torch.empty(1, width, dtype=dtype)) == (1 if width == 13824 else 0)
 
 
+def test_what_comes_out_of_torch_in_float32_is_asked_again():
+    """A rotation that a kernel takes of bfloat16 rows, but not of the float32 ones that another transform makes."""
+    width = 2048 + 512  # 40 x 64
+    chain = [Hadamard(torch.ones(width, dtype=torch.int8), block=512), Hadamard.random(width)]
+    step = ("hadamard", chain[1].operands())
+    assert [
+        KERNELS.fusable([step], torch.empty(1, width, dtype=t)) for t in (torch.bfloat16, torch.float32)
+    ] == [1, 0]
+    layer = make(20, width, 4, 8, chain=chain)
+    torch.testing.assert_close(*compare(layer, torch.randn(3, width, generator=generator(1)).bfloat16()))
+
+
 def test_a_dense_matrix_stays_in_torch():
     scale = ChannelScale(torch.rand(72, generator=generator(3)) + 0.5)
     x = torch.randn(9, 72, generator=generator(4))

@@ -71,6 +71,8 @@ def rotates(step: Step, dtype: torch.dtype, device: torch.device) -> bool:
     found = factors(step)
     if found is None or max(found.padded) > _LARGEST_FACTOR:
         return False
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10:
+        return False  # Triton's compiler fails on these products for B200
     if dtype == torch.float32:
         return found.padded[0] * found.padded[1] <= _LARGEST_EXACT
     return found.memory <= shared_memory(device)
@@ -115,7 +117,7 @@ def _pieces(length: int, count: int) -> tuple[int, int]:
     """Two powers of two that together hold `length` columns of `count` planes; (a chunk, 0) for a row too long."""
     first = 1 << (length.bit_length() - 1)
     second = 1 << (length - first - 1).bit_length() if length > first else 1
-    return (first, second) if (first + second) * count <= _LARGEST_ROW else (_CHUNK // count, 0)
+    return (first, second) if length * count <= _LARGEST_ROW else (_CHUNK // count, 0)
 
 
 def _rotated(

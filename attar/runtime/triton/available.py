@@ -12,15 +12,16 @@ from attar.errors import AttarError
 LEAST = (8, 0)  # compute capability from which tensor cores multiply the bytes that Triton gives them
 
 
+_LEAST_MEMORY = 99 * 1024
 _TILES = 200 * 1024  # bytes of shared memory that the tiles of many rows take
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have; in the interpreter those of the GPUs that have least."""
+    """Bytes that a program may have; in the interpreter, and before torch 2.7, those of the GPUs that have least."""
     if device.type != "cuda":
-        return 99 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return _LEAST_MEMORY
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _LEAST_MEMORY)
 
 
 @functools.cache

@@ -16,16 +16,17 @@ def unpack_rows(
     BITS: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Packed codes (n, row_bytes) -> w (n, width): their numbers, or these times scales (n, groups), in w's type."""
-    row = tl.program_id(0).to(tl.int64)
+    pieces = tl.cdiv(width, BLOCK)
+    row, piece = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
     codes_ptr += row * row_bytes
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = piece * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     if FP8:
         number = (
             tl.load(codes_ptr + column, mask=inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
         )
     elif BITS == 4:
-        half = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        half = piece * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
         both = tl.load(codes_ptr + half, mask=half < row_bytes, other=0)
         number = tl.interleave(both & 15, both >> 4).to(tl.int8) - 8
     elif BITS == 8:

@@ -102,8 +102,11 @@ def unpacked_product(
 
 
 def _cublas_takes(y: Tensor, width: int) -> bool:
-    """Whether torch's own product of float8 rows with scales gives y: Hopper and later, bfloat16, whole 16 bytes."""
-    if y.device.type != "cuda" or torch.cuda.get_device_capability(y.device) < (9, 0):
+    """Whether torch's own product of float8 rows with scales gives y: Hopper, bfloat16, whole 16 bytes.
+
+    Later GPUs refuse scales of rows with some versions of torch.
+    """
+    if y.device.type != "cuda" or torch.cuda.get_device_capability(y.device)[0] != 9:
         return False
     return y.shape[0] >= MANY_ROWS and y.dtype == torch.bfloat16 and width % 16 == 0 == y.shape[1] % 16
 
@@ -147,9 +150,9 @@ def unpacked(
     stride = padded_columns(width, 8) if scale is None else width
     w = torch.empty(n, stride, dtype=dtype, device=codes.device)
     rows, columns, row_bytes = n, width, codes.shape[1]
-    if scale is None and stride == width and row_bytes * 8 == width * bits and n * width < 2**31:
+    if scale is None and stride == width and row_bytes * 8 == width * bits and n * width * bits < 2**31:
         rows, columns, row_bytes = 1, n * width, n * row_bytes  # rows without gaps are one row
-    kernel: Any = unpack_rows[(rows, triton.cdiv(columns, _UNPACKED))]
+    kernel: Any = unpack_rows[(rows * triton.cdiv(columns, _UNPACKED),)]
     kernel(
         codes.contiguous(), float32(scale), w, columns, row_bytes, stride, groups, width // groups,
         BITS=bits, BLOCK=_UNPACKED, FP8=number == "fp8", num_warps=4, **EXACT,
