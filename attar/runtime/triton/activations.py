@@ -37,7 +37,7 @@ class Factors(NamedTuple):
     @property
     def padded(self) -> tuple[int, int]:
         """Both sizes as powers of two; tensor cores multiply 16 at least."""
-        return _padded(self.left), _padded(self.right)
+        return bucket(self.left), bucket(self.right)
 
     @property
     def work(self) -> int:
@@ -150,10 +150,6 @@ def _rotated(
         "quantize_rotated_rows", str(x.dtype), found.order, bucket(m), left, right, codes.shape[1]
     )
     run(choose(problem, ROTATIONS, run, x.device))
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def float32(tensor: Tensor | None) -> Tensor | None:

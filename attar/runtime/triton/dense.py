@@ -7,7 +7,7 @@ the product then has nothing to do but multiply. It needs the copy engine of Hop
 import triton
 import triton.language as tl
 
-from attar.runtime.triton.matmul import gelu_of, tile_place
+from attar.runtime.triton.matmul import load_float8, scaled, store_outputs, tile_place
 
 
 @triton.jit
@@ -22,9 +22,7 @@ def unpack_rows(
     column = piece * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     if FP8:
-        number = (
-            tl.load(codes_ptr + column, mask=inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        )
+        number = load_float8(codes_ptr, column, row_bytes, False).to(tl.float32)
     elif BITS == 4:
         half = piece * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
         both = tl.load(codes_ptr + half, mask=half < row_bytes, other=0)
@@ -64,13 +62,7 @@ def dense_matmul(
             a = x.load([first_row, start])
             b = w.load([first_output, start])
             total = tl.dot(a, b.T, total, out_dtype=tl.int32)
-        row, output = first_row + tl.arange(0, BLOCK_M), first_output + tl.arange(0, BLOCK_N)
-        y = total.to(tl.float32) * tl.load(step_ptr + row, mask=row < m, other=0.0)[:, None]
-        y = y * tl.load(scale_ptr + output, mask=output < n, other=0.0)[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + output, mask=output < n, other=0.0).to(tl.float32)[None, :]
-        if GELU is not None:
-            y = gelu_of(y, GELU)
-        place = row.to(tl.int64)[:, None] * n + output[None, :]
-        mask = (row[:, None] < m) & (output[None, :] < n)
-        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+        row = (first_row + tl.arange(0, BLOCK_M))[:, None]
+        output = (first_output + tl.arange(0, BLOCK_N))[None, :]
+        y = scaled(total.to(tl.float32), step_ptr, scale_ptr, row, output, m, n)
+        store_outputs(y, bias_ptr, y_ptr, row, output, m, n, GELU)

@@ -31,13 +31,20 @@ def gelu_of(y, GELU: tl.constexpr):
 
 @triton.jit
 def store_outputs(y, bias_ptr, y_ptr, row, output, m, n, GELU: tl.constexpr = None):
-    """y float32 (BLOCK_N, BLOCK_M), plus bias, or GELU of it, into y_ptr (m, n) in its type."""
+    """y float32, plus bias, or GELU of it, into y_ptr (m, n) in its type. row and output: of y, one along each axis."""
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + output, mask=output < n, other=0.0).to(tl.float32)[:, None]
+        y += tl.load(bias_ptr + output, mask=output < n, other=0.0).to(tl.float32)
     if GELU is not None:
         y = gelu_of(y, GELU)
-    place = row.to(tl.int64)[None, :] * n + output[:, None]
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(row[None, :] < m) & (output[:, None] < n))
+    place = row.to(tl.int64) * n + output
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(row < m) & (output < n))
+
+
+@triton.jit
+def scaled(total, step_ptr, scale_ptr, row, output, m, n):
+    """Sums in float32 times the steps of rows and the scales of outputs, in the order of the reference."""
+    y = total * tl.load(step_ptr + row, mask=row < m, other=0.0)
+    return y * tl.load(scale_ptr + output, mask=output < n, other=0.0)
 
 
 @triton.jit
@@ -63,9 +70,9 @@ def integer_matmul(
             x = tl.load(x_rows + (plane * plane_stride + column)[:, None])
             total = tl.dot(w, x, total, out_dtype=tl.int32)  # older versions want the type said
 
-    # The order of the reference's operations; the launch forbids fused multiply-add, which would round once less.
-    y = (total >> (8 - BITS)).to(tl.float32) * tl.load(step_ptr + row, mask=row < m, other=0.0)[None, :]
-    y = y * tl.load(scale_ptr + output, mask=output < n, other=0.0)[:, None]
+    # The launch forbids fused multiply-add, which would round once less.
+    row, output = row[None, :], output[:, None]
+    y = scaled((total >> (8 - BITS)).to(tl.float32), step_ptr, scale_ptr, row, output, m, n)
     store_outputs(y, bias_ptr, y_ptr, row, output, m, n, GELU)
 
 
@@ -99,8 +106,8 @@ def float8_matmul(
         # Hopper adds such products in 14 bits; every 128 of them the sum is carried over to float32.
         total = tl.dot(w, x, total, max_num_imprecise_acc=128)
 
-    y = total * tl.load(step_ptr + row, mask=row < m, other=0.0)[None, :]
-    y = y * tl.load(scale_ptr + output, mask=output < n, other=0.0)[:, None]
+    row, output = row[None, :], output[:, None]
+    y = scaled(total, step_ptr, scale_ptr, row, output, m, n)
     store_outputs(y, bias_ptr, y_ptr, row, output, m, n, GELU)
 
 
@@ -135,4 +142,4 @@ def weight_only_matmul(
             w = w * tl.load(scale_ptr + some * groups + group)
             x = tl.load(x_rows + (plane * plane_stride + column)[:, None])
             total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
-    store_outputs(total, bias_ptr, y_ptr, row, output, m, n)
+    store_outputs(total, bias_ptr, y_ptr, row[None, :], output[:, None], m, n)

@@ -62,9 +62,9 @@ class Problem:
 Run = Callable[[Config], object]
 
 
-def bucket(rows: int) -> int:
-    """The power of two at or above a number of rows, at least 16."""
-    return 1 << max(4, (rows - 1).bit_length())
+def bucket(size: int) -> int:
+    """The power of two at or above a size, at least 16: that of a tile for the tensor cores."""
+    return 1 << max(4, (size - 1).bit_length())
 
 
 class Tuner:
