@@ -1,16 +1,18 @@
 """Bits under a budget for the transformers of a pipeline: every block's sensitivity, one choice, and how it holds.
 
 Blocks are measured one after the other on full-precision inputs, and each result is kept in the workspace, so a killed
-run goes on. The objective is the sum of the layers' errors over all blocks. That errors add up is an assumption; the
-error of each block with all its layers quantized is measured too, and stands beside the sum.
+run goes on. The objective is the sum of the layers' errors over all blocks, each as far as it reaches the
+latents that a denoising step gives: a layer's error in its block's output, times what these change by for an error of
+that block. That errors add up is an assumption; the error of each block with all its layers quantized is measured too,
+and stands beside the sum.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,11 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.budget.choice import Candidate, totals
+from attar.budget.amount import Budget
+from attar.budget.choice import totals
+from attar.budget.influence import Step, standing_in
 from attar.budget.plan_file import plan_text, write_plan
-from attar.budget.sensitivity import Sensitivity, block_sensitivity, together
+from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
 from attar.calibration.store import TraceStore
-from attar.candidates import bits_of, choose, layers_of, plan_options, with_bits
+from attar.candidates import (
+    act_layers_of,
+    act_options,
+    bits_of,
+    choose,
+    chosen_options,
+    layers_of,
+    plan_options,
+    with_bits,
+)
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall, run_block
@@ -37,6 +50,11 @@ from attar.workspace import Workspace
 
 PLAN = "plan.yaml"
 RESULT = "allocation.json"
+WEIGHTS, INFLUENCE, ACTS = (
+    "sensitivity",
+    "influence",
+    "activations",
+)  # what is measured of a block, a file each
 Run = Callable[[BlockCall], dict[str, Tensor]]
 
 
@@ -48,7 +66,9 @@ class Allocation:
     each causes alone; uniform_error: the same with the recipe's own bits in every layer; measured_error: sum over
     blocks with all layers of a block quantized; all before learning. bits: component -> layer -> bits, of the layers
     that were chosen for. sensitivity: component -> layer -> bits -> error. blocks: component -> [block, predicted
-    error, measured error].
+    error, measured error]. objective: what errors are relative to and of, see `Allocate`. influence: component ->
+    block -> what a block's error is multiplied with. acts, act_sensitivity, mean_act_bits: of the activations, where
+    these were chosen too, the mean over multiplications.
     """
 
     budget: str
@@ -61,16 +81,23 @@ class Allocation:
     bits: dict[str, dict[str, int]]
     sensitivity: dict[str, dict[str, dict[str, float]]]
     blocks: dict[str, list[tuple[str, float, float]]]
+    objective: str = "block"
+    influence: dict[str, dict[str, float]] = field(default_factory=dict)
+    acts: dict[str, dict[str, int]] = field(default_factory=dict)
+    act_sensitivity: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    mean_act_bits: float | None = None
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with these bits in the place of its budget."""
-        return with_bits(recipe, self.bits)
+        return with_bits(recipe, self.bits, self.acts)
 
     def summary(self) -> str:
         """One line for people."""
+        acts = "" if self.mean_act_bits is None else f", activations {self.mean_act_bits:.3f}"
+        what = "error of a step's latents" if self.objective == "latents" else "summed block error"
         text = (
-            f"{self.budget}: {self.mean_bits:.3f} bits on average, linears {self.ratio:.4f}x of bfloat16, "
-            f"summed block error {self.predicted_error:.4f} predicted, {self.measured_error:.4f} measured"
+            f"{self.budget}: {self.mean_bits:.3f} bits on average{acts}, linears {self.ratio:.4f}x of bfloat16, "
+            f"{what} {self.predicted_error:.4g} predicted, {self.measured_error:.4g} measured block by block"
         )
         if min(self.uniform_error, self.predicted_error) <= 0:  # nothing in the blocks is quantized
             return text
@@ -95,33 +122,49 @@ def allocate(
     known = ranks.first(lambda: workspace.read_json(RESULT))
     if known is not None:
         return Allocation(**known)
-    options = plan_options(components, recipe)
+    options, act_plans = plan_options(components, recipe), act_options(components, recipe)
     parts = {}
     for name, part in components.items():
-        calls = _calls(store, name, prompts, recipe.allocate.samples)
-        parts[name] = _Component(name, part, recipe, workspace, calls, seed)
-    measured = {
-        name: part.sensitivity({bits: plans[name] for bits, plans in options.items()}, progress)
-        for name, part in parts.items()
-    }
+        places = _places(store, name, prompts, recipe.allocate.samples)
+        mine = ({b: plans[name] for b, plans in some.items()} for some in (options, act_plans))
+        parts[name] = _Component(name, part, recipe, workspace, store, places, seed, *mine)
+    for part in parts.values():
+        part.measure(progress)
+    measured = {name: part.sensitivity() for name, part in parts.items()}
     layers = layers_of(options, measured, recipe)
-    taken = choose(layers, recipe)
-    chosen = {layer.name: candidate for layer, candidate in zip(layers, taken, strict=True)}
+    taken = choose(layers, Budget.parse(recipe.allocate.budget), recipe.quantize.weights)
     bits = bits_of(options, layers, taken)
-    final = plan_components(components, with_bits(recipe, bits))
+    of_acts = {name: part.act_sensitivity() for name, part in parts.items()}
+    counts = {name: part.multiplications() for name, part in parts.items()}
+    act_layers = act_layers_of(act_plans, of_acts, counts, recipe)
+    act_taken = choose(act_layers, Budget.parse("same"), recipe.quantize.acts)
+    acts = bits_of(act_plans, act_layers, act_taken)
+    chosen = {layer.name: candidate.error for layer, candidate in zip(layers, taken, strict=True)}
+    for layer, candidate in zip(
+        act_layers, act_taken, strict=True
+    ):  # known with the recipe's own activations
+        chosen[layer.name] += candidate.error - layer.uniform.error
+    final = plan_components(components, with_bits(recipe, bits, acts))
     errors = {name: part.together(final[name], progress) for name, part in parts.items()}
-    blocks = {name: _beside(name, found, chosen) for name, found in errors.items()}
     total = totals(layers, taken)
     result = Allocation(
-        recipe.allocate.budget, total.size, round(total.ratio, 6), round(total.bits, 6), total.error,
+        recipe.allocate.budget, total.size, round(total.ratio, 6), round(total.bits, 6), math.fsum(chosen.values()),
         math.fsum(layer.uniform.error for layer in layers), math.fsum(e for f in errors.values() for _, e in f),
-        bits, {n: {k: {str(b): e for b, e in v.items()} for k, v in m.items()} for n, m in measured.items()}, blocks,
+        bits, {name: _texts(found) for name, found in measured.items()},
+        {name: _beside(name, found, chosen) for name, found in errors.items()},
+        recipe.allocate.objective, {name: part.influence() for name, part in parts.items()},
+        acts, {name: _texts(found) for name, found in of_acts.items() if found},
+        round(totals(act_layers, act_taken).bits, 6) if act_layers else None,
     )  # fmt: skip
     if ranks.is_first():
         write_plan(workspace.folder / PLAN, describe(result, components, recipe, final))
         workspace.write_json(RESULT, asdict(result))
     ranks.barrier()
     return result
+
+
+def _texts(measured: Sensitivity) -> dict[str, dict[str, float]]:
+    return {name: {str(bits): error for bits, error in errors.items()} for name, errors in measured.items()}
 
 
 def describe(
@@ -132,25 +175,38 @@ def describe(
         "budget": allocation.budget,
         "recipe": f"{recipe.name} {recipe.bits}",
         "mean_bits": round(allocation.mean_bits, 4),
+        "mean_act_bits": allocation.mean_act_bits,
         "linears_against_bf16": round(allocation.ratio, 4),
+        "errors_of": "the latents that a step gives"
+        if allocation.objective == "latents"
+        else "the blocks' outputs",
         "predicted_error": float(f"{allocation.predicted_error:.4g}"),
         "measured_error": float(f"{allocation.measured_error:.4g}"),
         "error_with_the_recipes_bits": float(f"{allocation.uniform_error:.4g}"),
     }
     rows = {}
-    for name, bits in allocation.bits.items():
+    for name, layers in chosen_options(allocation.bits, allocation.acts).items():
         known = {plan.name: plan for plan in plans[name]}
-        rows[name] = [(k, b, _comment(known[k], allocation.sensitivity[name][k])) for k, b in bits.items()]
-    return plan_text(model_identity(components), chosen, rows)
+        errors = [
+            ("error", allocation.sensitivity.get(name, {})),
+            ("acts", allocation.act_sensitivity.get(name, {})),
+        ]
+        rows[name] = [(k, options, _comment(known[k], errors)) for k, options in layers.items()]
+    said = {key: value for key, value in chosen.items() if value is not None}
+    return plan_text(model_identity(components), said, rows)
 
 
-def _comment(plan: LayerPlan, errors: Mapping[str, float]) -> str:
-    figures = ", ".join(f"{bits}: {error:.1e}" for bits, error in errors.items())
-    return f"{plan.role}, {plan.in_features} x {plan.out_features}; error {figures}"
+def _comment(plan: LayerPlan, errors: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> str:
+    figures = [
+        f"{what} " + ", ".join(f"{bits}: {error:.1e}" for bits, error in known[plan.name].items())
+        for what, known in errors
+        if plan.name in known
+    ]
+    return f"{plan.role}, {plan.in_features} x {plan.out_features}; {'; '.join(figures)}"
 
 
-def _calls(store: TraceStore, component: str, prompts: int, count: int) -> list[list[dict[str, Any]]]:
-    """This process's samples: steps evenly over those in which the component ran, prompts in turns."""
+def _places(store: TraceStore, component: str, prompts: int, count: int) -> list[tuple[int, int]]:
+    """This process's (prompt, step): steps evenly over those in which the component ran, prompts in turns."""
     ran = [[s for s in range(store.steps(p)) if component in store.components(p, s)] for p in range(prompts)]
     places = [(i % prompts, int((i + 0.5) / count * len(ran[i % prompts]))) for i in range(count)]
     chosen = list(dict.fromkeys((p, ran[p][k]) for p, k in places if ran[p]))
@@ -161,16 +217,23 @@ def _calls(store: TraceStore, component: str, prompts: int, count: int) -> list[
             where=component,
             fix="Measure more samples (allocate.samples), or trace more prompts or steps",
         )  # fmt: skip
-    return [store.calls(component, p, s) for p, s in ranks.mine(chosen)]
+    return list(ranks.mine(chosen))
+
+
+def _latents(store: TraceStore, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Those that enter the step, and those that leave it."""
+    prompt, step = place
+    x, _ = store.latents(prompt)
+    return x[step].clone(), x[step + 1].clone()
 
 
 def _beside(
-    component: str, errors: list[tuple[str, float]], chosen: Mapping[str, Candidate]
+    component: str, errors: list[tuple[str, float]], chosen: Mapping[str, float]
 ) -> list[tuple[str, float, float]]:
     """Of each block the sum of its layers' errors, and the error of all together."""
     named = chosen.items()
     return [
-        (block, math.fsum(c.error for n, c in named if n.startswith(f"{component}.{block}.")), error)
+        (block, math.fsum(e for n, e in named if n.startswith(f"{component}.{block}.")), error)
         for block, error in errors
     ]
 
@@ -184,44 +247,138 @@ class _Component:
         transformer: nn.Module,
         recipe: Recipe,
         workspace: Workspace,
-        calls: list[list[dict[str, Any]]],
+        store: TraceStore,
+        places: list[tuple[int, int]],
         seed: int,
+        options: Mapping[int, list[LayerPlan]],
+        act_options: Mapping[int, list[LayerPlan]],
     ) -> None:
+        assert recipe.allocate is not None
         self.name, self.transformer, self.seed = name, transformer, seed
-        self.workspace, self.calls = workspace, calls
+        self.workspace = workspace
+        self.calls = [store.calls(name, prompt, step) for prompt, step in places]
+        self.latents = [_latents(store, place) for place in places]
         self.settings = block_settings(recipe)
         self.adapter = ModelAdapter.of(transformer)
         self.weights = weights_of(transformer)
+        self.options, self.act_options = options, act_options
+        self.own = options[recipe.quantize.weights]
+        kinds = (True, recipe.allocate.objective == "latents", bool(act_options))
+        self.kinds = [kind for kind, wanted in zip((WEIGHTS, INFLUENCE, ACTS), kinds, strict=True) if wanted]
+        self._steps: list[Step] = []
 
-    def sensitivity(self, options: Mapping[int, list[LayerPlan]], progress: Progress) -> Sensitivity:
-        """Layer -> bits -> error, of the layers in blocks."""
+    def measure(self, progress: Progress) -> None:
+        """Puts what is not known yet of every block into the workspace."""
         count = len(self.adapter.blocks)
         first = ranks.first(partial(self._first_unknown, count))
         with progress.task(f"{self.name}: sensitivity", count) as advance:
             for block, module, run, calls, targets in self._blocks(first):
-                planned: dict[str, dict[int, LayerPlan]] = {}
-                for plans in options.values():
-                    for path, plan in _inside(block, plans).items():
-                        planned.setdefault(path, {})[plan.weight_bits or 0] = plan
-                found = block_sensitivity(
-                    module, planned, run, calls, targets, self.settings, seed=self._seed(block),
-                    progress=lambda k, n, block=block: advance(block.index + 0.99 * k / n, f"{block.name} {k} of {n}"),
-                )  # fmt: skip
-                self._check(block, found)
-                if ranks.is_first():
-                    self.workspace.write_json(self._file(block.index), found)
-                ranks.barrier()
+                for kind in self.kinds:
+                    if ranks.first(partial(self.workspace.has, self._file(kind, block.index))):
+                        continue
+                    found = self._measured(
+                        kind, block, module, run, calls, targets,
+                        lambda k, n, block=block: advance(block.index + 0.99 * k / n, f"{block.name} {k} of {n}"),
+                    )  # fmt: skip
+                    if ranks.is_first():
+                        self.workspace.write_json(self._file(kind, block.index), found)
+                    ranks.barrier()
                 advance(block.index + 1, block.name)
-        known: Sensitivity = {}
-        for block in self.adapter.blocks:
-            stored = ranks.first(partial(self.workspace.read_json, self._file(block.index)))
-            for path, errors in stored.items():
-                known[f"{block.name}.{path}"] = {int(bits): error for bits, error in errors.items()}
-        return known
+
+    def _measured(
+        self,
+        kind: str,
+        block: Block,
+        module: nn.Module,
+        run: Run,
+        calls: Calls,
+        targets: list[dict[str, Tensor]],
+        progress: Callable[[int, int], None],
+    ) -> Any:
+        if kind == INFLUENCE:
+            return self._influence(block, copy.deepcopy(module), calls, targets)
+        planned: dict[str, dict[int, LayerPlan]] = {}
+        for plans in (self.options if kind == WEIGHTS else self.act_options).values():
+            for path, plan in _inside(block, plans).items():
+                if kind == WEIGHTS:
+                    planned.setdefault(path, {})[plan.weight_bits or 0] = plan
+                elif plan.act_bits is not None:
+                    planned.setdefault(path, {})[plan.act_bits] = plan
+        errors = block_sensitivity(
+            module, planned, run, calls, targets, self.settings, seed=self._seed(block), weights=kind == WEIGHTS,
+            progress=progress,
+        )  # fmt: skip
+        self._check(block, errors)
+        if kind == WEIGHTS:
+            return errors
+        return {"errors": errors, "multiplications": multiplications(module, list(planned), run, calls)}
+
+    def _influence(
+        self, block: Block, module: nn.Module, calls: Calls, targets: list[dict[str, Tensor]]
+    ) -> dict[str, float]:
+        """The error of the block with the recipe's own bits, and by what the latents of a step are wrong then."""
+        planned = _inside(block, self.own)
+        if not planned:
+            return {"block": 0.0, "latents": 0.0}
+        run = partial(self._run, block, module)
+        alone = together(module, planned, run, calls, targets, self.settings, seed=self._seed(block))
+        if not self._steps:
+            pairs = zip(self.calls, self.latents, strict=True)
+            self._steps = [Step(self.transformer, calls, *latents) for calls, latents in pairs]
+        with standing_in(block.module, module):
+            errors = [step.error(self.transformer) for step in self._steps]
+        total, count = ranks.sums(math.fsum(errors), len(errors))
+        if not math.isfinite(total):
+            raise AttarError(
+                "what the model gives is not finite with this block quantized", where=f"{self.name}.{block.name}",
+                fix="Check the model and its calibration inputs, or set allocate.objective to block",
+            )  # fmt: skip
+        return {"block": alone, "latents": total / count}
+
+    def influence(self) -> dict[str, float]:
+        """Block -> what its error is multiplied with; {} where all blocks count alike."""
+        if INFLUENCE not in self.kinds:
+            return {}
+        known = {block.name: self._stored(INFLUENCE, block) for block in self.adapter.blocks}
+        return {
+            name: found["latents"] / found["block"] if found["block"] else 0.0
+            for name, found in known.items()
+        }
+
+    def sensitivity(self) -> Sensitivity:
+        """Layer -> bits -> error, of the layers in blocks."""
+        return self._reaching({block: self._stored(WEIGHTS, block) for block in self.adapter.blocks})
+
+    def act_sensitivity(self) -> Sensitivity:
+        """The same for the bits of activations; {} where these are not chosen."""
+        if not self.act_options:
+            return {}
+        return self._reaching({block: self._stored(ACTS, block)["errors"] for block in self.adapter.blocks})
+
+    def multiplications(self) -> dict[str, int]:
+        """Layer -> how many there are in all samples."""
+        if not self.act_options:
+            return {}
+        return {
+            f"{block.name}.{path}": count
+            for block in self.adapter.blocks
+            for path, count in self._stored(ACTS, block)["multiplications"].items()
+        }
+
+    def _reaching(self, measured: Mapping[Block, Any]) -> Sensitivity:
+        influence = self.influence()
+        return {
+            f"{block.name}.{path}": {int(b): e * influence.get(block.name, 1.0) for b, e in errors.items()}
+            for block, layers in measured.items()
+            for path, errors in layers.items()
+        }
+
+    def _stored(self, kind: str, block: Block) -> Any:
+        return ranks.first(partial(self.workspace.read_json, self._file(kind, block.index)))
 
     def together(self, plans: list[LayerPlan], progress: Progress) -> list[tuple[str, float]]:
         """(block, error) with all its layers quantized, of every block."""
-        found = []
+        found, influence = [], self.influence()
         with progress.task(f"{self.name}: check plan", len(self.adapter.blocks)) as advance:
             for block, module, run, calls, targets in self._blocks(0):
                 planned, error = _inside(block, plans), 0.0
@@ -229,7 +386,7 @@ class _Component:
                     error = together(
                         module, planned, run, calls, targets, self.settings, seed=self._seed(block)
                     )
-                found.append((block.name, error))
+                found.append((block.name, error * influence.get(block.name, 1.0)))
                 advance(block.index + 1, block.name)
         return found
 
@@ -258,7 +415,8 @@ class _Component:
         return {name: stream.to("cpu") for name, stream in outputs.items()}
 
     def _first_unknown(self, count: int) -> int:
-        return next((i for i in range(count) if not self.workspace.has(self._file(i))), count)
+        known = (all(self.workspace.has(self._file(kind, i)) for kind in self.kinds) for i in range(count))
+        return next((i for i, whole in enumerate(known) if not whole), count)
 
     def _check(self, block: Block, found: Sensitivity) -> None:
         for path, errors in found.items():
@@ -272,8 +430,8 @@ class _Component:
     def _seed(self, block: Block) -> str:
         return f"{self.seed}/{self.name}/{block.name}"  # that of its compression: the same random signs
 
-    def _file(self, index: int) -> str:
-        return f"{self.name}/sensitivity-{index:03d}.json"
+    def _file(self, kind: str, index: int) -> str:
+        return f"{self.name}/{kind}-{index:03d}.json"
 
 
 def _inside(block: Block, plans: list[LayerPlan]) -> dict[str, LayerPlan]:

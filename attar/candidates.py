@@ -10,7 +10,7 @@ from attar.budget.amount import Budget
 from attar.budget.choice import Candidate, Layer, choose_bits
 from attar.budget.sensitivity import Sensitivity
 from attar.errors import AttarError
-from attar.planning import Plans, plan_components, with_overrides, with_widths
+from attar.planning import Plans, plan_components, with_act_widths, with_overrides, with_widths
 from attar.recipe import Recipe
 from attar.settings import layer_size
 
@@ -25,6 +25,15 @@ def plan_options(components: Mapping[str, nn.Module], recipe: Recipe) -> dict[in
     assert recipe.allocate is not None
     widths = sorted({*recipe.widths, recipe.quantize.weights})
     return {bits: plan_components(components, with_widths(recipe, bits)) for bits in widths}
+
+
+def act_options(components: Mapping[str, nn.Module], recipe: Recipe) -> dict[int, Plans]:
+    """The same for the activations; {} where these have the recipe's bits in every layer."""
+    assert recipe.allocate is not None
+    if not recipe.chooses_acts:
+        return {}
+    widths = sorted({*recipe.allocate.bits, recipe.quantize.acts})
+    return {bits: plan_components(components, with_act_widths(recipe, bits)) for bits in widths}
 
 
 def layers_of(
@@ -52,16 +61,35 @@ def layers_of(
     return found
 
 
-def choose(layers: Sequence[Layer], recipe: Recipe) -> list[Candidate]:
-    """One candidate for each layer under the recipe's budget. Raises AttarError where none keeps to it.
+def act_layers_of(
+    options: Mapping[int, Plans],
+    measured: Mapping[str, Sensitivity],
+    multiplications: Mapping[str, Mapping[str, int]],
+    recipe: Recipe,
+) -> list[Layer]:
+    """Every layer whose activations are quantized, with what they may get. They cost multiplications and no bytes, so
+    these stand where a weight's layer has its weights."""
+    found = []
+    for component in next(iter(options.values()), {}):
+        for row in zip(*(plans[component] for plans in options.values()), strict=True):
+            if row[0].skipped or row[0].act_bits is None or row[0].name not in measured[component]:
+                continue
+            errors, count = measured[component][row[0].name], multiplications[component][row[0].name]
+            asked = {bits: p.act_bits or 0 for bits, p in zip(options, row, strict=True)}
+            at = {bits: Candidate(bits, 0, errors[bits]) for bits in sorted(set(asked.values()))}
+            own = at[asked[recipe.quantize.acts]]
+            found.append(Layer(f"{component}.{row[0].name}", count, 0, own, tuple(at.values())))
+    return found
+
+
+def choose(layers: Sequence[Layer], budget: Budget, own: int) -> list[Candidate]:
+    """One candidate for each layer under the budget of a recipe with `own` bits. AttarError where none keeps to it.
 
     The budget "same" is the mean of the layers that there is a choice for, as those whose bits the recipe names would
     have these in any case.
     """
-    assert recipe.allocate is not None
-    budget = Budget.parse(recipe.allocate.budget)
     free = [layer for layer in layers if len(layer.candidates) > 1 or budget.kind != "same"]
-    taken = choose_bits(free, budget.at(recipe.quantize.weights)) if free else []
+    taken = choose_bits(free, budget.at(own)) if free else []
     chosen = {id(layer): candidate for layer, candidate in zip(free, taken, strict=True)}
     return [chosen.get(id(layer), layer.candidates[0]) for layer in layers]
 
@@ -71,16 +99,28 @@ def bits_of(options: Mapping[int, Plans], layers: Sequence[Layer], taken: Sequen
     free = {a.name: c.bits for a, c in zip(layers, taken, strict=True) if len(a.candidates) > 1}
     return {
         name: {p.name: free[f"{name}.{p.name}"] for p in plans if f"{name}.{p.name}" in free}
-        for name, plans in next(iter(options.values())).items()
+        for name, plans in next(iter(options.values()), {}).items()
     }
 
 
-def with_bits(recipe: Recipe, bits: Mapping[str, Mapping[str, int]]) -> Recipe:
-    """The recipe with these bits in the place of its budget."""
+def chosen_options(
+    bits: Mapping[str, Mapping[str, int]], acts: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Component -> layer -> {weights, acts}, what was chosen of them."""
+    found: dict[str, dict[str, dict[str, int]]] = {name: {} for name in bits}
+    for key, chosen in (("weights", bits), ("acts", acts)):
+        for component, named in chosen.items():
+            for name, b in named.items():
+                found.setdefault(component, {}).setdefault(name, {})[key] = b
+    return found
+
+
+def with_bits(recipe: Recipe, bits: Bits, acts: Bits | None = None) -> Recipe:
+    """The recipe with these bits of weights and activations in the place of its budget."""
     layers = {
-        f"{component}.{name}": {"weights": b}
-        for component, named in bits.items()
-        for name, b in named.items()
+        f"{component}.{name}": options
+        for component, named in chosen_options(bits, acts or {}).items()
+        for name, options in named.items()
     }
     return with_overrides(recipe, layers)
 
@@ -118,7 +158,8 @@ def presume(components: Mapping[str, nn.Module], recipe: Recipe) -> tuple[Recipe
                     cost = p.in_features * p.out_features * 4.0**-p.weight_bits
                     equal[name].setdefault(p.name, {})[p.weight_bits] = cost
     layers = layers_of(options, equal, recipe)
-    bits = bits_of(options, layers, choose(layers, recipe))
+    taken = choose(layers, Budget.parse(recipe.allocate.budget), recipe.quantize.weights)
+    bits = bits_of(options, layers, taken)
     return with_bits(recipe, bits), bits
 
 

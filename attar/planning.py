@@ -62,6 +62,11 @@ def with_widths(recipe: Recipe, bits: int) -> Recipe:
     return _changed(_without_budget(recipe), weights=bits)
 
 
+def with_act_widths(recipe: Recipe, bits: int) -> Recipe:
+    """The same for the activations."""
+    return _changed(_without_budget(recipe), acts=bits)
+
+
 def with_plan(recipe: Recipe, plan: PlanFile, components: Mapping[str, nn.Module]) -> Recipe:
     """The recipe with the layers of a plan file as its last overrides, in the place of a budget.
 

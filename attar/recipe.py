@@ -94,6 +94,15 @@ class Recipe(Stage):
         return self
 
     @model_validator(mode="after")
+    def _activations_have_widths(self) -> Recipe:
+        chosen, integers = self.allocate, self.quantize.acts != 16 and self.quantize.act_format == "int"
+        if chosen is not None and chosen.acts and not integers:
+            raise ValueError(
+                "allocate.acts chooses bits of integers: set it to false, or quantize.acts to 2 to 8"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_know_the_whole_weight(self) -> Recipe:
         whole, branch = self.finetune, self.quantize.low_rank
         if whole is not None and whole.adapter_start != "zero" and branch is not None:
@@ -158,6 +167,12 @@ class Recipe(Stage):
         """The bits that a budget may choose: those listed that the weight format has. Empty without a budget."""
         listed = [] if self.allocate is None else self.allocate.bits
         return [bits for bits in listed if has_bits(self.quantize.weight_format, bits)]
+
+    @property
+    def chooses_acts(self) -> bool:
+        """Whether the bits of activations are chosen too: not where all have the widest."""
+        chosen = self.allocate
+        return chosen is not None and chosen.acts and self.quantize.acts != max(chosen.bits)
 
     def refuse_budget(self) -> None:
         """Raises AttarError where the bits are yet to be chosen under a budget."""
@@ -226,9 +241,8 @@ def load_recipe(
                 fix="Leave the budget out with --set allocate=null",
             )
         most = Budget.parse(recipe.allocate.budget).at(recipe.quantize.weights)
-        if most == Budget(
-            "bits", float(max(recipe.widths))
-        ):  # the widest for all: there is nothing to choose
+        if most == Budget("bits", float(max(recipe.widths))) and not recipe.chooses_acts:
+            # the widest for all: there is nothing to choose
             recipe = recipe.model_copy(update={"allocate": None})
     selects = recipe.finetune is None or recipe.polishes  # training alone uses every traced step
     if recipe.needs_data and (recipe.trace is None or (selects and recipe.select is None)):

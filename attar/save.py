@@ -234,7 +234,11 @@ def _card(
         settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
     allocation: Allocation | None = pipe.attar_compression.allocation
     if allocation is not None:
-        settings["budget"] = f"{allocation.budget}: {allocation.mean_bits:.3f} bits on average ({PLAN})"
+        acts = allocation.mean_act_bits
+        means = f"{allocation.mean_bits:.3f} bits on average" + (
+            "" if acts is None else f", activations {acts:.3f}"
+        )
+        settings["budget"] = f"{allocation.budget}: {means} ({PLAN})"
     changed = changed_settings(recipe)
     own = [key for key in changed if key.startswith("quantize.roles.")]
     if len(own) > _MANY:

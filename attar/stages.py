@@ -205,13 +205,21 @@ class Quantize(Stage):
 
 
 class Allocate(Stage):
-    """Bits of each layer under a budget, chosen by how much the layer's rounding changes its block's output."""
+    """Bits of each layer under a budget, chosen by how much the layer's rounding changes what is computed."""
 
     budget: str = Field(
         description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
     )
+    objective: Literal["latents", "block"] = Field(
+        default="latents",
+        description="whose change counts: that of a denoising step's latents, or of every block's output alike",
+    )
+    acts: bool = Field(
+        default=False,
+        description="choose bits of activations too, as many on average over multiplications as quantize.acts says",
+    )
     bits: list[int] = Field(
-        default=[2, 3, 4, 5, 6, 8], min_length=1, description="widths that a layer's weights may get, 2 to 8"
+        default=[2, 3, 4, 5, 6, 8], min_length=1, description="widths that a layer may get, 2 to 8"
     )
     samples: int = Field(default=8, ge=1, description="denoising steps that the layers are measured on")
     prompts: int = Field(default=2, ge=1, description="traced for it where the recipe itself needs no data")

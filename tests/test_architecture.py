@@ -43,7 +43,7 @@ ALLOWED = {
     "calibration": {"models", "losses", "ranks"},
     "quantize": {"models", "losses", "ranks", "runtime"},
     "evaluate": {"models", "runtime", "progress"},
-    "budget": {"quantize"},
+    "budget": {"models", "quantize", "ranks"},
     "stages": {"budget", "calibration", "quantize", "runtime"},
     "defaults": set(),
     "recipe": {"budget", "defaults", "quantize", "stages"},

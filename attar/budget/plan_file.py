@@ -22,7 +22,7 @@ from attar.files import writing
 
 FORMAT = 1
 HEAD = """\
-# Weight bits of each layer, chosen by attar. Edit them and give the file back: attar compress MODEL --plan FILE
+# Bits of each layer, chosen by attar. Edit them and give the file back: attar compress MODEL --plan FILE
 # A layer may have weights (2 to 8, or 16 to keep it), acts, and skip: true. Layers that are not listed, and whatever
 # is not said of a layer, are as the recipe has them. Names may have the wildcards of a shell; later lines win.
 """
@@ -103,14 +103,16 @@ def write_plan(path: Path, text: str) -> None:
 def plan_text(
     model: Mapping[str, str],
     chosen: Mapping[str, Any],
-    layers: Mapping[str, Iterable[tuple[str, int, str]]],
+    layers: Mapping[str, Iterable[tuple[str, Mapping[str, int], str]]],
 ) -> str:
     """The file's text. chosen: what the plan was chosen by and comes to, for the reader. layers: component -> (layer,
-    bits, comment)."""
+    {"weights": bits, "acts": bits} or one of them, comment)."""
     parts = [HEAD, _yaml({"format": FORMAT, "model": dict(model), "chosen": dict(chosen)}), "layers:\n"]
     for component, rows in layers.items():
         parts.append(f"  {component}:\n")
-        parts += [f"    {name}: {{weights: {bits}}}  # {comment}\n" for name, bits, comment in rows]
+        for name, bits, comment in rows:
+            options = ", ".join(f"{key}: {count}" for key, count in bits.items())
+            parts.append(f"    {name}: {{{options}}}  # {comment}\n")
     return "".join(parts)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from attar import ranks
 from attar.quantize.block import BlockSettings, mean_relative_error, wrap_linears
-from attar.quantize.linear import replace_module
+from attar.quantize.linear import replace_module, set_quantizers
 from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import Streams
 
@@ -24,12 +25,14 @@ def block_sensitivity(
     settings: BlockSettings,
     *,
     seed: str = "0",
+    weights: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Squared error of the block's output relative to the block's own update, for every layer and width.
 
-    One layer at a time is quantized: its activations as planned, its weights rounded to nearest, transforms and
-    clipping where they start; nothing is learned. The module is left as it was, but for convolutions, which are opened.
+    One layer at a time is quantized: its activations as planned, its weights rounded to nearest (`weights`; else they
+    stay, and the error is that of the activations), transforms and clipping where they start; nothing is learned. The
+    module is left as it was, but for convolutions, which are opened.
     options: dotted name below `module` -> bits -> plan. run, calls, targets, seed: as in `quantize_block`.
     progress: called with (layers and widths done, all of them).
     """
@@ -41,6 +44,7 @@ def block_sensitivity(
     for bits in widths:
         plans = {name: plans[bits] for name, plans in options.items() if bits in plans}
         layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
+        set_quantizers(list(layers.values()), weights, True)
         for name in layers:
             replace_module(module, name, linears[name])
         for name, layer in layers.items():
@@ -68,3 +72,25 @@ def together(
     linears = {name: module.get_submodule(name) for name in plans}
     wrap_linears(module, plans, linears, run, calls, settings, seed)
     return mean_relative_error(run, calls, targets)
+
+
+def multiplications(
+    module: nn.Module, names: Sequence[str], run: Callable[[Any], Streams], calls: Sequence[Any]
+) -> dict[str, int]:
+    """How many multiplications each of these layers does in the calls of all processes. names: of linears in it."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name: str, linear: Any) -> Any:
+        def count(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+            counts[name] += args[0].numel() * linear.out_features
+
+        return linear.register_forward_hook(count)
+
+    handles = [counting(name, module.get_submodule(name)) for name in names]
+    try:
+        for call in calls:
+            run(call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: int(total) for name, total in zip(names, ranks.sums(*counts.values()), strict=True)}

@@ -17,15 +17,18 @@ def written(tmp_path, text):
 
 def test_what_is_written_is_read(tmp_path):
     rows = {
-        "transformer": [("blocks.0.q", 3, "self_attn.q: ü # 4"), ("blocks.0.k", 8, "")],
-        "transformer_2": [("a", 2, "x")],
+        "transformer": [
+            ("blocks.0.q", {"weights": 3}, "self_attn.q: ü # 4"),
+            ("blocks.0.k", {"weights": 8, "acts": 6}, ""),
+        ],
+        "transformer_2": [("a", {"acts": 2}, "x")],
     }
     text = plan_text({**MODEL, "transformer_2": "Wan 34"}, {"budget": "3bits", "mean_bits": 2.9}, rows)
     plan = read_plan(written(tmp_path, text))
     assert plan.overrides() == {
         "transformer.blocks.0.q": {"weights": 3},
-        "transformer.blocks.0.k": {"weights": 8},
-        "transformer_2.a": {"weights": 2},
+        "transformer.blocks.0.k": {"weights": 8, "acts": 6},
+        "transformer_2.a": {"acts": 2},
     }
     plan.check({"transformer": "Wan 12", "transformer_2": "Wan 34"})
     assert all(line.startswith("#") for line in text.splitlines()[:3]) and f"format: {FORMAT}" in text

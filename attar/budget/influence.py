@@ -1,0 +1,92 @@
+"""How much of a block's error reaches the latents that a denoising step gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.models.adapter import evaluating
+from attar.models.block import as_outputs
+from attar.models.tree import map_tensors
+from attar.models.weights import weights_of
+
+Sample = Sequence[Mapping[str, Any]]  # the calls of the model in one denoising step, one for each branch
+
+
+@contextmanager
+def standing_in(block: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Inside, calls of `block` give what `other` gives, which works in float32; the result has the block's types.
+
+    The block runs too, so that whatever opens, closes or moves weights around its calls goes on as ever.
+    """
+
+    def instead(_: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> Any:
+        own = [part.dtype for part in as_outputs(result) if isinstance(part, Tensor)]
+        given = other(*map_tensors(args, _wide), **map_tensors(kwargs, _wide))
+        return map_tensors(given, lambda tensor: tensor.to(own[0]) if tensor.is_floating_point() else tensor)
+
+    handle = block.register_forward_hook(instead, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+class Step:
+    """One traced denoising step: how an error of the model's outputs reaches the latents that the step gives.
+
+    A scheduler with its guidance is linear in what the model gave, x' = a x + Σ_k c_k out_k over the branches k, for
+    most schedulers exactly; a and c are found by least squares, so nothing need be known of either. Errors that both
+    branches of a guided step share then cancel to what is left of them, and errors that differ are as large as
+    guidance makes them. What steps before gave (schedulers of a higher order) and fresh noise are not told apart from
+    the rest, which the fit leaves over.
+    """
+
+    def __init__(self, transformer: nn.Module, sample: Sample, before: Tensor, after: Tensor) -> None:
+        """before, after: (B, …), the latents that enter the step and those that leave it."""
+        self.sample, self.shape = sample, before.shape
+        self.outputs = self._run(transformer)
+        known = torch.stack([before.flatten(), *(part.flatten() for part in self.outputs)], 1).double()
+        found = torch.linalg.lstsq(known, after.flatten().double()[:, None]).solution
+        self.coefficients: list[float] = found[1:, 0].tolist()
+        self.whole = after.double().square().sum().item()
+
+    def error(self, transformer: nn.Module) -> float:
+        """Squared change of the latents that leave the step, relative to these, by what the model gives now."""
+        change = torch.zeros(self.shape, dtype=torch.float64)
+        for c, now, then in zip(self.coefficients, self._run(transformer), self.outputs, strict=True):
+            change += c * (now.double() - then.double())
+        return change.square().sum().item() / self.whole
+
+    def _run(self, transformer: nn.Module) -> list[Tensor]:
+        """The output of every branch, in the shape of the latents."""
+        return [part for call in self.sample for part in self._branches(_output(transformer, call))]
+
+    def _branches(self, output: Tensor) -> list[Tensor]:
+        batch, *rest = self.shape
+        if output.ndim == len(self.shape) and output.shape[1] == 2 * self.shape[1]:
+            output = output[:, : self.shape[1]]  # the other half is a learned variance
+        if not batch or output.shape[0] % batch or list(output.shape[1:]) != rest:
+            raise AttarError(
+                f"the model gives {tuple(output.shape)} where latents are {tuple(self.shape)}, so its errors "
+                "cannot be followed into them",
+                where="allocate.objective",
+                fix="Let all blocks count alike: --set allocate.objective=block",
+            )
+        return list(output.split(batch))
+
+
+def _output(transformer: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    device = weights_of(transformer).device
+    with evaluating(transformer):
+        given = transformer(**map_tensors(dict(call), lambda t: t.to(device)) | {"return_dict": False})
+    return as_outputs(given)[0].float().cpu()
