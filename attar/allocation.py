@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attar import ranks
 from attar.budget.amount import Budget
-from attar.budget.choice import totals
+from attar.budget.choice import mean_bits, totals
 from attar.budget.influence import Step, standing_in
 from attar.budget.plan_file import plan_text, write_plan
 from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
@@ -154,7 +154,7 @@ def allocate(
         {name: _beside(name, found, chosen) for name, found in errors.items()},
         recipe.allocate.objective, {name: part.influence() for name, part in parts.items()},
         acts, {name: _texts(found) for name, found in of_acts.items() if found},
-        round(totals(act_layers, act_taken).bits, 6) if act_layers else None,
+        round(mean_bits(act_layers, act_taken), 6) if act_layers else None,
     )  # fmt: skip
     if ranks.is_first():
         write_plan(workspace.folder / PLAN, describe(result, components, recipe, final))

@@ -140,7 +140,7 @@ def test_a_plan_is_given_back_and_edited(commands, cli, wan_folder, plan, tmp_pa
     ("model", "options"),
     [
         ("wan", (*LEARNED, "--budget", "1dB")),
-        ("hunyuan", (*HADAMARD, "--budget", "3bits")),
+        ("hunyuan", (*HADAMARD, "--budget", "3bits", "--set", "allocate.acts=true")),
     ],
 )
 def test_killed_and_resumed(commands, model, options, tmp_path):
@@ -152,6 +152,49 @@ def test_killed_and_resumed(commands, model, options, tmp_path):
         if commands.run("compress", folder, "-o", out, *options, *FEW, writes=3 + turn % 3) == 0:
             break
     assert turn >= 2 and contents(out) == contents(whole)
+
+
+def test_activations_get_as_many_bits_over_all_multiplications(commands, wan_folder, tmp_path):
+    """More where they do more harm; layers whose activations the recipe names keep these."""
+    out = tmp_path / "plan.yaml"
+    acts = ("--acts", "4", "--set", "allocate.acts=true", "--set", "quantize.roles={ffn.up: {acts: 8}}")
+    assert commands.run("allocate", wan_folder, "-o", out, "--budget", "4bits", *acts, *RTN, *FEW) == 0
+    found = json.loads((tmp_path / "plan.yaml.work" / "allocation.json").read_text())
+    plan = yaml.safe_load(out.read_text())
+    layers = plan["layers"]["transformer"]
+    bits = {name: options["acts"] for name, options in layers.items() if "acts" in options}
+    assert bits == found["acts"]["transformer"] and len(set(bits.values())) > 1
+    assert not any("ffn.net.0" in name for name in bits) and "acts" not in layers["blocks.0.ffn.net.0.proj"]
+    counts = {}
+    for index in range(3):
+        text = (tmp_path / "plan.yaml.work" / "transformer" / f"activations-{index:03d}.json").read_text()
+        counts |= {f"blocks.{index}.{k}": n for k, n in json.loads(text)["multiplications"].items()}
+    # keys of cross-attention are made of the text's tokens, queries of the video's
+    assert counts["blocks.0.attn2.to_q"] > counts["blocks.0.attn2.to_k"] == counts["blocks.1.attn2.to_v"]
+    free = sum(counts[name] for name in bits)
+    assert sum(counts[name] * b for name, b in bits.items()) <= 4 * free
+    errors = found["act_sensitivity"]["transformer"]
+    assert sum(errors[name][str(b)] for name, b in bits.items()) < sum(errors[name]["4"] for name in bits)
+    assert plan["chosen"]["mean_act_bits"] > 4  # with the layers of eight
+    small = attar.compress(str(wan_folder), "rtn", plan=out)
+    for name, b in bits.items():
+        assert packed_layers(small.transformer)[name].act_bits == b
+
+
+def test_blocks_can_count_alike(commands, wan_folder, tmp_path):
+    plans = {}
+    for objective in ("block", "latents"):
+        out = tmp_path / f"{objective}.yaml"
+        options = ("--budget", "3bits", "--set", f"allocate.objective={objective}", *HADAMARD, *FEW)
+        assert commands.run("allocate", wan_folder, "-o", out, *options) == 0
+        plans[objective] = json.loads((tmp_path / f"{objective}.yaml.work" / "allocation.json").read_text())
+    alike, reaching = plans["block"], plans["latents"]
+    assert alike["influence"] == {"transformer": {}} and len(reaching["influence"]["transformer"]) == 3
+    for name, errors in reaching["sensitivity"]["transformer"].items():
+        times = reaching["influence"]["transformer"][".".join(name.split(".")[:2])]
+        assert errors == pytest.approx(
+            {b: e * times for b, e in alike["sensitivity"]["transformer"][name].items()}
+        )
 
 
 def test_two_experts_share_a_budget(commands, tmp_path):

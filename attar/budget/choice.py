@@ -70,11 +70,14 @@ def choose_bits(layers: Sequence[Layer], budget: Budget) -> list[Candidate]:
 def totals(layers: Sequence[Layer], chosen: Sequence[Candidate]) -> Totals:
     """What a choice comes to."""
     size = sum(c.size for c in chosen)
-    weights = sum(layer.weights for layer in layers)
+    dense = sum(layer.dense for layer in layers)
+    return Totals(size, size / dense, mean_bits(layers, chosen), math.fsum(c.error for c in chosen))
+
+
+def mean_bits(layers: Sequence[Layer], chosen: Sequence[Candidate]) -> float:
+    """Of a weight."""
     codes = sum(layer.weights * c.bits for layer, c in zip(layers, chosen, strict=True))
-    return Totals(
-        size, size / sum(layer.dense for layer in layers), codes / weights, math.fsum(c.error for c in chosen)
-    )
+    return codes / sum(layer.weights for layer in layers)
 
 
 def _allowed(layers: Sequence[Layer], budget: Budget) -> float:

@@ -52,12 +52,17 @@ class Step:
     """
 
     def __init__(self, transformer: nn.Module, sample: Sample, before: Tensor, after: Tensor) -> None:
-        """before, after: (B, …), the latents that enter the step and those that leave it."""
+        """before, after: (B, …), the latents that enter the step and those that leave it.
+
+        kept: the share a of the former; coefficients: c of every branch; outputs: what each gave. Raises AttarError
+        when the model's outputs do not have the shape of the latents, of twice as many channels (with a variance), or
+        of several of them in a batch.
+        """
         self.sample, self.shape = sample, before.shape
         self.outputs = self._run(transformer)
         known = torch.stack([before.flatten(), *(part.flatten() for part in self.outputs)], 1).double()
         found = torch.linalg.lstsq(known, after.flatten().double()[:, None]).solution
-        self.coefficients: list[float] = found[1:, 0].tolist()
+        self.kept, *self.coefficients = found[:, 0].tolist()
         self.whole = after.double().square().sum().item()
 
     def error(self, transformer: nn.Module) -> float:
