@@ -70,13 +70,20 @@ def finetune_memory(
     return CalibrationMemory(model + 4 * count * (1 + trained) + recipe.finetune.batch_size * saved, 0.0)
 
 
-def allocation_seconds(block: BlockCost, planned: Mapping[str, LayerPlan], recipe: Recipe) -> float:
+def allocation_seconds(
+    block: BlockCost, planned: Mapping[str, LayerPlan], recipe: Recipe, step_seconds: float
+) -> float:
     """Seconds of one block for choosing bits: each sample passes it once for each layer and width, once for each
-    width's statistics, for its target, and with all layers quantized. 0 without a budget."""
+    width's statistics, for its target, and with all layers quantized. 0 without a budget.
+
+    step_seconds: of the whole model, which each sample passes once with the block quantized, where errors are followed
+    into the latents."""
     if recipe.allocate is None:
         return 0.0
-    passes = len(recipe.widths) * (len(planned) + 1) + 2
-    return recipe.allocate.samples * passes * block.forward
+    widths = len(recipe.widths) + (len(recipe.allocate.bits) if recipe.chooses_acts else 0)
+    followed = recipe.allocate.objective == "latents"
+    passes = widths * (len(planned) + 1) + 2 + followed
+    return recipe.allocate.samples * (passes * block.forward + followed * step_seconds)
 
 
 def calibration_memory(
@@ -185,7 +192,7 @@ def forecast_calibration(
             learn += learning_seconds(costs, chosen, epochs)
         for block, cost in zip(counted.blocks, costs, strict=True):
             inside = {path: plan for path, plan in known.items() if path.startswith(f"{block}.")}
-            allocating += allocation_seconds(cost, inside, recipe)
+            allocating += allocation_seconds(cost, inside, recipe, step_seconds)
         saved = max([saved, *(c.saved for c in costs)])
         for traffic in counted.blocks.values():  # bfloat16 counted, float32 held
             streams = max(streams, 2.0 * traffic.outputs)

@@ -130,6 +130,10 @@ def test_a_budget_is_presumed(cli):
     assert (plain["budget"], mixed["budget"]) == (None, "same")
     assert mixed["bytes"] == plain["bytes"] and mixed["speedup"] == plain["speedup"]
     assert plain["calibration"]["allocate_seconds"] == 0 < mixed["calibration"]["allocate_seconds"]
+    followed = plan("--recipe", "attar-mixed", "--set", "allocate.objective=latents")
+    both = plan("--recipe", "attar-mixed", "--set", "allocate.acts=true")
+    for more in (followed, both):
+        assert more["calibration"]["allocate_seconds"] > mixed["calibration"]["allocate_seconds"]
     small = plan("--recipe", "rtn", "--set", "allocate.budget=0.22x")
     ratio = small["bytes"]["block_linears_packed"] / small["bytes"]["block_linears_bf16"]
     assert 0.219 < ratio <= 0.22
