@@ -1,10 +1,11 @@
 """Bits under a budget for the transformers of a pipeline: every block's sensitivity, one choice, and how it holds.
 
 Blocks are measured one after the other on full-precision inputs, and each result is kept in the workspace, so a killed
-run goes on. The objective is the sum of the layers' errors over all blocks, each as far as it reaches the
-latents that a denoising step gives: a layer's error in its block's output, times what these change by for an error of
-that block. That errors add up is an assumption; the error of each block with all its layers quantized is measured too,
-and stands beside the sum.
+run goes on. The objective is a sum over layers, blocks and denoising steps. A layer's error in its block's output is
+followed into the latents that the step gives, by what an error of that block makes of them; and it counts as a share of
+what the recipe's own bits in every layer come to in that step, as steps differ in how large errors are, and the first
+ones, where they are smallest, decide as much. That errors add up is an assumption; the error of each block with all its
+layers quantized is measured too, and stands beside the sum.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from attar.budget.amount import Budget
 from attar.budget.choice import mean_bits, totals
 from attar.budget.influence import Step, standing_in
 from attar.budget.plan_file import plan_text, write_plan
-from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
+from attar.budget.sensitivity import Errors, Sensitivity, block_sensitivity, multiplications, together
 from attar.calibration.store import TraceStore
 from attar.candidates import (
     act_layers_of,
@@ -44,7 +45,7 @@ from attar.planning import Plans, model_identity, plan_components
 from attar.progress import Progress
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
-from attar.samples import Calls, catch_samples
+from attar.samples import Calls, catch_owned
 from attar.settings import block_settings
 from attar.workspace import Workspace
 
@@ -66,8 +67,9 @@ class Allocation:
     each causes alone; uniform_error: the same with the recipe's own bits in every layer; measured_error: sum over
     blocks with all layers of a block quantized; all before learning. bits: component -> layer -> bits, of the layers
     that were chosen for. sensitivity: component -> layer -> bits -> error. blocks: component -> [block, predicted
-    error, measured error]. objective: what errors are relative to and of, see `Allocate`. influence: component ->
-    block -> what a block's error is multiplied with. acts, act_sensitivity, mean_act_bits: of the activations, where
+    error, measured error]. objective: "latents", where 1 is the error of the recipe's own bits in every layer, as far
+    as errors add up; or "block", where it is a block's own update. influence: component -> block -> its share of the
+    error of the latents with the recipe's own bits. acts, act_sensitivity, mean_act_bits: of the activations, where
     these were chosen too, the mean over multiplications.
     """
 
@@ -94,7 +96,11 @@ class Allocation:
     def summary(self) -> str:
         """One line for people."""
         acts = "" if self.mean_act_bits is None else f", activations {self.mean_act_bits:.3f}"
-        what = "error of a step's latents" if self.objective == "latents" else "summed block error"
+        what = (
+            "error of the latents against the recipe's own bits"
+            if self.objective == "latents"
+            else "summed block error"
+        )
         text = (
             f"{self.budget}: {self.mean_bits:.3f} bits on average{acts}, linears {self.ratio:.4f}x of bfloat16, "
             f"{what} {self.predicted_error:.4g} predicted, {self.measured_error:.4g} measured block by block"
@@ -238,6 +244,32 @@ def _beside(
     ]
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A block that is worked on: a float32 copy of it, what runs it, its calls and its outputs. owners: of the calls of
+    all processes, the number of the sample that each is from."""
+
+    block: Block
+    module: nn.Module
+    run: Run
+    calls: Calls
+    targets: list[dict[str, Tensor]]
+    owners: list[int]
+
+    def by_sample(self, errors: list[float]) -> list[float]:
+        """The mean over the calls of each sample."""
+        calls: dict[int, list[float]] = {}
+        for owner, error in zip(self.owners, errors, strict=True):
+            calls.setdefault(owner, []).append(error)
+        return [math.fsum(calls[n]) / len(calls[n]) for n in sorted(calls)]
+
+
+def _weighted(errors: list[float], weights: list[float] | None) -> float:
+    if weights is None:
+        return math.fsum(errors) / len(errors)
+    return math.fsum(e * w for e, w in zip(errors, weights, strict=True))
+
+
 class _Component:
     """One transformer, whose blocks are copied, measured and let go one by one. Nothing of it is changed."""
 
@@ -272,76 +304,92 @@ class _Component:
         count = len(self.adapter.blocks)
         first = ranks.first(partial(self._first_unknown, count))
         with progress.task(f"{self.name}: sensitivity", count) as advance:
-            for block, module, run, calls, targets in self._blocks(first):
+            for one in self._blocks(first):
                 for kind in self.kinds:
-                    if ranks.first(partial(self.workspace.has, self._file(kind, block.index))):
+                    if ranks.first(partial(self.workspace.has, self._file(kind, one.block.index))):
                         continue
                     found = self._measured(
-                        kind, block, module, run, calls, targets,
-                        lambda k, n, block=block: advance(block.index + 0.99 * k / n, f"{block.name} {k} of {n}"),
+                        kind, one,
+                        lambda k, n, one=one: advance(one.block.index + 0.99 * k / n, f"{one.block.name} {k} of {n}"),
                     )  # fmt: skip
                     if ranks.is_first():
-                        self.workspace.write_json(self._file(kind, block.index), found)
+                        self.workspace.write_json(self._file(kind, one.block.index), found)
                     ranks.barrier()
-                advance(block.index + 1, block.name)
+                advance(one.block.index + 1, one.block.name)
 
-    def _measured(
-        self,
-        kind: str,
-        block: Block,
-        module: nn.Module,
-        run: Run,
-        calls: Calls,
-        targets: list[dict[str, Tensor]],
-        progress: Callable[[int, int], None],
-    ) -> Any:
+    def _measured(self, kind: str, one: _Open, progress: Callable[[int, int], None]) -> Any:
         if kind == INFLUENCE:
-            return self._influence(block, copy.deepcopy(module), calls, targets)
+            return self._influence(one)
         planned: dict[str, dict[int, LayerPlan]] = {}
         for plans in (self.options if kind == WEIGHTS else self.act_options).values():
-            for path, plan in _inside(block, plans).items():
+            for path, plan in _inside(one.block, plans).items():
                 if kind == WEIGHTS:
                     planned.setdefault(path, {})[plan.weight_bits or 0] = plan
                 elif plan.act_bits is not None:
                     planned.setdefault(path, {})[plan.act_bits] = plan
         errors = block_sensitivity(
-            module, planned, run, calls, targets, self.settings, seed=self._seed(block), weights=kind == WEIGHTS,
-            progress=progress,
+            one.module, planned, one.run, one.calls, one.targets, self.settings, seed=self._seed(one.block),
+            weights=kind == WEIGHTS, progress=progress,
         )  # fmt: skip
-        self._check(block, errors)
+        self._check(one.block, errors)
+        found = {
+            path: {bits: one.by_sample(each) for bits, each in of_bits.items()}
+            for path, of_bits in errors.items()
+        }
         if kind == WEIGHTS:
-            return errors
-        return {"errors": errors, "multiplications": multiplications(module, list(planned), run, calls)}
+            return found
+        return {
+            "errors": found,
+            "multiplications": multiplications(one.module, list(planned), one.run, one.calls),
+        }
 
-    def _influence(
-        self, block: Block, module: nn.Module, calls: Calls, targets: list[dict[str, Tensor]]
-    ) -> dict[str, float]:
-        """The error of the block with the recipe's own bits, and by what the latents of a step are wrong then."""
-        planned = _inside(block, self.own)
+    def _influence(self, one: _Open) -> dict[str, list[float]]:
+        """Of every sample the error of the block with the recipe's own bits, and that of the latents by it."""
+        planned = _inside(one.block, self.own)
         if not planned:
-            return {"block": 0.0, "latents": 0.0}
-        run = partial(self._run, block, module)
-        alone = together(module, planned, run, calls, targets, self.settings, seed=self._seed(block))
+            nothing = [0.0] * len(ranks.collected(self.calls))
+            return {"block": nothing, "latents": nothing}
+        module = copy.deepcopy(one.module)
+        run = partial(self._run, one.block, module)
+        alone = together(
+            module, planned, run, one.calls, one.targets, self.settings, seed=self._seed(one.block)
+        )
         if not self._steps:
             pairs = zip(self.calls, self.latents, strict=True)
             self._steps = [Step(self.transformer, calls, *latents) for calls, latents in pairs]
-        with standing_in(block.module, module):
-            errors = [step.error(self.transformer) for step in self._steps]
-        total, count = ranks.sums(math.fsum(errors), len(errors))
-        if not math.isfinite(total):
+        with standing_in(one.block.module, module):
+            errors = ranks.collected([step.error(self.transformer) for step in self._steps])
+        if not all(map(math.isfinite, errors)):
             raise AttarError(
-                "what the model gives is not finite with this block quantized", where=f"{self.name}.{block.name}",
+                "what the model gives is not finite with this block quantized", where=f"{self.name}.{one.block.name}",
                 fix="Check the model and its calibration inputs, or set allocate.objective to block",
             )  # fmt: skip
-        return {"block": alone, "latents": total / count}
+        # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
+        return {"block": one.by_sample(alone), "latents": [float(f"{error:.9g}") for error in errors]}
 
     def influence(self) -> dict[str, float]:
-        """Block -> what its error is multiplied with; {} where all blocks count alike."""
+        """Block -> its share of the error that the recipe's own bits make in the latents; {} where nothing was followed
+        so far."""
         if INFLUENCE not in self.kinds:
             return {}
-        known = {block.name: self._stored(INFLUENCE, block) for block in self.adapter.blocks}
+        known = {block.name: self._stored(INFLUENCE, block)["latents"] for block in self.adapter.blocks}
+        totals = list(map(math.fsum, zip(*known.values(), strict=True)))
         return {
-            name: found["latents"] / found["block"] if found["block"] else 0.0
+            name: math.fsum(e / t for e, t in zip(errors, totals, strict=True) if t) / len(totals)
+            for name, errors in known.items()
+        }
+
+    def _weights(self) -> dict[str, list[float] | None]:
+        """Block -> what its error counts in every sample; None for the mean over them."""
+        if INFLUENCE not in self.kinds:
+            return {block.name: None for block in self.adapter.blocks}
+        known = {block.name: self._stored(INFLUENCE, block) for block in self.adapter.blocks}
+        totals = list(map(math.fsum, zip(*(found["latents"] for found in known.values()), strict=True)))
+        return {
+            name: [
+                reached / (own * total * len(totals)) if own and total else 0.0
+                for own, reached, total in zip(found["block"], found["latents"], totals, strict=True)
+            ]
             for name, found in known.items()
         }
 
@@ -366,9 +414,11 @@ class _Component:
         }
 
     def _reaching(self, measured: Mapping[Block, Any]) -> Sensitivity:
-        influence = self.influence()
+        weights = self._weights()
         return {
-            f"{block.name}.{path}": {int(b): e * influence.get(block.name, 1.0) for b, e in errors.items()}
+            f"{block.name}.{path}": {
+                int(b): _weighted(each, weights[block.name]) for b, each in errors.items()
+            }
             for block, layers in measured.items()
             for path, errors in layers.items()
         }
@@ -378,20 +428,22 @@ class _Component:
 
     def together(self, plans: list[LayerPlan], progress: Progress) -> list[tuple[str, float]]:
         """(block, error) with all its layers quantized, of every block."""
-        found, influence = [], self.influence()
+        found, weights = [], self._weights()
         with progress.task(f"{self.name}: check plan", len(self.adapter.blocks)) as advance:
-            for block, module, run, calls, targets in self._blocks(0):
-                planned, error = _inside(block, plans), 0.0
+            for one in self._blocks(0):
+                planned, error = _inside(one.block, plans), 0.0
                 if planned:
-                    error = together(
-                        module, planned, run, calls, targets, self.settings, seed=self._seed(block)
-                    )
-                found.append((block.name, error * influence.get(block.name, 1.0)))
-                advance(block.index + 1, block.name)
+                    each = together(
+                        one.module, planned, one.run, one.calls, one.targets, self.settings,
+                        seed=self._seed(one.block),
+                    )  # fmt: skip
+                    error = _weighted(one.by_sample(each), weights[one.block.name])
+                found.append((one.block.name, error))
+                advance(one.block.index + 1, one.block.name)
         return found
 
-    def _blocks(self, first: int) -> Iterator[tuple[Block, nn.Module, Run, Calls, list[dict[str, Tensor]]]]:
-        """From block `first` on: the block, a float32 copy of it, what runs it, its calls and its outputs."""
+    def _blocks(self, first: int) -> Iterator[_Open]:
+        """From block `first` on, a float32 copy of each."""
         if first == len(self.adapter.blocks):
             return
         self.adapter.observe(ranks.first(lambda: self.calls[0][0]))
@@ -399,7 +451,9 @@ class _Component:
         for segment in self.adapter.segments:
             if segment[-1].index < first:
                 continue
-            calls = catch_samples(self.transformer, self.adapter, segment[0], self.calls)
+            calls, owners = catch_owned(self.transformer, self.adapter, segment[0], self.calls)
+            start = ranks.place(len(self.calls))[0]
+            owners = ranks.collected([start + number for number in owners])
             for block in segment:
                 with self.weights.opened(block.module):
                     module = copy.deepcopy(block.module).float().requires_grad_(False).eval()
@@ -407,7 +461,7 @@ class _Component:
                 with torch.no_grad():
                     targets = [run(call) for call in calls]
                 if block.index >= first:
-                    yield block, module, run, calls, targets
+                    yield _Open(block, module, run, calls, targets, owners)
                 calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]
 
     def _run(self, block: Block, module: nn.Module, call: BlockCall) -> dict[str, Tensor]:
@@ -418,9 +472,9 @@ class _Component:
         known = (all(self.workspace.has(self._file(kind, i)) for kind in self.kinds) for i in range(count))
         return next((i for i, whole in enumerate(known) if not whole), count)
 
-    def _check(self, block: Block, found: Sensitivity) -> None:
+    def _check(self, block: Block, found: Errors) -> None:
         for path, errors in found.items():
-            if not all(map(math.isfinite, errors.values())):
+            if not all(math.isfinite(e) for each in errors.values() for e in each):
                 raise AttarError(
                     "the error of a quantized layer is not finite",
                     where=f"{self.name}.{block.name}.{path}",

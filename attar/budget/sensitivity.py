@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.quantize.block import BlockSettings, mean_relative_error, wrap_linears
+from attar.quantize.block import BlockSettings, relative_errors, wrap_linears
 from attar.quantize.linear import replace_module, set_quantizers
 from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import Streams
 
 Sensitivity = dict[str, dict[int, float]]  # layer -> bits -> error
+Errors = dict[str, dict[int, list[float]]]  # layer -> bits -> error of every call, in all processes
 
 
 def block_sensitivity(
@@ -27,7 +28,7 @@ def block_sensitivity(
     seed: str = "0",
     weights: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> Sensitivity:
+) -> Errors:
     """Squared error of the block's output relative to the block's own update, for every layer and width.
 
     One layer at a time is quantized: its activations as planned, its weights rounded to nearest (`weights`; else they
@@ -39,7 +40,7 @@ def block_sensitivity(
     open_planned(module, {name: next(iter(plans.values())) for name, plans in options.items()})
     linears: dict[str, Any] = {name: module.get_submodule(name) for name in options}
     widths = sorted({bits for plans in options.values() for bits in plans})
-    errors: Sensitivity = {name: {} for name in options}
+    errors: Errors = {name: {} for name in options}
     done, total = 0, sum(map(len, options.values()))
     for bits in widths:
         plans = {name: plans[bits] for name, plans in options.items() if bits in plans}
@@ -49,7 +50,7 @@ def block_sensitivity(
             replace_module(module, name, linears[name])
         for name, layer in layers.items():
             replace_module(module, name, layer)
-            errors[name][bits] = mean_relative_error(run, calls, targets)
+            errors[name][bits] = ranks.collected(relative_errors(run, calls, targets))
             replace_module(module, name, linears[name])
             done += 1
             if progress is not None:
@@ -66,12 +67,12 @@ def together(
     settings: BlockSettings,
     *,
     seed: str = "0",
-) -> float:
-    """The same error with all layers quantized at once, which stay so."""
+) -> list[float]:
+    """The same errors with all layers quantized at once, which stay so."""
     open_planned(module, plans)
     linears = {name: module.get_submodule(name) for name in plans}
     wrap_linears(module, plans, linears, run, calls, settings, seed)
-    return mean_relative_error(run, calls, targets)
+    return ranks.collected(relative_errors(run, calls, targets))
 
 
 def multiplications(

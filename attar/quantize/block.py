@@ -43,7 +43,7 @@ class BlockSettings:
     clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
     round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
     what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
-    gptq_by_activation: see `gptq_codes`.
+    gptq_by_activation: see `gptq_codes`; gptq_plain: of plain layers too, which else are rounded to nearest.
     stats_ema: momentum of the channels' statistics, see `collect_input_stats`.
     """
 
@@ -64,6 +64,7 @@ class BlockSettings:
     gptq_block: int = 128
     gptq_whole: bool = False
     gptq_by_activation: bool = False
+    gptq_plain: bool = False
     low_rank: LowRankSettings | None = None
     row_bits: RowBitsSettings | None = None
 
@@ -74,7 +75,8 @@ class BlockSettings:
     def treatment(self, plan: LayerPlan) -> list[str]:
         """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
         if plan.skipped or plan.plain:
-            return [] if plan.skipped else ["nearest"]
+            by_gptq = self.gptq_plain and self.gptq_damping is not None
+            return [] if plan.skipped else ["gptq" if by_gptq else "nearest"]
         chosen = self.transforms
         steps = [("channel scale", chosen.scale), (chosen.rotation, chosen.rotation != "none")]
         if chosen.order == "rotate_then_scale":
@@ -301,8 +303,8 @@ def _gptq_codes(
     calls: Sequence[Any],
     settings: BlockSettings,
 ) -> dict[str, Tensor]:
-    """GPTQ's codes of all layers that are not plain. Several processes share the layers."""
-    calibrated = {name: layer for name, layer in layers.items() if not plans[name].plain}
+    """GPTQ's codes of the layers that it rounds. Several processes share the layers."""
+    calibrated = {n: layer for n, layer in layers.items() if settings.gptq_plain or not plans[n].plain}
     hessians = collect_hessians(run, calls, calibrated)
     assert settings.gptq_damping is not None
     own, codes = ranks.mine(list(calibrated)), []
@@ -352,9 +354,17 @@ def mean_relative_error(
     run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
 ) -> float:
     """`relative_error` over the samples of all processes."""
-    errors = [
+    errors = relative_errors(run, calls, targets)
+    total, count = ranks.sums(sum(errors), len(errors))
+    return total / count
+
+
+@torch.no_grad()
+def relative_errors(
+    run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
+) -> list[float]:
+    """`relative_error` of each of this process's calls."""
+    return [
         relative_error(run(call), target, call.streams).item()
         for call, target in zip(calls, targets, strict=True)
     ]
-    total, count = ranks.sums(sum(errors), len(errors))
-    return total / count
