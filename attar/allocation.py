@@ -51,11 +51,8 @@ from attar.workspace import Workspace
 
 PLAN = "plan.yaml"
 RESULT = "allocation.json"
-WEIGHTS, INFLUENCE, ACTS = (
-    "sensitivity",
-    "influence",
-    "activations",
-)  # what is measured of a block, a file each
+# what is measured of a block, a file each
+WEIGHTS, INFLUENCE, ACTS = "weights", "latents", "activations"
 Run = Callable[[BlockCall], dict[str, Tensor]]
 
 
