@@ -30,21 +30,12 @@ def catch_samples(
     Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a sample
     of its own. Constants that are equal in consecutive samples are held once.
     """
-    return catch_owned(transformer, adapter, block, samples)[0]
-
-
-def catch_owned(
-    transformer: nn.Module, adapter: ModelAdapter, block: Block, samples: list[Sample]
-) -> tuple[Calls, list[int]]:
-    """The same, and of each call the number of the sample that it is from."""
     flat = [call for branches in samples for call in branches]
     caught = iter(catch_block_calls(transformer, adapter, block.index, flat, store_device="cpu"))
     merged: Calls = []
-    owners: list[int] = []
-    for number, branches in enumerate(samples):
+    for branches in samples:
         _append(merged, one_batch([next(caught) for _ in branches]))
-        owners += [number] * (len(merged) - len(owners))
-    return merged, owners
+    return merged
 
 
 class SegmentStarts:

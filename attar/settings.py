@@ -55,7 +55,6 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         row_bits=_row_bits(recipe),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
         gptq_whole=rounding.target == "weight", gptq_by_activation=rounding.order == "activation",
-        gptq_plain=rounding.modulation == "gptq",
         round_weights=r is None or r.round_weights,
     )  # fmt: skip
 

@@ -412,20 +412,12 @@ class Rounding(Stage):
     order: Literal["given", "activation"] = Field(
         default="given", description="of GPTQ's columns: as they are, or those of the largest inputs first"
     )
-    modulation: Literal["nearest", "gptq"] = Field(
-        default="nearest",
-        description="of weights that see a step's embedding alone: modulation, time projections; gptq fits them to it",
-    )
     damping: float = Field(default=0.01, gt=0)
     block: int = Field(default=128, ge=1)
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        later = {
-            "target": self.target != "clipped",
-            "order": self.order != "given",
-            "modulation": self.modulation != "nearest",
-        }
+        later = {"target": self.target != "clipped", "order": self.order != "given"}
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
 
 

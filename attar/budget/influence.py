@@ -1,4 +1,4 @@
-"""How much of a block's error reaches the latents that a denoising step gives."""
+"""How much of a block's error reaches the latents: in a denoising step, and added up over a trajectory."""
 
 from __future__ import annotations
 
@@ -63,14 +63,13 @@ class Step:
         known = torch.stack([before.flatten(), *(part.flatten() for part in self.outputs)], 1).double()
         found = torch.linalg.lstsq(known, after.flatten().double()[:, None]).solution
         self.kept, *self.coefficients = found[:, 0].tolist()
-        self.whole = after.double().square().sum().item()
 
-    def error(self, transformer: nn.Module) -> float:
-        """Squared change of the latents that leave the step, relative to these, by what the model gives now."""
+    def change(self, transformer: nn.Module) -> Tensor:
+        """(numel,) float64: by how much the latents that leave the step change with what the model gives now."""
         change = torch.zeros(self.shape, dtype=torch.float64)
         for c, now, then in zip(self.coefficients, self._run(transformer), self.outputs, strict=True):
             change += c * (now.double() - then.double())
-        return change.square().sum().item() / self.whole
+        return change.flatten()
 
     def _run(self, transformer: nn.Module) -> list[Tensor]:
         """The output of every branch, in the shape of the latents."""
@@ -88,6 +87,22 @@ class Step:
                 fix="Let all blocks count alike: --set allocate.objective=block",
             )
         return list(output.split(batch))
+
+
+def accumulated(changes: Sequence[Tensor], steps: int) -> float:
+    """Squared length of the sum of all steps' changes, from those of some of them, spread evenly over a trajectory.
+
+    Changes that have nothing to do with one another add up as their squares do, changes in one direction as they are:
+    with n of T steps known, T/n Σ ‖Δ_i‖² + T²/(n(n−1)) Σ_{i≠j} ⟨Δ_i, Δ_j⟩, the latter at least 0. What is left out is
+    what the model makes of a change in later steps.
+    """
+    together = torch.stack(list(changes))
+    products = together @ together.T
+    count, own = len(changes), products.trace().item()
+    if count == 1:
+        return steps * own
+    cross = max(0.0, products.sum().item() - own)
+    return steps / count * own + steps**2 / (count * (count - 1)) * cross
 
 
 def _output(transformer: nn.Module, call: Mapping[str, Any]) -> Tensor:

@@ -8,13 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.quantize.block import BlockSettings, relative_errors, wrap_linears
+from attar.quantize.block import BlockSettings, mean_relative_error, wrap_linears
 from attar.quantize.linear import replace_module, set_quantizers
 from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import Streams
 
 Sensitivity = dict[str, dict[int, float]]  # layer -> bits -> error
-Errors = dict[str, dict[int, list[float]]]  # layer -> bits -> error of every call, in all processes
 
 
 def block_sensitivity(
@@ -27,30 +26,31 @@ def block_sensitivity(
     *,
     seed: str = "0",
     weights: bool = True,
+    acts: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> Errors:
+) -> Sensitivity:
     """Squared error of the block's output relative to the block's own update, for every layer and width.
 
-    One layer at a time is quantized: its activations as planned, its weights rounded to nearest (`weights`; else they
-    stay, and the error is that of the activations), transforms and clipping where they start; nothing is learned. The
-    module is left as it was, but for convolutions, which are opened.
+    One layer at a time is quantized: its activations as planned (`acts`; else they stay), its weights rounded to
+    nearest (`weights`), transforms and clipping where they start; nothing is learned. The module is left as it was, but
+    for convolutions, which are opened.
     options: dotted name below `module` -> bits -> plan. run, calls, targets, seed: as in `quantize_block`.
     progress: called with (layers and widths done, all of them).
     """
     open_planned(module, {name: next(iter(plans.values())) for name, plans in options.items()})
     linears: dict[str, Any] = {name: module.get_submodule(name) for name in options}
     widths = sorted({bits for plans in options.values() for bits in plans})
-    errors: Errors = {name: {} for name in options}
+    errors: Sensitivity = {name: {} for name in options}
     done, total = 0, sum(map(len, options.values()))
     for bits in widths:
         plans = {name: plans[bits] for name, plans in options.items() if bits in plans}
         layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
-        set_quantizers(list(layers.values()), weights, True)
+        set_quantizers(list(layers.values()), weights, acts)
         for name in layers:
             replace_module(module, name, linears[name])
         for name, layer in layers.items():
             replace_module(module, name, layer)
-            errors[name][bits] = ranks.collected(relative_errors(run, calls, targets))
+            errors[name][bits] = mean_relative_error(run, calls, targets)
             replace_module(module, name, linears[name])
             done += 1
             if progress is not None:
@@ -67,12 +67,15 @@ def together(
     settings: BlockSettings,
     *,
     seed: str = "0",
-) -> list[float]:
-    """The same errors with all layers quantized at once, which stay so."""
+    weights: bool = True,
+    acts: bool = True,
+) -> float:
+    """The same error with all layers quantized at once, which stay so."""
     open_planned(module, plans)
     linears = {name: module.get_submodule(name) for name in plans}
-    wrap_linears(module, plans, linears, run, calls, settings, seed)
-    return ranks.collected(relative_errors(run, calls, targets))
+    layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
+    set_quantizers(list(layers.values()), weights, acts)
+    return mean_relative_error(run, calls, targets)
 
 
 def multiplications(

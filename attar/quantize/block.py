@@ -43,7 +43,7 @@ class BlockSettings:
     clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
     round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
     what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
-    gptq_by_activation: see `gptq_codes`; gptq_plain: of plain layers too, which else are rounded to nearest.
+    gptq_by_activation: see `gptq_codes`.
     stats_ema: momentum of the channels' statistics, see `collect_input_stats`.
     """
 
@@ -64,7 +64,6 @@ class BlockSettings:
     gptq_block: int = 128
     gptq_whole: bool = False
     gptq_by_activation: bool = False
-    gptq_plain: bool = False
     low_rank: LowRankSettings | None = None
     row_bits: RowBitsSettings | None = None
 
@@ -75,8 +74,7 @@ class BlockSettings:
     def treatment(self, plan: LayerPlan) -> list[str]:
         """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
         if plan.skipped or plan.plain:
-            by_gptq = self.gptq_plain and self.gptq_damping is not None
-            return [] if plan.skipped else ["gptq" if by_gptq else "nearest"]
+            return [] if plan.skipped else ["nearest"]
         chosen = self.transforms
         steps = [("channel scale", chosen.scale), (chosen.rotation, chosen.rotation != "none")]
         if chosen.order == "rotate_then_scale":
@@ -303,8 +301,8 @@ def _gptq_codes(
     calls: Sequence[Any],
     settings: BlockSettings,
 ) -> dict[str, Tensor]:
-    """GPTQ's codes of the layers that it rounds. Several processes share the layers."""
-    calibrated = {n: layer for n, layer in layers.items() if settings.gptq_plain or not plans[n].plain}
+    """GPTQ's codes of all layers that are not plain. Several processes share the layers."""
+    calibrated = {name: layer for name, layer in layers.items() if not plans[name].plain}
     hessians = collect_hessians(run, calls, calibrated)
     assert settings.gptq_damping is not None
     own, codes = ranks.mine(list(calibrated)), []
@@ -354,17 +352,9 @@ def mean_relative_error(
     run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
 ) -> float:
     """`relative_error` over the samples of all processes."""
-    errors = relative_errors(run, calls, targets)
-    total, count = ranks.sums(sum(errors), len(errors))
-    return total / count
-
-
-@torch.no_grad()
-def relative_errors(
-    run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
-) -> list[float]:
-    """`relative_error` of each of this process's calls."""
-    return [
+    errors = [
         relative_error(run(call), target, call.streams).item()
         for call, target in zip(calls, targets, strict=True)
     ]
+    total, count = ranks.sums(sum(errors), len(errors))
+    return total / count

@@ -5,7 +5,7 @@ import torch
 from support import pipelines
 from torch import nn
 
-from attar.budget.influence import Step, standing_in
+from attar.budget.influence import Step, accumulated, standing_in
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.errors import AttarError
@@ -37,7 +37,7 @@ def test_every_pipelines_step_is_linear_in_what_the_model_gave(case, tmp_path):
     parts = zip(step.coefficients, step.outputs, strict=True)
     left = after.double() - step.kept * before.double() - sum(c * o.double() for c, o in parts)
     assert left.square().sum() / after.double().square().sum() < 1e-6
-    assert step.error(part) == 0.0
+    assert not step.change(part).any()
 
 
 class Model(nn.Module):
@@ -72,15 +72,14 @@ def test_coefficients_are_those_of_scheduler_and_guidance():
     assert step.coefficients == pytest.approx([-0.2 * (1 - 5.0), -0.2 * 5.0], abs=1e-5)
 
 
-def test_the_error_is_that_of_the_latents():
+def test_the_change_is_that_of_the_latents():
     model = Model()
     calls, before, after = guided(model)
     step = Step(model, calls, before, after)
     with torch.no_grad():
         model.first.weight += 0.01 * torch.randn(6, 6)
     changed = guided(model)[2]
-    expected = (changed - after).square().sum() / after.square().sum()
-    assert step.error(model) == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(step.change(model).float(), (changed - after).flatten(), rtol=1e-3, atol=1e-5)
 
 
 def test_what_both_branches_share_is_not_guided():
@@ -89,8 +88,9 @@ def test_what_both_branches_share_is_not_guided():
     step = Step(model, *guided(model, scale=5.0, c=-0.2))
     with torch.no_grad():
         model.first.bias += 0.1
-    shared = step.error(model)
-    assert shared == pytest.approx(24 * (0.2 * 0.1) ** 2 / step.whole, rel=1e-3)
+    torch.testing.assert_close(
+        step.change(model).float(), torch.full((24,), -0.2 * 0.1), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_a_block_that_hardly_counts_has_little_influence():
@@ -103,8 +103,8 @@ def test_a_block_that_hardly_counts_has_little_influence():
         with torch.no_grad():
             other.weight += 0.1 * torch.randn(6, 6, generator=torch.Generator().manual_seed(2))
         with standing_in(getattr(model, name), other):
-            errors.append(step.error(model))
-        assert step.error(model) == 0.0  # the block is itself again
+            errors.append(step.change(model).square().sum().item())
+        assert not step.change(model).any()  # the block is itself again
     assert errors[1] == pytest.approx(1e-4 * errors[0], rel=1e-3)
 
 
@@ -128,7 +128,7 @@ def test_a_variance_beside_the_output_is_left_out():
     model = Both()
     calls, before, after = guided(Model())
     step = Step(model, calls, before, after)
-    assert step.kept == pytest.approx(0.9, abs=1e-5) and step.error(model) == 0.0
+    assert step.kept == pytest.approx(0.9, abs=1e-5) and not step.change(model).any()
 
 
 def test_outputs_that_are_no_latents_are_refused():
@@ -137,3 +137,20 @@ def test_outputs_that_are_no_latents_are_refused():
     with pytest.raises(AttarError, match="cannot be followed") as refused:
         Step(model, calls, before[:, :3], after[:, :3])
     assert "allocate.objective=block" in (refused.value.fix or "")
+
+
+def test_equal_changes_add_up_and_unrelated_ones_average_out():
+    torch.manual_seed(0)
+    same = torch.randn(1, 4000, dtype=torch.float64).expand(8, -1)
+    one = same[0].square().sum().item()
+    assert accumulated(list(same), steps=50) == pytest.approx(50**2 * one)
+    assert accumulated([same[0]], steps=1) == pytest.approx(one)
+    other = torch.randn(8, 4000, dtype=torch.float64)
+    # what eight samples leave of 28 products, times 50²/(8·7)
+    assert accumulated(list(other), steps=50) == pytest.approx(50 * 4000, rel=0.4)
+
+
+def test_what_is_known_of_all_steps_is_the_square_of_their_sum():
+    torch.manual_seed(0)
+    changes = torch.randn(12, 40, dtype=torch.float64) + 0.5
+    assert accumulated(list(changes), steps=12) == pytest.approx(changes.sum(0).square().sum().item())

@@ -1,0 +1,298 @@
+"""What the rounding of every layer of a transformer does, measured block by block and kept in the workspace.
+
+Objective "block": the error of the block's output, relative to the block's own update, all blocks alike.
+
+Objective "latents": that error times what the block's errors come to in the final latents. A block is quantized alone,
+the model runs on steps of one traced trajectory, and the changes of the latents that these steps give are added up
+over the trajectory. Errors of weights are much the same in every step and add up, those of activations differ from step
+to step and average out; so the two are followed apart, with the other one left in floating point.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar import ranks
+from attar.budget.influence import Step, accumulated, standing_in
+from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
+from attar.calibration.store import TraceStore
+from attar.errors import AttarError
+from attar.models.adapter import Block, ModelAdapter
+from attar.models.block import BlockCall, run_block
+from attar.models.weights import weights_of
+from attar.progress import Progress
+from attar.quantize.plan import LayerPlan
+from attar.recipe import Recipe
+from attar.samples import Calls, catch_samples
+from attar.settings import block_settings
+from attar.workspace import Workspace
+
+# what is measured of a block, a file each: errors of weights with activations, of weights, of activations, and what
+# errors of the block come to
+BOTH, WEIGHTS, ACTS, REACH = "sensitivity", "weights", "activations", "reach"
+QUANTIZED = {BOTH: (True, True), WEIGHTS: (True, False), ACTS: (False, True)}  # weights, activations
+Run = Callable[[BlockCall], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A block that is worked on: a float32 copy of it, what runs it, its calls and its outputs."""
+
+    block: Block
+    module: nn.Module
+    run: Run
+    calls: Calls
+    targets: list[dict[str, Tensor]]
+
+
+class Measuring:
+    """One transformer, whose blocks are copied, measured and let go one by one. Nothing of it is changed.
+
+    options, act_options: bits -> the plans with these bits of weights, or of activations.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transformer: nn.Module,
+        recipe: Recipe,
+        workspace: Workspace,
+        store: TraceStore,
+        prompts: int,
+        seed: int,
+        options: Mapping[int, list[LayerPlan]],
+        act_options: Mapping[int, list[LayerPlan]],
+    ) -> None:
+        assert recipe.allocate is not None
+        self.name, self.transformer, self.seed = name, transformer, seed
+        self.workspace, self.store = workspace, store
+        self.followed = recipe.allocate.objective == "latents"
+        self.trajectory, self.places = _places(store, name, prompts, recipe.allocate.samples, self.followed)
+        self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
+        self.settings = block_settings(recipe)
+        self.adapter = ModelAdapter.of(transformer)
+        self.weights = weights_of(transformer)
+        self.options, self.act_options = options, act_options
+        self.own = options[recipe.quantize.weights]
+        self.kinds = [WEIGHTS, REACH] if self.followed else [BOTH]
+        self.kinds += [ACTS] if act_options else []
+        self._steps: list[Step] = []
+
+    def measure(self, progress: Progress) -> None:
+        """Puts what is not known yet of every block into the workspace."""
+        count = len(self.adapter.blocks)
+        first = ranks.first(partial(self._first_unknown, count))
+        with progress.task(f"{self.name}: sensitivity", count) as advance:
+            for one in self._blocks(first):
+                for kind in self.kinds:
+                    if ranks.first(partial(self.workspace.has, self._file(kind, one.block))):
+                        continue
+                    found = self._measured(
+                        kind, one,
+                        lambda k, n, one=one: advance(one.block.index + 0.99 * k / n, f"{one.block.name} {k} of {n}"),
+                    )  # fmt: skip
+                    if ranks.is_first():
+                        self.workspace.write_json(self._file(kind, one.block), found)
+                    ranks.barrier()
+                advance(one.block.index + 1, one.block.name)
+
+    def sensitivity(self) -> Sensitivity:
+        """Layer -> bits -> error, of the layers in blocks."""
+        if not self.followed:
+            return self._named(lambda block: self._stored(BOTH, block))
+        return self._named(lambda block: self._stored(WEIGHTS, block), WEIGHTS)
+
+    def act_sensitivity(self) -> Sensitivity:
+        """The same for the bits of activations; {} where these are not chosen."""
+        if not self.act_options:
+            return {}
+        return self._named(lambda block: self._stored(ACTS, block)["errors"], ACTS if self.followed else None)
+
+    def multiplications(self) -> dict[str, int]:
+        """Layer -> how many there are in all samples; {} where bits of activations are not chosen."""
+        if not self.act_options:
+            return {}
+        return {
+            f"{block.name}.{path}": count
+            for block in self.adapter.blocks
+            for path, count in self._stored(ACTS, block)["multiplications"].items()
+        }
+
+    def influence(self, kind: str = WEIGHTS) -> dict[str, float]:
+        """Block -> what its error is multiplied with; {} where all blocks count alike."""
+        if not self.followed:
+            return {}
+        known = {block.name: self._stored(REACH, block)[kind] for block in self.adapter.blocks}
+        return {name: e["latents"] / e["block"] if e["block"] else 0.0 for name, e in known.items()}
+
+    def together(self, plans: list[LayerPlan], progress: Progress) -> list[tuple[str, float]]:
+        """(block, error) with all its layers quantized, of every block."""
+        kinds = [WEIGHTS, *([ACTS] if self.act_options else [])] if self.followed else [BOTH]
+        reach = {kind: self.influence(kind) for kind in kinds}
+        found = []
+        with progress.task(f"{self.name}: check plan", len(self.adapter.blocks)) as advance:
+            for one in self._blocks(0):
+                planned = _inside(one.block, plans)
+                errors = [
+                    self._together(one, copy.deepcopy(one.module), planned, kind) * reach[kind].get(one.block.name, 1.0)
+                    for kind in (kinds if planned else [])
+                ]  # fmt: skip
+                found.append((one.block.name, math.fsum(errors)))
+                advance(one.block.index + 1, one.block.name)
+        return found
+
+    def _measured(self, kind: str, one: _Open, progress: Callable[[int, int], None]) -> Any:
+        if kind == REACH:
+            return self._reach(one)
+        planned: dict[str, dict[int, LayerPlan]] = {}
+        for plans in (self.act_options if kind == ACTS else self.options).values():
+            for path, plan in _inside(one.block, plans).items():
+                bits = plan.act_bits if kind == ACTS else plan.weight_bits
+                if bits is not None:
+                    planned.setdefault(path, {})[bits] = plan
+        weights, acts = QUANTIZED[kind]
+        errors = block_sensitivity(
+            one.module, planned, one.run, one.calls, one.targets, self.settings, seed=self._seed(one.block),
+            weights=weights, acts=acts, progress=progress,
+        )  # fmt: skip
+        self._check(one.block, errors)
+        if kind != ACTS:
+            return errors
+        counts = multiplications(one.module, list(planned), one.run, one.calls)
+        return {"errors": errors, "multiplications": counts}
+
+    def _reach(self, one: _Open) -> dict[str, dict[str, float]]:
+        """Of weights and of activations alone, with the recipe's own bits: the error of the block, and that of the
+        final latents by it."""
+        planned, found = _inside(one.block, self.own), {}
+        for kind in (WEIGHTS, ACTS):
+            found[kind] = {"block": 0.0, "latents": 0.0}
+            if not planned or (kind == ACTS and not self.act_options):
+                continue
+            module = copy.deepcopy(one.module)
+            found[kind]["block"] = self._together(one, module, planned, kind)
+            if not self._steps:
+                self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
+            with standing_in(one.block.module, module):
+                changes = ranks.collected([step.change(self.transformer) for step in self._steps])
+            error = accumulated(changes, self.trajectory) / self._final()
+            if not math.isfinite(error):
+                raise AttarError(
+                    "what the model gives is not finite with this block quantized",
+                    where=f"{self.name}.{one.block.name}",
+                    fix="Check the model and its calibration inputs, or set allocate.objective to block",
+                )
+            # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
+            found[kind]["latents"] = float(f"{error:.9g}")
+        return found
+
+    def _together(self, one: _Open, module: nn.Module, planned: Mapping[str, LayerPlan], kind: str) -> float:
+        weights, acts = QUANTIZED[kind]
+        return together(
+            module, planned, partial(self._run, one.block, module), one.calls, one.targets, self.settings,
+            seed=self._seed(one.block), weights=weights, acts=acts,
+        )  # fmt: skip
+
+    def _latents(self, number: int) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
+        """The calls of a sample, the latents that enter its step, and those that leave it."""
+        prompt, step = self.places[number]
+        x, _ = self.store.latents(prompt)
+        return self.calls[number], x[step].clone(), x[step + 1].clone()
+
+    def _final(self) -> float:
+        prompt = ranks.first(lambda: self.places[0][0])
+        return self.store.latents(prompt)[0][-1].double().square().sum().item()
+
+    def _named(self, errors: Callable[[Block], Any], followed: str | None = None) -> Sensitivity:
+        reach = {} if followed is None else self.influence(followed)
+        return {
+            f"{block.name}.{path}": {int(bits): e * reach.get(block.name, 1.0) for bits, e in of_bits.items()}
+            for block in self.adapter.blocks
+            for path, of_bits in errors(block).items()
+        }
+
+    def _stored(self, kind: str, block: Block) -> Any:
+        return ranks.first(partial(self.workspace.read_json, self._file(kind, block)))
+
+    def _blocks(self, first: int) -> Iterator[_Open]:
+        """From block `first` on, a float32 copy of each."""
+        if first == len(self.adapter.blocks):
+            return
+        self.adapter.observe(ranks.first(lambda: self.calls[0][0]))
+        calls: Calls = []
+        for segment in self.adapter.segments:
+            if segment[-1].index < first:
+                continue
+            calls = catch_samples(self.transformer, self.adapter, segment[0], self.calls)
+            for block in segment:
+                with self.weights.opened(block.module):
+                    module = copy.deepcopy(block.module).float().requires_grad_(False).eval()
+                run = partial(self._run, block, module)
+                with torch.no_grad():
+                    targets = [run(call) for call in calls]
+                if block.index >= first:
+                    yield _Open(block, module, run, calls, targets)
+                calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]
+
+    def _run(self, block: Block, module: nn.Module, call: BlockCall) -> dict[str, Tensor]:
+        outputs = run_block(module, call.to(self.weights.device), block.outputs)
+        return {name: stream.to("cpu") for name, stream in outputs.items()}
+
+    def _first_unknown(self, count: int) -> int:
+        blocks = self.adapter.blocks
+        known = (all(self.workspace.has(self._file(kind, block)) for kind in self.kinds) for block in blocks)
+        return next((i for i, whole in enumerate(known) if not whole), count)
+
+    def _check(self, block: Block, found: Sensitivity) -> None:
+        for path, errors in found.items():
+            if not all(map(math.isfinite, errors.values())):
+                raise AttarError(
+                    "the error of a quantized layer is not finite",
+                    where=f"{self.name}.{block.name}.{path}",
+                    fix="Check the model and its calibration inputs, or skip the layer",
+                )
+
+    def _seed(self, block: Block) -> str:
+        return f"{self.seed}/{self.name}/{block.name}"  # that of its compression: the same random signs
+
+    def _file(self, kind: str, block: Block) -> str:
+        return f"{self.name}/{kind}-{block.index:03d}.json"
+
+
+def _places(
+    store: TraceStore, component: str, prompts: int, count: int, one_trajectory: bool
+) -> tuple[int, list[tuple[int, int]]]:
+    """(steps of a trajectory, this process's (prompt, step)): evenly over the steps in which the component ran, of one
+    prompt, or of all in turns."""
+    ran = [[s for s in range(store.steps(p)) if component in store.components(p, s)] for p in range(prompts)]
+    if one_trajectory:
+        longest = max(range(prompts), key=lambda p: len(ran[p]))
+        ran = [steps if p == longest else [] for p, steps in enumerate(ran)]
+    turns = [p for p, steps in enumerate(ran) if steps]
+    chosen = []
+    for i in range(count if turns else 0):
+        p = turns[i % len(turns)]
+        chosen.append((p, ran[p][int((i + 0.5) / count * len(ran[p]))]))
+    chosen = list(dict.fromkeys(chosen))
+    if len(chosen) < ranks.size():
+        raise AttarError(
+            f"{len(chosen)} measured steps cannot be shared by {ranks.size()} processes" if chosen
+            else "the component did not run in any traced step",
+            where=component,
+            fix="Measure more samples (allocate.samples), or trace more prompts or steps",
+        )  # fmt: skip
+    return max(map(len, ran)), list(ranks.mine(chosen))
+
+
+def _inside(block: Block, plans: list[LayerPlan]) -> dict[str, LayerPlan]:
+    """The plans of the block's linears by their names in it, without those that are kept."""
+    prefix = f"{block.name}."
+    return {p.name.removeprefix(prefix): p for p in plans if p.name.startswith(prefix) and not p.skipped}
