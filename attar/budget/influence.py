@@ -93,7 +93,7 @@ def accumulated(changes: Sequence[Tensor], steps: int) -> float:
     """Squared length of the sum of all steps' changes, from those of some of them, spread evenly over a trajectory.
 
     Changes that have nothing to do with one another add up as their squares do, changes in one direction as they are:
-    with n of T steps known, T/n Σ ‖Δ_i‖² + T²/(n(n−1)) Σ_{i≠j} ⟨Δ_i, Δ_j⟩, the latter at least 0. What is left out is
+    with n of T steps known, T/n Σ ‖Δ_i‖² + T(T−1)/(n(n−1)) Σ_{i≠j} ⟨Δ_i, Δ_j⟩, the latter at least 0. What is left out is
     what the model makes of a change in later steps.
     """
     together = torch.stack(list(changes))
@@ -102,7 +102,7 @@ def accumulated(changes: Sequence[Tensor], steps: int) -> float:
     if count == 1:
         return steps * own
     cross = max(0.0, products.sum().item() - own)
-    return steps / count * own + steps**2 / (count * (count - 1)) * cross
+    return steps / count * own + steps * (steps - 1) / (count * (count - 1)) * cross
 
 
 def _output(transformer: nn.Module, call: Mapping[str, Any]) -> Tensor:

@@ -146,7 +146,7 @@ def test_equal_changes_add_up_and_unrelated_ones_average_out():
     assert accumulated(list(same), steps=50) == pytest.approx(50**2 * one)
     assert accumulated([same[0]], steps=1) == pytest.approx(one)
     other = torch.randn(8, 4000, dtype=torch.float64)
-    # what eight samples leave of 28 products, times 50²/(8·7)
+    # what eight samples leave of 28 products, times 50·49/(8·7)
     assert accumulated(list(other), steps=50) == pytest.approx(50 * 4000, rel=0.4)
 
 
