@@ -93,8 +93,8 @@ def accumulated(changes: Sequence[Tensor], steps: int) -> float:
     """Squared length of the sum of all steps' changes, from those of some of them, spread evenly over a trajectory.
 
     Changes that have nothing to do with one another add up as their squares do, changes in one direction as they are:
-    with n of T steps known, T/n Σ ‖Δ_i‖² + T(T−1)/(n(n−1)) Σ_{i≠j} ⟨Δ_i, Δ_j⟩, the latter at least 0. What is left out is
-    what the model makes of a change in later steps.
+    with n of T steps known, T/n Σ ‖Δ_i‖² + T(T−1)/(n(n−1)) Σ_{i≠j} ⟨Δ_i, Δ_j⟩, the latter at least 0. What is left out
+    is what the model makes of a change in later steps.
     """
     together = torch.stack(list(changes))
     products = together @ together.T
