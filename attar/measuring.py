@@ -37,7 +37,8 @@ from attar.workspace import Workspace
 
 # what is measured of a block, a file each: errors of weights with activations, of weights, of activations, and what
 # errors of the block come to
-BOTH, WEIGHTS, ACTS, REACH = "sensitivity", "weights", "activations", "reach"
+BOTH, WEIGHTS, ACTS = "sensitivity", "weights", "activations"
+REACH = {"reach-of-weights": WEIGHTS, "reach-of-activations": ACTS}
 QUANTIZED = {BOTH: (True, True), WEIGHTS: (True, False), ACTS: (False, True)}  # weights, activations
 Run = Callable[[BlockCall], dict[str, Tensor]]
 
@@ -82,8 +83,8 @@ class Measuring:
         self.weights = weights_of(transformer)
         self.options, self.act_options = options, act_options
         self.own = options[recipe.quantize.weights]
-        self.kinds = [WEIGHTS, REACH] if self.followed else [BOTH]
-        self.kinds += [ACTS] if act_options else []
+        chosen = [WEIGHTS if self.followed else BOTH, *([ACTS] if act_options else [])]
+        self.kinds = [*chosen, *(name for name, kind in REACH.items() if self.followed and kind in chosen)]
         self._steps: list[Step] = []
 
     def measure(self, progress: Progress) -> None:
@@ -130,7 +131,8 @@ class Measuring:
         """Block -> what its error is multiplied with; {} where all blocks count alike."""
         if not self.followed:
             return {}
-        known = {block.name: self._stored(REACH, block)[kind] for block in self.adapter.blocks}
+        file = next(name for name, other in REACH.items() if other == kind)
+        known = {block.name: self._stored(file, block) for block in self.adapter.blocks}
         return {name: e["latents"] / e["block"] if e["block"] else 0.0 for name, e in known.items()}
 
     def together(self, plans: list[LayerPlan], progress: Progress) -> list[tuple[str, float]]:
@@ -150,8 +152,8 @@ class Measuring:
         return found
 
     def _measured(self, kind: str, one: _Open, progress: Callable[[int, int], None]) -> Any:
-        if kind == REACH:
-            return self._reach(one)
+        if kind in REACH:
+            return self._reach(one, REACH[kind])
         planned: dict[str, dict[int, LayerPlan]] = {}
         for plans in (self.act_options if kind == ACTS else self.options).values():
             for path, plan in _inside(one.block, plans).items():
@@ -169,30 +171,26 @@ class Measuring:
         counts = multiplications(one.module, list(planned), one.run, one.calls)
         return {"errors": errors, "multiplications": counts}
 
-    def _reach(self, one: _Open) -> dict[str, dict[str, float]]:
-        """Of weights and of activations alone, with the recipe's own bits: the error of the block, and that of the
-        final latents by it."""
-        planned, found = _inside(one.block, self.own), {}
-        for kind in (WEIGHTS, ACTS):
-            found[kind] = {"block": 0.0, "latents": 0.0}
-            if not planned or (kind == ACTS and not self.act_options):
-                continue
-            module = copy.deepcopy(one.module)
-            found[kind]["block"] = self._together(one, module, planned, kind)
-            if not self._steps:
-                self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
-            with standing_in(one.block.module, module):
-                changes = ranks.collected([step.change(self.transformer) for step in self._steps])
-            error = accumulated(changes, self.trajectory) / self._final()
-            if not math.isfinite(error):
-                raise AttarError(
-                    "what the model gives is not finite with this block quantized",
-                    where=f"{self.name}.{one.block.name}",
-                    fix="Check the model and its calibration inputs, or set allocate.objective to block",
-                )
-            # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
-            found[kind]["latents"] = float(f"{error:.9g}")
-        return found
+    def _reach(self, one: _Open, kind: str) -> dict[str, float]:
+        """With the recipe's own bits, the error of the block, and that of the final latents by it."""
+        planned = _inside(one.block, self.own)
+        if not planned:
+            return {"block": 0.0, "latents": 0.0}
+        module = copy.deepcopy(one.module)
+        alone = self._together(one, module, planned, kind)
+        if not self._steps:
+            self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
+        with standing_in(one.block.module, module):
+            changes = ranks.collected([step.change(self.transformer) for step in self._steps])
+        error = accumulated(changes, self.trajectory) / self._final()
+        if not math.isfinite(error):
+            raise AttarError(
+                "what the model gives is not finite with this block quantized",
+                where=f"{self.name}.{one.block.name}",
+                fix="Check the model and its calibration inputs, or set allocate.objective to block",
+            )
+        # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
+        return {"block": alone, "latents": float(f"{error:.9g}")}
 
     def _together(self, one: _Open, module: nn.Module, planned: Mapping[str, LayerPlan], kind: str) -> float:
         weights, acts = QUANTIZED[kind]
