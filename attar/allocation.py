@@ -126,7 +126,7 @@ def allocate(
     acts = bits_of(act_plans, act_layers, act_taken)
     chosen = {layer.name: candidate.error for layer, candidate in zip(layers, taken, strict=True)}
     uniform = [layer.uniform.error for layer in layers]
-    followed = recipe.allocate.objective == "latents"
+    followed = any(part.followed for part in parts.values())
     for layer, candidate in zip(act_layers, act_taken, strict=True):
         own = layer.uniform.error
         chosen[layer.name] += candidate.error - (
@@ -141,7 +141,7 @@ def allocate(
         math.fsum(uniform), math.fsum(e for f in errors.values() for _, e in f),
         bits, {name: _texts(found) for name, found in measured.items()},
         {name: _beside(name, found, chosen) for name, found in errors.items()},
-        recipe.allocate.objective, {name: part.influence() for name, part in parts.items()},
+        "latents" if followed else "block", {name: part.influence() for name, part in parts.items()},
         acts, {name: _texts(found) for name, found in of_acts.items() if found},
         round(mean_bits(act_layers, act_taken), 6) if act_layers else None,
     )  # fmt: skip

@@ -75,11 +75,11 @@ class Measuring:
         assert recipe.allocate is not None
         self.name, self.transformer, self.seed = name, transformer, seed
         self.workspace, self.store = workspace, store
-        self.followed = recipe.allocate.objective == "latents"
+        self.adapter = ModelAdapter.of(transformer)
+        self.followed = recipe.allocate.follows(self.adapter.unet)
         self.trajectory, self.places = _places(store, name, prompts, recipe.allocate.samples, self.followed)
         self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
         self.settings = block_settings(recipe)
-        self.adapter = ModelAdapter.of(transformer)
         self.weights = weights_of(transformer)
         self.options, self.act_options = options, act_options
         self.own = options[recipe.quantize.weights]

@@ -210,9 +210,9 @@ class Allocate(Stage):
     budget: str = Field(
         description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
     )
-    objective: Literal["latents", "block"] = Field(
-        default="latents",
-        description="whose change counts: that of a denoising step's latents, or of every block's output alike",
+    objective: Literal["auto", "latents", "block"] = Field(
+        default="auto",
+        description="what counts: the final latents, or all blocks' outputs alike; auto: latents in U-Nets, else block",
     )
     acts: bool = Field(
         default=False,
@@ -223,6 +223,10 @@ class Allocate(Stage):
     )
     samples: int = Field(default=8, ge=1, description="denoising steps that the layers are measured on")
     prompts: int = Field(default=2, ge=1, description="traced for it where the recipe itself needs no data")
+
+    def follows(self, unet: bool) -> bool:
+        """Whether errors are followed into the latents of such a model."""
+        return self.objective == "latents" or (self.objective == "auto" and unet)
 
     @field_validator("budget")
     @classmethod

@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> None:
                         continue
                     bench = bench or Bench(source, args.work, seed, args.steps)
                     widths = {"quantize.weights": bits, "quantize.acts": ACTS}
-                    asked = (
-                        {} if budget is None else {"allocate.budget": budget, "allocate.objective": "block"}
-                    )
+                    asked = {} if budget is None else {"allocate.budget": budget}
                     cell = measure(bench, load_recipe(recipe, {**widths, **asked}), args.prompts)
                     results = load(args.results, "cells")
                     results.setdefault("environment", environment(bench.steps))

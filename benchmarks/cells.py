@@ -62,7 +62,7 @@ LATER = {
     "select": {"neighbour": "next", "normalise": "min_max"},
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int", "rotation_threshold": 1.0},
     "quantize.low_rank": {"subtract": True},
-    "allocate": {"objective": "block", "acts": False},
+    "allocate": {"objective": "auto", "acts": False},
     "reconstruct": {
         **{"lambda_over": "joint", "train_levels": False, "level_lr": 1e-3},
         **{"temporal_weight": 0.0, "train_branch": False, "branch_lr": 2.5e-4},
@@ -368,9 +368,10 @@ OWN = Study(
         Method("columns in their own order", "attar", {**UNIFORM, "rounding.order": "given"}),
         Method("weights rounded while learning", "attar", {**UNIFORM, **WITH_NEAREST}),
         Method("nearest rounding", "attar", {**UNIFORM, "rounding.method": "nearest"}),
-        Method("bits by block error", "attar", {"allocate.objective": "block", "allocate.acts": False}),
-        Method("bits by a step's latents", "attar", {"allocate.acts": False}),
         Method("attar", "attar"),
+        Method("bits by the final latents", "attar", {"allocate.objective": "latents"}),
+        Method("bits of activations too", "attar", {"allocate.acts": True}),
+        Method("both", "attar", {"allocate.objective": "latents", "allocate.acts": True}),
     ),
     prompts=0,
 )

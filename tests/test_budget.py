@@ -14,7 +14,7 @@ from attar.errors import AttarError
 from attar.runtime.layers import packed_layers
 from attar.runtime.size import packed_size
 
-FEW = ("--set", "allocate.samples=3")
+FEW = ("--set", "allocate.samples=3", "--set", "allocate.objective=latents")
 RTN = ("--recipe", "rtn")
 HADAMARD = ("--recipe", "hadamard")
 LEARNED = (
@@ -185,7 +185,7 @@ def test_blocks_can_count_alike(commands, wan_folder, tmp_path):
     plans = {}
     for objective in ("block", "latents"):
         out = tmp_path / f"{objective}.yaml"
-        options = ("--budget", "3bits", "--set", f"allocate.objective={objective}", *HADAMARD, *FEW)
+        options = ("--budget", "3bits", *HADAMARD, *FEW, "--set", f"allocate.objective={objective}")
         assert commands.run("allocate", wan_folder, "-o", out, *options) == 0
         plans[objective] = json.loads((tmp_path / f"{objective}.yaml.work" / "allocation.json").read_text())
     alike, reaching = plans["block"], plans["latents"]

@@ -71,17 +71,21 @@ def finetune_memory(
 
 
 def allocation_seconds(
-    block: BlockCost, planned: Mapping[str, LayerPlan], recipe: Recipe, step_seconds: float
+    block: BlockCost,
+    planned: Mapping[str, LayerPlan],
+    recipe: Recipe,
+    step_seconds: float,
+    unet: bool = False,
 ) -> float:
     """Seconds of one block for choosing bits: each sample passes it once for each layer and width, once for each
     width's statistics, for its target, and with all layers quantized. 0 without a budget.
 
-    step_seconds: of the whole model, which each sample passes once with the block quantized, where errors are followed
-    into the latents."""
+    step_seconds: of the whole model, which each sample passes with the block's weights quantized, and with its
+    activations, where errors are followed into the latents."""
     if recipe.allocate is None:
         return 0.0
     widths = len(recipe.widths) + (len(recipe.allocate.bits) if recipe.chooses_acts else 0)
-    followed = recipe.allocate.objective == "latents"
+    followed = (1 + recipe.chooses_acts) if recipe.allocate.follows(unet) else 0
     passes = widths * (len(planned) + 1) + 2 + followed
     return recipe.allocate.samples * (passes * block.forward + followed * step_seconds)
 
