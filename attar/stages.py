@@ -212,7 +212,7 @@ class Allocate(Stage):
     )
     objective: Literal["auto", "latents", "block"] = Field(
         default="auto",
-        description="what counts: the final latents, or all blocks' outputs alike; auto: latents in U-Nets, else block",
+        description="what counts: the final latents, or blocks' outputs alike; auto: latents in U-Nets and with acts",
     )
     acts: bool = Field(
         default=False,
@@ -224,9 +224,9 @@ class Allocate(Stage):
     samples: int = Field(default=8, ge=1, description="denoising steps that the layers are measured on")
     prompts: int = Field(default=2, ge=1, description="traced for it where the recipe itself needs no data")
 
-    def follows(self, unet: bool) -> bool:
-        """Whether errors are followed into the latents of such a model."""
-        return self.objective == "latents" or (self.objective == "auto" and unet)
+    def follows(self, unet: bool, acts: bool) -> bool:
+        """Whether errors are followed into the latents of such a model, where bits of activations are chosen or not."""
+        return self.objective == "latents" or (self.objective == "auto" and (unet or acts))
 
     @field_validator("budget")
     @classmethod
