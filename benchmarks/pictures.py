@@ -25,7 +25,7 @@ from attar.evaluate.frechet import frechet_distance
 from attar.evaluate.generate import generate
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.zoo.judges import DigitReader, verdicts
-from attar.recipe import load_recipe
+from attar.recipe import Recipe, load_recipe
 from attar.runtime.layers import packed_layers
 from benchmarks import quality
 from benchmarks.cells import digest
@@ -39,7 +39,17 @@ SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
-ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
+VARIANTS = {  # of a recipe: what its overrides are
+    "attar, blocks alike": ("attar", {"allocate.objective": "block"}),
+    "attar, errors followed": ("attar", {"allocate.objective": "latents"}),
+    "attar, bits of activations too": ("attar", {"allocate.acts": True}),
+}
+# systems that name layers of one kind of model, and variants that are the recipe itself on the other
+ONLY_ON = {
+    "quest": "digits-image",
+    "attar, blocks alike": "digits-image",
+    "attar, errors followed": "digits-dit",
+}
 CALIBRATION, SHOWN = 8, 35  # prompts that are traced, and pictures that are judged
 COLUMNS = (
     "system",
@@ -129,11 +139,11 @@ def run(args: argparse.Namespace) -> None:
         for seed in args.seeds:
             bench: PictureBench | None = None
             for bits in args.bits:
-                for system in SYSTEMS:
+                for system in (*SYSTEMS, *VARIANTS):
                     if (args.only and system not in args.only) or ONLY_ON.get(system, model) != model:
                         continue
                     weights, acts = (int(n) for n in bits.upper()[1:].split("A"))
-                    recipe = load_recipe(system, {"quantize.weights": weights, "quantize.acts": acts})
+                    recipe = recipe_of(system, weights, acts)
                     name, does = f"{model}|{system}|{bits}|{seed}", digest(recipe)
                     if load(args.results, "cells")["cells"].get(name, {}).get("recipe") == does:
                         continue
@@ -148,13 +158,19 @@ def run(args: argparse.Namespace) -> None:
                     print(f"{name:<48} PSNR {mean:.2f}  right {cell['right']:.3f}", flush=True)
 
 
+def recipe_of(system: str, weights: int, acts: int) -> Recipe:
+    """At these bits."""
+    name, overrides = VARIANTS.get(system, (system, {}))
+    return load_recipe(name, {**overrides, "quantize.weights": weights, "quantize.acts": acts})
+
+
 def table(cells: dict[str, Any]) -> str:
     """Everything that was measured, by model and bits, the best PSNR first."""
     lines = ["# Pictures: digits-dit and digits-image", "", INTRO]
     for model in MODELS:
         for bits in BITS:
             rows = []
-            for system in SYSTEMS:
+            for system in (*SYSTEMS, *VARIANTS):
                 some = [c for name, c in cells.items() if name.startswith(f"{model}|{system}|{bits}|")]
                 if some:
                     rows.append((sum(_mean(c["psnr"]) for c in some) / len(some), _figures(system, some)))
@@ -190,7 +206,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
-    parser.add_argument("--only", nargs="+", choices=SYSTEMS, help="only these systems")
+    parser.add_argument("--only", nargs="+", choices=(*SYSTEMS, *VARIANTS), help="only these systems")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--work", type=Path, default=Path("work/pictures"))
