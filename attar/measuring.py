@@ -76,7 +76,7 @@ class Measuring:
         self.name, self.transformer, self.seed = name, transformer, seed
         self.workspace, self.store = workspace, store
         self.adapter = ModelAdapter.of(transformer)
-        self.followed = recipe.allocate.follows(self.adapter.unet, recipe.chooses_acts)
+        self.followed = recipe.allocate.objective == "latents"
         self.trajectory, self.places = _places(store, name, prompts, recipe.allocate.samples, self.followed)
         self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
         self.settings = block_settings(recipe)

@@ -210,9 +210,9 @@ class Allocate(Stage):
     budget: str = Field(
         description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
     )
-    objective: Literal["auto", "latents", "block"] = Field(
-        default="auto",
-        description="what counts: the final latents, or blocks' outputs alike; auto: latents in U-Nets and with acts",
+    objective: Literal["block", "latents"] = Field(
+        default="block",
+        description="what counts: all blocks' outputs alike, or what their errors come to in the final latents",
     )
     acts: bool = Field(
         default=False,
@@ -223,10 +223,6 @@ class Allocate(Stage):
     )
     samples: int = Field(default=8, ge=1, description="denoising steps that the layers are measured on")
     prompts: int = Field(default=2, ge=1, description="traced for it where the recipe itself needs no data")
-
-    def follows(self, unet: bool, acts: bool) -> bool:
-        """Whether errors are followed into the latents of such a model, where bits of activations are chosen or not."""
-        return self.objective == "latents" or (self.objective == "auto" and (unet or acts))
 
     @field_validator("budget")
     @classmethod

@@ -62,7 +62,7 @@ LATER = {
     "select": {"neighbour": "next", "normalise": "min_max"},
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int", "rotation_threshold": 1.0},
     "quantize.low_rank": {"subtract": True},
-    "allocate": {"objective": "auto", "acts": False},
+    "allocate": {"objective": "block", "acts": False},
     "reconstruct": {
         **{"lambda_over": "joint", "train_levels": False, "level_lr": 1e-3},
         **{"temporal_weight": 0.0, "train_branch": False, "branch_lr": 2.5e-4},

@@ -39,17 +39,13 @@ SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
-VARIANTS = {  # of a recipe: what its overrides are
-    "attar, blocks alike": ("attar", {"allocate.objective": "block"}),
-    "attar, errors followed": ("attar", {"allocate.objective": "latents"}),
-    "attar, bits of activations too": ("attar", {"allocate.acts": True}),
+NOTHING_LEARNED, FOLLOWED = {"reconstruct": None}, {"allocate.objective": "latents"}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
+    "attar, errors followed": ("attar", FOLLOWED),
+    "attar, nothing learned": ("attar", NOTHING_LEARNED),
+    "attar, nothing learned, errors followed": ("attar", {**NOTHING_LEARNED, **FOLLOWED}),
 }
-# systems that name layers of one kind of model, and variants that are the recipe itself on the other
-ONLY_ON = {
-    "quest": "digits-image",
-    "attar, blocks alike": "digits-image",
-    "attar, errors followed": "digits-dit",
-}
+ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
 CALIBRATION, SHOWN = 8, 35  # prompts that are traced, and pictures that are judged
 COLUMNS = (
     "system",

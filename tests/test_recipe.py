@@ -111,21 +111,6 @@ def test_changed_settings_are_those_of_the_method():
     )
 
 
-@pytest.mark.parametrize(
-    ("objective", "unet", "acts", "follows"),
-    [
-        ("auto", False, False, False),
-        ("auto", True, False, True),
-        ("auto", False, True, True),
-        ("latents", False, False, True),
-        ("block", True, True, False),
-    ],
-)
-def test_where_errors_are_followed(objective, unet, acts, follows):
-    chosen = load_recipe("rtn", {"allocate.budget": "3bits", "allocate.objective": objective}).allocate
-    assert chosen.follows(unet, acts) == follows
-
-
 def test_a_budget_that_leaves_no_choice_is_none():
     assert load_recipe("attar", {"quantize.weights": 8, "quantize.acts": 8}).allocate is None
     assert load_recipe("attar", {"quantize.weights": 8, "allocate.acts": False}).allocate is None

@@ -135,7 +135,7 @@ def _time_and_memory(
         costs += [cost] * (blocks * len(samples))
         if chosen:
             learn += learning_seconds([cost] * blocks, chosen * len(samples), epochs)
-        one = allocation_seconds(cost, planned, recipe, step_seconds / len(samples), adapter.unet)
+        one = allocation_seconds(cost, planned, recipe, step_seconds / len(samples))
         allocating += blocks * one * len(samples)
         held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
         memory = calibration_memory(
