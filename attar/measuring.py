@@ -79,6 +79,7 @@ class Measuring:
         self.followed = recipe.allocate.objective == "latents"
         self.trajectory, self.places = _places(store, name, prompts, recipe.allocate.samples, self.followed)
         self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
+        self.adapter.observe(ranks.first(lambda: self.calls[0][0]))  # units come in the order of their calls
         self.settings = block_settings(recipe)
         self.weights = weights_of(transformer)
         self.options, self.act_options = options, act_options
@@ -224,7 +225,6 @@ class Measuring:
         """From block `first` on, a float32 copy of each."""
         if first == len(self.adapter.blocks):
             return
-        self.adapter.observe(ranks.first(lambda: self.calls[0][0]))
         calls: Calls = []
         for segment in self.adapter.segments:
             if segment[-1].index < first:

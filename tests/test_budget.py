@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import pipelines
+from support import pipelines, unets
 from support.commands import contents
 
 import attar
@@ -282,3 +282,15 @@ def test_a_plan_takes_the_place_of_the_recipes_own_budget(cli, wan_folder, plan,
 def test_a_plan_in_python_of_another_model(plan):
     with pytest.raises(AttarError, match="made for another model"):
         attar.compress(pipelines.make("flux"), "rtn", plan=plan)
+
+
+def test_a_unets_units_are_the_same_ones_when_all_are_known(commands, tmp_path):
+    """They are numbered in the order of their calls, which a run that measures nothing any more has to know too."""
+    folder, out = unets.save(tmp_path / "sd"), tmp_path / "plan.yaml"
+    options = ("--budget", "3bits", *RTN, *FEW)
+    assert commands.run("allocate", folder, "-o", out, *options) == 0
+    first, found = out.read_bytes(), json.loads((tmp_path / "plan.yaml.work" / "allocation.json").read_text())
+    assert all(found["sensitivity"]["unet"][name] for name in found["bits"]["unet"])
+    (tmp_path / "plan.yaml.work" / "allocation.json").unlink()
+    assert commands.run("allocate", folder, "-o", out, *options) == 0
+    assert out.read_bytes() == first
