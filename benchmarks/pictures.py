@@ -39,11 +39,8 @@ SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
-NOTHING_LEARNED, FOLLOWED = {"reconstruct": None}, {"allocate.objective": "latents"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
-    "attar, errors followed": ("attar", FOLLOWED),
-    "attar, nothing learned": ("attar", NOTHING_LEARNED),
-    "attar, nothing learned, errors followed": ("attar", {**NOTHING_LEARNED, **FOLLOWED}),
+    "attar, errors followed": ("attar", {"allocate.objective": "latents"}),
 }
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
 CALIBRATION, SHOWN = 8, 35  # prompts that are traced, and pictures that are judged
