@@ -49,8 +49,8 @@ class Allocation:
     that were chosen for. sensitivity: component -> layer -> bits -> error. blocks: component -> [block, predicted
     error, measured error]. objective: see `Allocate`; errors are relative to the final latents, or to a block's own
     update. influence: component -> block -> what its weights' error is multiplied with.
-    acts, act_sensitivity, mean_act_bits: of the activations, where
-    these were chosen too, the mean over multiplications.
+    acts, act_sensitivity, mean_act_bits: of the activations, where these were chosen too, the mean over
+    multiplications.
     """
 
     budget: str
@@ -76,11 +76,7 @@ class Allocation:
     def summary(self) -> str:
         """One line for people."""
         acts = "" if self.mean_act_bits is None else f", activations {self.mean_act_bits:.3f}"
-        what = (
-            "error of the latents against the recipe's own bits"
-            if self.objective == "latents"
-            else "summed block error"
-        )
+        what = "error of the final latents" if self.objective == "latents" else "summed block error"
         text = (
             f"{self.budget}: {self.mean_bits:.3f} bits on average{acts}, linears {self.ratio:.4f}x of bfloat16, "
             f"{what} {self.predicted_error:.4g} predicted, {self.measured_error:.4g} measured block by block"
@@ -128,11 +124,11 @@ def allocate(
     uniform = [layer.uniform.error for layer in layers]
     followed = any(part.followed for part in parts.values())
     for layer, candidate in zip(act_layers, act_taken, strict=True):
-        own = layer.uniform.error
-        chosen[layer.name] += candidate.error - (
-            0.0 if followed else own
-        )  # which is in the weights' error there
-        uniform.append(own if followed else 0.0)
+        counted = (
+            0.0 if followed else layer.uniform.error
+        )  # in the weights' error, known with these activations
+        chosen[layer.name] += candidate.error - counted
+        uniform.append(layer.uniform.error - counted)
     final = plan_components(components, with_bits(recipe, bits, acts))
     errors = {name: part.together(final[name], progress) for name, part in parts.items()}
     total = totals(layers, taken)

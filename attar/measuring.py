@@ -87,6 +87,7 @@ class Measuring:
         chosen = [WEIGHTS if self.followed else BOTH, *([ACTS] if act_options else [])]
         self.kinds = [*chosen, *(name for name, kind in REACH.items() if self.followed and kind in chosen)]
         self._steps: list[Step] = []
+        self._whole = 0.0  # squared length of the trajectory's final latents
 
     def measure(self, progress: Progress) -> None:
         """Puts what is not known yet of every block into the workspace."""
@@ -144,8 +145,11 @@ class Measuring:
         with progress.task(f"{self.name}: check plan", len(self.adapter.blocks)) as advance:
             for one in self._blocks(0):
                 planned = _inside(one.block, plans)
+                modules = {
+                    kind: one.module if kind == kinds[-1] else copy.deepcopy(one.module) for kind in kinds
+                }
                 errors = [
-                    self._together(one, copy.deepcopy(one.module), planned, kind) * reach[kind].get(one.block.name, 1.0)
+                    self._together(one, modules[kind], planned, kind) * reach[kind].get(one.block.name, 1.0)
                     for kind in (kinds if planned else [])
                 ]  # fmt: skip
                 found.append((one.block.name, math.fsum(errors)))
@@ -181,9 +185,10 @@ class Measuring:
         alone = self._together(one, module, planned, kind)
         if not self._steps:
             self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
+            self._whole = self._final()
         with standing_in(one.block.module, module):
             changes = ranks.collected([step.change(self.transformer) for step in self._steps])
-        error = accumulated(changes, self.trajectory) / self._final()
+        error = accumulated(changes, self.trajectory) / self._whole
         if not math.isfinite(error):
             raise AttarError(
                 "what the model gives is not finite with this block quantized",
