@@ -20,7 +20,14 @@ def transform_settings(recipe: Recipe) -> TransformSettings:
     """Of the equivalent transforms of one layer."""
     q = recipe.quantize
     return TransformSettings(
-        q.scale, q.alpha, q.rotation, q.affine, q.rotation_init, q.order, q.rotation_threshold
+        q.scale,
+        q.alpha,
+        q.rotation,
+        q.affine,
+        q.rotation_init,
+        q.order,
+        q.rotation_threshold,
+        q.shift,
     )
 
 

@@ -120,7 +120,10 @@ class Quantize(Stage):
     acts: int = Field(
         default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
     )
-    act_format: Literal["int", "fp8"] = Field(default="int", description="of the activations' numbers")
+    act_format: Literal["int", "full_range", "fp8"] = Field(
+        default="int",
+        description="of the activations' numbers; full_range are integers that use the smallest code as well",
+    )
     group_size: int | None = Field(
         default=None,
         ge=1,
@@ -135,6 +138,9 @@ class Quantize(Stage):
     roles: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
+    )
+    shift: bool = Field(
+        default=False, description="take the mean of each channel out of the inputs, and put it into the bias"
     )
     scale: bool = Field(default=True, description="channel scale c, started by SmoothQuant's rule")
     alpha: float = Field(default=0.5, ge=0, le=1, description="exponent of that rule")
@@ -192,7 +198,9 @@ class Quantize(Stage):
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # who uses nothing of what came later has the digests, jobs and evidence of the time before
-        later = {"split": self.split, "row_bits": self.row_bits, "clip_search": self.clip_search}
+        later = {
+            "split": self.split, "row_bits": self.row_bits, "clip_search": self.clip_search, "shift": self.shift
+        }  # fmt: skip
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
 
     @model_validator(mode="after")

@@ -42,8 +42,10 @@ SYSTEMS = (
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
     "attar, errors followed": ("attar", {"allocate.objective": "latents"}),
 }
+TRAINED = ("efficientdm", "quest", "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2")  # whole models
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
-CALIBRATION, SHOWN = 8, 35  # prompts that are traced, and pictures that are judged
+# prompts that are traced, those of systems that train whole models, and pictures that are judged
+CALIBRATION, TRAINING, SHOWN = 8, 64, 35
 COLUMNS = (
     "system",
     "seeds",
@@ -55,7 +57,8 @@ COLUMNS = (
     "calibration CPU s",
 )
 INTRO = f"""What every system makes of the built-in models of pictures, against full precision with the same noise, on
-{SHOWN} prompts, {CALIBRATION} traced ones for calibration. Printed by `python -m benchmarks.pictures --table`.
+{SHOWN} prompts, {CALIBRATION} traced ones for calibration, {TRAINING} where the whole model is trained. Printed by
+`python -m benchmarks.pictures --table`.
 **linears**: bytes of the quantized linears and convolutions against bfloat16, with scales, transforms and biases.
 **all right**: pictures whose digit and colour are those asked for (in brackets: full precision). ± is the half width of
 the 95 % t-interval over seeds; rows of one seed are no more than a hint.
@@ -63,18 +66,22 @@ the 95 % t-interval over seeds; rows of one seed are no more than a hint.
 
 
 class PictureBench:
-    """What all cells of one model and seed share: traces and the pictures of full precision."""
+    """What all cells of one model and seed share: traces and the pictures of full precision.
 
-    def __init__(self, source: Source, folder: Path, seed: int, steps: int | None) -> None:
+    traced: how many prompts the systems calibrate on.
+    """
+
+    def __init__(self, source: Source, folder: Path, seed: int, steps: int | None, traced: int) -> None:
         self.source, self.seed = source, seed
         self.folder = folder / source.name / f"seed-{seed}"
+        if traced != CALIBRATION:
+            self.folder = self.folder / f"prompts-{traced}"
         self.call = source.call_arguments(num_inference_steps=steps)
         assert source.folder is not None
         self.reader = DigitReader.load(source.folder)
         self.store = TraceStore(self.folder / "trace")
         pool = source.prompts or source.classes
-        shift = CALIBRATION * seed
-        self.prompts = [pool[(shift + i) % len(pool)] for i in range(CALIBRATION)]
+        self.prompts = [pool[(traced * seed + i) % len(pool)] for i in range(traced)]
         asked = (source.folder / "evaluation_prompts.txt").read_text(encoding="utf-8").split("\n")
         self.shown = [line for line in asked if line.strip()][:SHOWN]
         options = {k: v for k, v in self.call.items() if k not in ("num_inference_steps", "guidance_scale")}
@@ -130,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     for model in args.models:
         source = find_source(model)
         for seed in args.seeds:
-            bench: PictureBench | None = None
+            benches: dict[int, PictureBench] = {}
             for bits in args.bits:
                 for system in (*SYSTEMS, *VARIANTS):
                     if (args.only and system not in args.only) or ONLY_ON.get(system, model) != model:
@@ -140,7 +147,10 @@ def run(args: argparse.Namespace) -> None:
                     name, does = f"{model}|{system}|{bits}|{seed}", digest(recipe)
                     if load(args.results, "cells")["cells"].get(name, {}).get("recipe") == does:
                         continue
-                    bench = bench or PictureBench(source, args.work, seed, args.steps)
+                    traced = TRAINING if system in TRAINED else CALIBRATION
+                    if traced not in benches:
+                        benches[traced] = PictureBench(source, args.work, seed, args.steps, traced)
+                    bench = benches[traced]
                     pipe, report = quality.compress(bench, recipe)
                     cell = {"recipe": does, **report, **bench.measure(pipe)}
                     results = load(args.results, "cells")

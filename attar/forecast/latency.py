@@ -11,6 +11,7 @@ from attar.forecast.hardware import Hardware
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import SALIENT_SHARE, LayerPlan, weight_bytes
 from attar.quantize.transforms import kronecker_factors
+from attar.runtime.backend import INTEGERS
 from attar.runtime.block_rotations import block_width
 
 PARTS: tuple[str, ...] = ("linear", "attention", "transform", "rest")
@@ -56,7 +57,7 @@ def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
         return dense
     if (plan.weight_format, plan.act_format) == ("fp8", "fp8"):
         return "fp8" if "fp8" in hardware.rates else dense
-    if (plan.weight_format, plan.act_format) != ("int", "int"):
+    if (plan.weight_format, plan.act_format) not in INTEGERS:
         return dense
     if plan.row_bits is not None and any(
         grid.number != "int" for grid in plan.row_bits.grids(plan.weight_bits, plan.weight_format)

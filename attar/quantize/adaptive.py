@@ -34,6 +34,10 @@ class InputSample:
     peak: float
     rows: Tensor
 
+    def shifted(self, shift: Tensor) -> InputSample:
+        """With the rows behind a channel shift (d,); J stays that of the input as it comes."""
+        return replace(self, rows=self.rows - shift.to(self.rows))
+
     def scaled(self, scale: Tensor) -> InputSample:
         """With the rows behind a channel scale (d,); J stays that of the input as it comes."""
         return replace(self, rows=self.rows / scale.to(self.rows))

@@ -17,6 +17,7 @@ from attar.quantize.initialize import (
     TransformSettings,
     build_rotation,
     build_transforms,
+    collect_input_means,
     collect_input_stats,
 )
 from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module, set_quantizers
@@ -34,6 +35,7 @@ from attar.quantize.row_bits import RowBitsSettings, mix_rows
 from attar.quantize.seeds import seed_of
 from attar.quantize.transforms import LearnedScale
 from attar.runtime.layers import PackedLinear
+from attar.runtime.transform import half
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class BlockSettings:
         steps = [("channel scale", chosen.scale), (chosen.rotation, chosen.rotation != "none")]
         if chosen.order == "rotate_then_scale":
             steps.reverse()
+        steps = [("channel shift", chosen.shift), *steps]
         steps += [
             ("bits by rows", plan.row_bits is not None),
             ("searched weight clipping" if self.clip_search else "weight clipping", self.weight_clip),
@@ -180,6 +183,13 @@ def wrap_linears(
         samples = _input_samples(plans, linears, run, calls, settings)
     calibrated = [name for name, plan in plans.items() if not plan.plain]
     generators = {name: torch.Generator().manual_seed(seed_of(seed, name)) for name in calibrated}
+    shifts: dict[str, Tensor] = {}
+    if settings.transforms.shift and calibrated:
+        if not calls:
+            raise AttarError("channel shifts need calibration samples")
+        means = collect_input_means(run, calls, {name: linears[name] for name in calibrated})
+        shifts = {name: half(mean).float() for name, mean in means.items()}  # as they will be deployed
+        samples = {name: sample.shifted(shifts[name]) for name, sample in samples.items()}
     rotations = {}
     if settings.transforms.order == "rotate_then_scale":  # its scales are of rotated inputs
         for name in calibrated:
@@ -199,7 +209,9 @@ def wrap_linears(
                 fix="Leave it out, or use one process",
             )
         inputs = {name: linears[name] for name in calibrated}
-        stats = collect_input_stats(run, calls, inputs, ema=settings.stats_ema, rotations=rotations)
+        stats = collect_input_stats(
+            run, calls, inputs, ema=settings.stats_ema, rotations=rotations, shifts=shifts
+        )
         stats = {name: ranks.max_(stats[name]) for name in calibrated}
     layers = {}
     for name, plan in plans.items():
@@ -214,7 +226,7 @@ def wrap_linears(
             linear, plan.weight_bits or 0, plan.act_bits, transforms, group_size=plan.group_size,
             weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
             clip_start=settings.clip_start, weight_format=plan.weight_format, act_format=plan.act_format,
-            train_levels=settings.train_levels and not plan.plain,
+            train_levels=settings.train_levels and not plan.plain, shift=shifts.get(name),
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer

@@ -29,24 +29,24 @@ class FakeQuantizeRows(torch.autograd.Function):
     """`formats._FakeQuantizeRange` of x (..., k), for factors (f_lo, f_hi) of all rows (2,) or of each row (2, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factors: Tensor, bits: int, number: str) -> Tensor:
         x, factors = x.contiguous(), factors.contiguous()
-        y, extremes = learning.fake_quantize(x, factors, bits)
+        y, extremes = learning.fake_quantize(x, factors, bits, number == "full_range")
         ctx.save_for_backward(x, factors, extremes)
-        ctx.bits = bits
+        ctx.bits, ctx.full_range = bits, number == "full_range"
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, factors, extremes = ctx.saved_tensors
-        with_x, with_factors, _ = ctx.needs_input_grad
+        with_x, with_factors = ctx.needs_input_grad[:2]
         grad_x, grad_rows = learning.fake_quantize_backward(
-            grad.contiguous(), x, factors, ctx.bits, extremes, with_x
+            grad.contiguous(), x, factors, ctx.bits, extremes, ctx.full_range, with_x
         )
         if not with_factors:
-            return grad_x, None, None
-        return grad_x, grad_rows.sum(1) if factors.ndim == 1 else grad_rows.view(factors.shape), None
+            return grad_x, None, None, None
+        return grad_x, grad_rows.sum(1) if factors.ndim == 1 else grad_rows.view(factors.shape), None, None
 
 
 class KroneckerRows(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Symmetric fake quantization with straight-through gradients, for weights and activations.
 
-`number` is a format of `attar.runtime.formats`: int, fp8, or a table with its `levels`. Values are those of
-`attar.runtime.reference`, bit for bit: fake ≡ dequantize ∘ quantize. Gradients (S²Q-VDiT's base, as in FlatQuant):
-identity through round, identity inside and zero outside the clipping range, and the step size Δ stays a differentiable
-function of the clipping factors and the tensor's extremes.
+`number` is a format of `attar.runtime.formats`: int, fp8, for activations full_range, or a table with its `levels`.
+Values are those of `attar.runtime.reference`, bit for bit: fake ≡ dequantize ∘ quantize. Gradients (S²Q-VDiT's base, as
+in FlatQuant): identity through round, identity inside and zero outside the clipping range, and the step size Δ stays a
+differentiable function of the clipping factors and the tensor's extremes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.quantize.compiled import FakeQuantizeRows, compiled_for
-from attar.runtime.formats import decode, encode, integer_range, wide
-from attar.runtime.reference import MIN_ABSMAX, symmetric_scale
+from attar.runtime.formats import INTEGER_FORMATS, decode, encode, integer_range, wide
+from attar.runtime.reference import MIN_ABSMAX, row_step, symmetric_scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -115,16 +115,16 @@ def _fake_quantize_range(
     x: Tensor, clip: Tensor | None, bits: int, number: str = "int", levels: Tensor | None = None
 ) -> Tensor:
     """x (..., d). clip: (f_lo, f_hi) of all rows (2,), or of each row (2, ...); None for the full range."""
-    if number != "int":
+    if number not in INTEGER_FORMATS:
         clamped, absmax = _clamp(x, clip)
         scale = symmetric_scale(absmax, bits, number)
         return _RoundToNumber.apply(clamped / scale, number, bits, levels) * scale
     integer_range(bits)
     factors = x.new_ones(2) if clip is None else clip
     if factors.shape in ((2,), (2, *x.shape[:-1])) and compiled_for(x, factors):
-        return FakeQuantizeRows.apply(x, factors, bits)
+        return FakeQuantizeRows.apply(x, factors, bits, number)
     low, high = factors.unbind(0) if factors.ndim == 1 else factors.unsqueeze(-1).unbind(0)
-    return _FakeQuantizeRange.apply(x, low, high, bits)
+    return _FakeQuantizeRange.apply(x, low, high, bits, number)
 
 
 class _RoundToNumber(torch.autograd.Function):
@@ -151,17 +151,19 @@ class _RoundToNumber(torch.autograd.Function):
 
 
 class _FakeQuantizeRange(torch.autograd.Function):
-    """Clamp to [f_lo · min, f_hi · max] along the last axis, then round in steps of Δ = max(|lo|, hi) / qmax.
+    """Clamp to [f_lo · min, f_hi · max] along the last axis, then round in steps of Δ (`row_step`).
 
     One function with its own backward, because a training step applies it to every weight and activation of
     a block. Masks are float signs: on CPU, comparisons and `aminmax` along an axis are not vectorised.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, low_factor: Tensor, high_factor: Tensor, bits: int, number: str
+    ) -> Tensor:
         smallest, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         low, high = smallest * low_factor, largest * high_factor
-        scale = symmetric_scale(torch.maximum(low.abs(), high), bits)
+        scale = row_step(low, high, bits, number)
         clamped = torch.maximum(x, low)
         torch.minimum(clamped, high, out=clamped)
         needs_grad = any(ctx.needs_input_grad[:3])
@@ -171,23 +173,20 @@ class _FakeQuantizeRange(torch.autograd.Function):
         if needs_grad:
             residual = steps.neg_().add_(codes)  # ∂x̂/∂Δ
             ctx.save_for_backward(x, side, residual, low, high, smallest, largest, low_factor, high_factor)
-            ctx.bits = bits
+            ctx.bits, ctx.number = bits, number
         return codes.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, side, residual, low, high, smallest, largest, low_factor, high_factor = ctx.saved_tensors
         signed = grad * side
         difference = signed.sum(-1, keepdim=True)
         clipped = signed.mul_(side)  # the gradient outside the range
         total = clipped.sum(-1, keepdim=True)
-        # Whichever end is larger decides Δ, unless both are below the smallest range.
-        magnitude = low.abs()
-        grad_absmax = (grad * residual).sum(-1, keepdim=True).div_(integer_range(ctx.bits)[1])
-        high_share = torch.where(high >= magnitude.clamp(min=MIN_ABSMAX), grad_absmax, 0)
-        low_share = torch.where(magnitude > high.clamp(min=MIN_ABSMAX), grad_absmax, 0)
+        grad_step = (grad * residual).sum(-1, keepdim=True)
+        low_share, high_share = _step_shares(grad_step, low, high, ctx.bits, ctx.number)
         grad_high = (total + difference).mul_(0.5).add_(high_share)
-        grad_low = (total - difference).mul_(0.5).addcmul_(low_share, low.sign())
+        grad_low = (total - difference).mul_(0.5).add_(low_share)
         grad_x = grad_low_factor = grad_high_factor = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.sub(grad, clipped, out=clipped)
@@ -197,4 +196,25 @@ class _FakeQuantizeRange(torch.autograd.Function):
             grad_low_factor = (grad_low * smallest).sum_to_size(low_factor.shape)
         if ctx.needs_input_grad[2]:
             grad_high_factor = (grad_high * largest).sum_to_size(high_factor.shape)
-        return grad_x, grad_low_factor, grad_high_factor, None
+        return grad_x, grad_low_factor, grad_high_factor, None, None
+
+
+def _step_shares(
+    grad_step: Tensor, low: Tensor, high: Tensor, bits: int, number: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both ends by that of Δ: one of them decides it, unless both are below the smallest range."""
+    most = integer_range(bits)[1]
+    if number != "full_range":
+        magnitude = low.abs()
+        share = grad_step / most
+        of_high = torch.where(high >= magnitude.clamp(min=MIN_ABSMAX), share, 0)
+        of_low = torch.where(magnitude > high.clamp(min=MIN_ABSMAX), share * low.sign(), 0)
+        return of_low, of_high
+    upper = high > -low  # whose step is negative
+    per_high, per_low = (1 / (most + upper.to(high)), 1 / (most + 1 - upper.to(high)))
+    by_high, by_low = high * per_high, -low * per_low
+    alive = torch.maximum(by_high, by_low) > MIN_ABSMAX / (most + 1)
+    signed = torch.where(upper, -grad_step, grad_step)
+    of_high = torch.where(alive & (by_high >= by_low), signed * per_high, 0)
+    of_low = torch.where(alive & (by_low > by_high), -signed * per_low, 0)
+    return of_low, of_high

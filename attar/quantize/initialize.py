@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.adaptive import InputSample, adaptive_rotation
 from attar.quantize.transforms import (
@@ -29,7 +30,8 @@ ORDERS = ("scale_then_rotate", "rotate_then_scale")
 class TransformSettings:
     """Which transforms a layer gets and how they start.
 
-    scale: learn a channel scale, started by SmoothQuant's rule with `alpha`. rotation: "kronecker" (trained),
+    shift: take the mean of each channel out first. scale: learn a channel scale, started by SmoothQuant's rule with
+    `alpha`. rotation: "kronecker" (trained),
     "orthogonal" (trained, full), "hadamard" (fixed), "adaptive" (fixed, by the layer's input, which has to reach
     `rotation_threshold` for the dual one, see adaptive.py) or "none". affine: let a Kronecker rotation stretch.
     rotation_init: see `rotation_start`. order: "scale_then_rotate" or "rotate_then_scale".
@@ -43,6 +45,7 @@ class TransformSettings:
     rotation_init: str = "auto"
     order: str = "scale_then_rotate"
     rotation_threshold: float = 1.0
+    shift: bool = False
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -112,6 +115,46 @@ def build_transforms(
     return [*rotations, *scales] if rotate_first else [*scales, *rotations]
 
 
+def collect_input_means(
+    run: Callable[[Any], Any], calls: Iterable[Any], linears: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Mean of every input channel of every layer, over all tokens of the calls of all processes.
+
+    run: runs the block on one call. linears: name → layer inside that block. Returns name → (d_in,) float32. Raises
+    AttarError for a layer that no call reached, or where a mean is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(linears, 0)
+
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2)  # (tokens, d)
+        total = x.sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + total if name in sums else total
+        counts[name] += len(x)
+
+    with watching(linears, see):
+        for call in calls:
+            run(call)
+    means = {}
+    for name in linears:
+        (count,) = ranks.sums(counts[name])
+        if not count:
+            raise AttarError(
+                "a layer was not reached by any calibration call",
+                where=name,
+                fix="Skip it, or calibrate with calls that use it",
+            )
+        linear: Any = linears[name]
+        none = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+        own: Tensor = sums.get(name, none)
+        means[name] = (ranks.sum_(own) / count).float()
+        if not bool(torch.isfinite(means[name]).all()):
+            raise AttarError(
+                "a channel's mean is not finite", where=name, fix="Check the block's inputs for NaN"
+            )
+    return means
+
+
 def collect_input_stats(
     run: Callable[[Any], Any],
     calls: Iterable[Any],
@@ -119,13 +162,14 @@ def collect_input_stats(
     *,
     ema: float | None = None,
     rotations: Mapping[str, LearnedTransform] | None = None,
+    shifts: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Absolute maximum of every input channel of every layer, in one pass over the calls.
 
     run: runs the block on one call. linears: name → layer inside that block. ema: None takes the maximum over
     all calls; a momentum (0.95) takes an exponential moving average of each call's statistic, which is itself
-    the maximum over tokens and the mean over the batch. rotations: name → rotation that the input goes
-    through first.
+    the maximum over tokens and the mean over the batch. shifts, rotations: name → what is taken from the input, and
+    the rotation that it goes through, first.
     Returns name → (d_in,) float32. Raises AttarError for a layer that no call reached.
     """
     stats: dict[str, Tensor] = {}
@@ -133,6 +177,8 @@ def collect_input_stats(
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
         x = x.detach().float()
+        if shifts:
+            x = x - shifts[name].to(x.device)
         rotation = None if rotations is None else rotations.get(name)
         if rotation is not None:
             x = rotation(x, rotation.matrices())

@@ -17,7 +17,8 @@ from attar.quantize.weights import Grid, WeightQuantizer
 from attar.runtime.formats import check_format, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
-from attar.runtime.transforms import Transform, restore_weight, transform_weight
+from attar.runtime.transform import half
+from attar.runtime.transforms import ChannelShift, Transform, restore_weight, transform_weight
 
 
 @dataclass
@@ -28,15 +29,18 @@ class _Frozen:
     weight: Tensor  # (out, in), codes · scale
     act_clip: Tensor | None  # (2,)
     branch: tuple[Tensor, Tensor] | None  # (rank, in) and (out, rank), in the dtype of the model
+    bias: Tensor | None  # (out,)
 
 
 class QuantizedLinear(nn.Module):
-    """ŷ = Q_a(x T; a⁻, a⁺) · Q_w(W T^{-T}; g⁻, g⁺)ᵀ + b around one nn.Linear (S²Q-VDiT's base, FlatQuant).
+    """ŷ = Q_a((x - z) T; a⁻, a⁺) · Q_w(W T^{-T}; g⁻, g⁺)ᵀ + W z + b around one nn.Linear (S²Q-VDiT's base, FlatQuant).
 
     linear: the layer; its weight and bias are shared, not copied, and not trained here.
     weight_bits: those of the format, 2..16 of integers (up to 8 can be packed). act_bits: the same, or None for a
     weight-only layer.
     transforms: learnable transforms in the order in which they act on x.
+    shift: z (in,), what is taken from the input first, or None. The bias gets it with the weight before rounding, so
+    that what rounding does to the mean of the inputs is none of the error.
     group_size: None for one scale per output channel, else scales per group of input channels (weight-only).
     weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
     weight_format: "int", "fp8" or a table (tables.py), which is fitted to the weight as the transforms start.
@@ -64,6 +68,7 @@ class QuantizedLinear(nn.Module):
         weight_format: str = "int",
         act_format: str = "int",
         train_levels: bool = False,
+        shift: Tensor | None = None,
     ) -> None:
         super().__init__()
         if act_bits is not None:
@@ -83,6 +88,8 @@ class QuantizedLinear(nn.Module):
         size = (self.out_features, self.in_features)
         self.quantizer = WeightQuantizer(grid, *size, group_size, start, train_levels).to(device)
         self.transforms = nn.ModuleList(transforms).to(device)  # type: ignore[arg-type]
+        self.shift: Tensor | None
+        self.register_buffer("shift", None if shift is None else half(shift).float().to(device))
         self.act_clip_logit = None
         if act_clip and act_bits is not None:
             self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
@@ -94,7 +101,7 @@ class QuantizedLinear(nn.Module):
             None  # added to the rounded weight, and gone before the layer is packed
         )
         self._frozen: _Frozen | None = None
-        self._cache: tuple[tuple, tuple[list[Matrices], Tensor]] | None = None
+        self._cache: tuple[tuple, tuple[list[Matrices], Tensor, Tensor | None]] | None = None
         if grid.number == "table":
             self.quantizer.fit(self.transformed_weight())
 
@@ -161,14 +168,14 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._frozen is not None:
             return self._forward_frozen(x, self._frozen)
-        matrices, weight = self._evaluated()
+        matrices, weight, bias = self._evaluated()
         y = self._transform(x, matrices)
         if self.act_quant and self.act_bits is not None:
             y = fake_quantize_tokens(y, self.act_bits, self._act_clip(), self.act_format)
-        return self._linear(y, weight, x)
+        return self._linear(y, weight, bias, x)
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """x̃ = x T: what the quantizer sees, and what GPTQ's Hessian is made of."""
+        """x̃ = (x - z) T: what the quantizer sees, and what GPTQ's Hessian is made of."""
         if self._frozen is not None:
             for transform in self._frozen.transforms:
                 x = transform(x)
@@ -191,8 +198,8 @@ class QuantizedLinear(nn.Module):
         """A and B of the low-rank branch."""
         return [p for p in (self.branch_in, self.branch_out) if p is not None]
 
-    def _evaluated(self) -> tuple[list[Matrices], Tensor]:
-        """The transforms' matrices and the (fake-quantized) weight W̃, evaluated once in a forward pass.
+    def _evaluated(self) -> tuple[list[Matrices], Tensor, Tensor | None]:
+        """The transforms' matrices, the (fake-quantized) weight W̃ and the bias, evaluated once in a forward pass.
 
         Without gradients, as in the loss evaluations between epochs, they are kept until a parameter changes.
         """
@@ -204,28 +211,36 @@ class QuantizedLinear(nn.Module):
             self._cache = key, self._evaluate()
         return self._cache[1]
 
-    def _evaluate(self) -> tuple[list[Matrices], Tensor]:
+    def _evaluate(self) -> tuple[list[Matrices], Tensor, Tensor | None]:
         matrices = [transform.matrices() for transform in self.transforms]  # type: ignore[operator]
-        weight = self._transformed_weight(matrices)
+        rest = self._rest(wide(self.weight))
+        weight = self._transformed_weight(matrices, rest)
         weight = self.quantizer(weight) if self.weight_quant else weight
-        return matrices, weight if self.auxiliary is None else weight + self.auxiliary()
+        weight = weight if self.auxiliary is None else weight + self.auxiliary()
+        return matrices, weight, self._shifted_bias(rest)
 
-    def _transformed_weight(self, matrices: list[Matrices]) -> Tensor:
-        weight = self._rest(wide(self.weight))
+    def _shifted_bias(self, rest: Tensor) -> Tensor | None:
+        """b + W z, for the weight that is quantized: a branch works on the input as it comes."""
+        if self.shift is None:
+            return self.bias
+        found = rest @ self.shift.to(rest.dtype)
+        return found if self.bias is None else found + self.bias.to(rest.dtype)
+
+    def _transformed_weight(self, matrices: list[Matrices], rest: Tensor | None = None) -> Tensor:
+        weight = self._rest(wide(self.weight)) if rest is None else rest
         for transform, m in zip(self.transforms, matrices, strict=True):
             weight = transform.weight_side(weight, m)  # type: ignore[operator]
         return weight
 
     def _transform(self, x: Tensor, matrices: list[Matrices]) -> Tensor:
-        x = wide(x)
+        x = wide(x) if self.shift is None else wide(x) - self.shift
         for transform, m in zip(self.transforms, matrices, strict=True):
             x = transform(x, m)
         return x
 
-    def _linear(self, y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    def _linear(self, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The quantized input y times the weight, and the branch on the input x as it came; in x's dtype."""
-        bias = None if self.bias is None else self.bias.to(weight.dtype)
-        z = F.linear(y, weight, bias).to(x.dtype)
+        z = F.linear(y, weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
         branch = self._branch()
         if branch is None:
             return z
@@ -284,7 +299,10 @@ class QuantizedLinear(nn.Module):
             raise AttarError(f"codes of shape {tuple(codes.shape)} do not fit {tuple(weight.shape)}")
         fake = self.quantizer.decode(codes, scale)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
-        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch())
+        bias = self._shifted_bias(self._rest(self.weight.double()))
+        if bias is not None and self.shift is not None:
+            bias = bias.to(self.weight.dtype)  # as it is deployed
+        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch(), bias)
         self._cache = None
 
     def unfreeze(self) -> None:
@@ -308,7 +326,7 @@ class QuantizedLinear(nn.Module):
         return PackedLinear.from_codes(
             frozen.codes,
             frozen.scale,
-            bias=self.bias,
+            bias=frozen.bias,
             act_bits=self.act_bits,
             act_clip=frozen.act_clip,
             transforms=frozen.transforms,
@@ -322,14 +340,15 @@ class QuantizedLinear(nn.Module):
     def _baked_transforms(self) -> list[Transform]:
         if self._frozen is not None:
             return self._frozen.transforms
-        return [transform.bake() for transform in self.transforms]  # type: ignore[operator]
+        shift = [] if self.shift is None else [ChannelShift(self.shift)]
+        return [*shift, *(transform.bake() for transform in self.transforms)]  # type: ignore[operator]
 
     def _forward_frozen(self, x: Tensor, frozen: _Frozen) -> Tensor:
         y = self.transform_input(x)
         if self.act_bits is not None:
             codes, scale = quantize_tokens(y, self.act_bits, frozen.act_clip, self.act_format)
             y = decode(codes, self.act_format, self.act_bits) * scale
-        return self._linear(y, frozen.weight.to(y.dtype), x)
+        return self._linear(y, frozen.weight.to(y.dtype), frozen.bias, x)
 
     def extra_repr(self) -> str:
         acts = "float" if self.act_bits is None else f"{self.act_bits} bits"

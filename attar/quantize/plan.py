@@ -16,7 +16,7 @@ from attar.quantize.row_bits import RowBitsSettings
 from attar.quantize.tables import check_weight_format, least_bits, own_tables
 from attar.quantize.transforms import check_rotation, kronecker_factors
 from attar.runtime.block_rotations import block_width
-from attar.runtime.formats import check_format
+from attar.runtime.formats import INTEGER_FORMATS, check_format
 from attar.runtime.hadamard import base_order
 from attar.runtime.packing import packed_width
 from attar.runtime.patches import PARTS, open_layers, split_sizes
@@ -81,7 +81,7 @@ class LayerPlan:
         if self.skipped:
             return "kept"
         groups = f"g{self.group_size}" if self.group_size else ""
-        kinds = {self.weight_format, self.act_format} - {"int"}
+        kinds = {self.weight_format, self.act_format} - {*INTEGER_FORMATS}
         weights = f"W{self.weight_bits}" + ("" if self.row_bits is None else "±1")
         return f"{weights}A{self.act_bits or KEEP}{groups}{''.join(f'-{kind}' for kind in sorted(kinds))}"
 
@@ -368,6 +368,7 @@ def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
         return Forecast(dense, packed)
     packed += 2 * plan.low_rank * (d + out)
     packed += 4 * d if transforms.scale else 0
+    packed += 2 * d + 2 * out - bias if transforms.shift else 0  # with a bias where there was none
     packed += _rotation_bytes(d, transforms.rotation)
     packed += 8 if plan.act_bits is not None else 0
     return Forecast(dense, packed)

@@ -31,7 +31,9 @@ _REFERENCE = (
 )
 
 
-INTEGERS: frozenset[tuple[str, str | None]] = frozenset({("int", "int"), ("int", None)})
+INTEGERS: frozenset[tuple[str, str | None]] = frozenset(
+    {("int", "int"), ("int", "full_range"), ("int", None)}
+)
 FLOAT8: frozenset[tuple[str, str | None]] = frozenset({("fp8", "fp8"), ("fp8", None)})
 Step = tuple[str, Sequence[Tensor]]  # the kind of a transform and its operands
 
@@ -62,7 +64,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Transforms, quantization of rows, product, scales, bias, and GELU before the only rounding.
 
-        number: the format of both factors.
+        number: the format of the activations; the weights have the same one, or integers.
         """
         ...
 

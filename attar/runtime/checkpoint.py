@@ -19,7 +19,9 @@ Models that have either are of format version 3. Version 4 brought layers whose 
 
      "rows": [[3, "int", 153], [4, "int", 1230], [5, "int", 153]]
 
-in their scheme, bits, format and count of each kind (rows.py).
+in their scheme, bits, format and count of each kind (rows.py). Version 5 brought the transform
+{"kind": "channel_shift"}, whose layers have a bias whether the original ones do or not.
+
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
@@ -38,10 +40,10 @@ from attar.runtime.packing import packed_width
 from attar.runtime.patches import PatchLinear, model_splits, open_layers
 from attar.runtime.rows import kinds_of
 from attar.runtime.scheme import LATER, LATER_TRANSFORMS, MIXED_ROWS
-from attar.runtime.transforms import transform_class
+from attar.runtime.transforms import ChannelShift, transform_class
 
 QUANT_METHOD = "attar"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -90,7 +92,9 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
     opened = bool(splits) or any(isinstance(m, PatchLinear) for m in model.modules())
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": 4
+        "format_version": 5
+        if any(t["kind"] == ChannelShift.kind for scheme in schemes for t in scheme["transforms"])
+        else 4
         if any(MIXED_ROWS in scheme for scheme in schemes)
         else 3
         if opened

@@ -1,11 +1,12 @@
 """Number formats: the values that a code stands for, before it is multiplied by a scale.
 
-    int     code itself, two's complement of `bits` bits
-    fp8     the float8 number e4m3fn (8 bits; largest value 448) whose bit pattern is code XOR 0x80
-    table   levels[code + 2^(bits-1)]: the entry of a sorted table of 2^bits numbers in [-1, 1]
+    int         code itself, two's complement of `bits` bits
+    full_range  the same, scaled so that the smallest code is used as well (reference.py); for activations
+    fp8         the float8 number e4m3fn (8 bits; largest value 448) whose bit pattern is code XOR 0x80
+    table       levels[code + 2^(bits-1)]: the entry of a sorted table of 2^bits numbers in [-1, 1]
 
 Codes are signed integers of `bits` bits in every format, so that they are packed alike. `encode` rounds to the nearest
-number that the format has (int and fp8: half to even), `decode` gives it back, exactly.
+number that the format has (integers and fp8: half to even), `decode` gives it back, exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from attar.errors import AttarError
 
-FORMATS = ("int", "fp8", "table")
+INTEGER_FORMATS = ("int", "full_range")
+FORMATS = (*INTEGER_FORMATS, "fp8", "table")
 FP8_LARGEST = 448.0
 
 
@@ -42,7 +44,7 @@ def check_format(name: str, bits: int) -> None:
     """Raises AttarError for an unknown format, or bits that it does not have."""
     if name not in FORMATS:
         raise AttarError(f"unknown number format {name!r}", fix=f"Choose one of {', '.join(FORMATS)}")
-    if name == "int":
+    if name in INTEGER_FORMATS:
         integer_range(bits)
     if name == "fp8" and bits != 8:
         raise AttarError(f"fp8 has 8 bits, not {bits}")
@@ -51,9 +53,9 @@ def check_format(name: str, bits: int) -> None:
 
 
 def largest(name: str, bits: int) -> float:
-    """The largest number of the format, which the largest magnitude of a row is scaled to."""
+    """The largest number of the format, which the largest magnitude of a row is scaled to (but for full_range)."""
     check_format(name, bits)
-    return {"int": integer_range(bits)[1] if name == "int" else 0, "fp8": FP8_LARGEST, "table": 1.0}[name]
+    return integer_range(bits)[1] if name in INTEGER_FORMATS else {"fp8": FP8_LARGEST, "table": 1.0}[name]
 
 
 def encode(steps: Tensor, name: str, bits: int, levels: Tensor | None = None) -> Tensor:
@@ -64,7 +66,7 @@ def encode(steps: Tensor, name: str, bits: int, levels: Tensor | None = None) ->
     """
     check_format(name, bits)
     steps = wide(steps)
-    if name == "int":
+    if name in INTEGER_FORMATS:
         low, high = integer_range(bits)
         return steps.round().clamp(low, high).to(torch.int8 if bits <= 8 else torch.int16)
     if name == "fp8":
@@ -81,7 +83,7 @@ def encode(steps: Tensor, name: str, bits: int, levels: Tensor | None = None) ->
 def decode(codes: Tensor, name: str, bits: int, levels: Tensor | None = None) -> Tensor:
     """The numbers that codes (..., n) stand for, float32. levels: as for `encode`."""
     check_format(name, bits)
-    if name == "int":
+    if name in INTEGER_FORMATS:
         return codes.to(torch.float32)
     if name == "fp8":
         return (codes.view(torch.uint8) ^ 0x80).view(torch.float8_e4m3fn).to(torch.float32)

@@ -27,7 +27,13 @@ from attar.runtime.scheme import (
     levels_of,
     table_shape,
 )
-from attar.runtime.transforms import Transform, as_module_list, restore_weight, transform_from_config
+from attar.runtime.transforms import (
+    ChannelShift,
+    Transform,
+    as_module_list,
+    restore_weight,
+    transform_from_config,
+)
 
 
 class PackedLinear(KeepsBufferDtype, nn.Linear):
@@ -39,11 +45,12 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
     With a low-rank branch, y = … + (x Aᵀ) Bᵀ, on the input as it comes and in its dtype.
 
     Buffers: `codes` uint8 (out, ceil(in·bits/8)); `weight_scale` float32 (out, 1), or (out, in/group_size);
-    `act_clip` float32 (2,) = (f_lo, f_hi) or None; `transforms`, the activation side of the equivalent
-    transforms, float32; `levels` float16 (1, 1, 2^bits), (out, 1, 2^bits) or (out, groups, 2^bits), the tables of
-    the format "table", or None. `bias`, `low_rank_in` A (rank, in) and `low_rank_out` B (out, rank) are Parameters in
-    the dtype of the model, or None. There is no `weight` Parameter: the property gives the dequantized weight in the
-    original basis, with the branch, in the dtype of the model.
+    `act_clip` float32 (2,) = (f_lo, f_hi) or None; `transforms`, the activation side of the equivalent transforms,
+    float32, and of a channel shift float16, with which there is a bias; `levels` float16 (1, 1, 2^bits),
+    (out, 1, 2^bits) or (out, groups, 2^bits), the tables of the format "table", or None. `bias`, `low_rank_in`
+    A (rank, in) and `low_rank_out` B (out, rank) are Parameters in the dtype of the model, or None. There is no
+    `weight` Parameter: the property gives the dequantized weight in the original basis, with the branch, in the dtype
+    of the model.
 
     Rows of several kinds (rows.py): `rows` lists them, `weight_bits` is the widest's, `codes` and `levels` are flat,
     and the buffer `row_kind` uint8 (out,) says which row is which. Their products are computed kind by kind.
@@ -216,11 +223,12 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         device: torch.device | str = "meta",
         dtype: torch.dtype | None = None,
     ) -> PackedLinear:
-        """An empty layer of a checkpoint's scheme (see `scheme`)."""
+        """An empty layer of a checkpoint's scheme (see `scheme`). bias: whether the original layer has one."""
+        shifted = any(t["kind"] == ChannelShift.kind for t in scheme["transforms"])
         return cls(
             in_features,
             out_features,
-            bias,
+            bias or shifted,  # which has what the shift takes away
             weight_bits=scheme["weight_bits"],
             act_bits=scheme["act_bits"],
             act_clip=scheme["act_clip"],
@@ -294,7 +302,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         Raises AttarError, with the layer's name, when a float32 buffer was cast, and for scales that are not finite.
         """
         for buffer, tensor in self.named_buffers():
-            kept = torch.float16 if buffer == "levels" else torch.float32
+            kept = torch.float16 if buffer.rsplit(".", 1)[-1] in ("levels", "shift") else torch.float32
             if tensor.is_floating_point() and tensor.dtype != kept:
                 raise AttarError(f"{buffer} was cast to {tensor.dtype} while loading", where=name)
         try:

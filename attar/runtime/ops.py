@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.runtime.backend import BACKENDS, DTYPES, MAX_IN_FEATURES, backend_name, forced_backend
-from attar.runtime.formats import decode
+from attar.runtime.formats import INTEGER_FORMATS, decode
 from attar.runtime.packing import packed_width, unpack
 from attar.runtime.reference import floating_linear, integer_linear, quantize_tokens
 from attar.runtime.transforms import TRANSFORMS
@@ -114,7 +114,7 @@ def _reference(
         y = F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
         return y if gelu is None else F.gelu(y, approximate=gelu)
     quantized = quantize_tokens(y, act_bits, act_clip, act_format)
-    if (weight_format, act_format) != ("int", "int"):
+    if weight_format != "int" or act_format not in INTEGER_FORMATS:
         numbers = decode(quantized[0], act_format, act_bits)
         weight = _numbers(codes, 1, weight_bits, x.shape[-1], weight_format, levels)
         return floating_linear(numbers, quantized[1], weight.flatten(1), weight_scale, bias, x.dtype, gelu)

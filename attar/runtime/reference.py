@@ -2,8 +2,10 @@
 
     delta = max|x| / (2^(N-1) - 1),   q = clamp(round(x / delta), -2^(N-1), 2^(N-1) - 1),   x_hat = delta * q
 
-for integers; other number formats (formats.py) have another largest number and other numbers to round to. Rounding is
-half to even. Scales and codes are computed in float32 whatever the dtype of the model (float64 tensors stay float64),
+for integers. The format "full_range" uses -2^(N-1) too, for whichever end of a row is farther from zero: delta is
+negative where that is the upper one, and |delta| = max(far / 2^(N-1), near / (2^(N-1) - 1)), as in ggml's Q4_0 for
+weights. Other number formats (formats.py) have another largest number and other numbers to round to. Rounding is half
+to even. Scales and codes are computed in float32 whatever the dtype of the model (float64 tensors stay float64),
 because a bfloat16 scale alone costs more than an 8-bit rounding step.
 """
 
@@ -30,6 +32,18 @@ def symmetric_scale(absmax: Tensor, bits: int, number: str = "int") -> Tensor:
     return absmax / torch.full_like(absmax, largest(number, bits))
 
 
+def row_step(low: Tensor, high: Tensor, bits: int, number: str = "int") -> Tensor:
+    """Step size Δ, float32, of rows whose numbers lie in [low, high], shaped like these. number: the format."""
+    low, high = wide(low), wide(high)
+    if number != "full_range":
+        return symmetric_scale(torch.maximum(low.abs(), high), bits, number)
+    below, codes = -low, 1 << (bits - 1)
+    far = torch.maximum(below, high) / codes
+    near = torch.minimum(below, high)
+    step = torch.maximum(far, near / torch.full_like(near, codes - 1)).clamp(min=MIN_ABSMAX / codes)
+    return torch.where(high > below, -step, step)
+
+
 def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes of `x` for a scale that broadcasts against it: int8, or int16 above 8 bits."""
     return encode(wide(x) / scale, "int", bits)
@@ -46,18 +60,15 @@ def quantize_tokens(
     """Dynamic per-token quantization of activations x (..., d) -> codes (..., d), scale (..., 1).
 
     `clip` = (f_lo, f_hi) are the learned clipping factors of a layer: a token is clamped to
-    [f_lo · min, f_hi · max] and Δ = max(|f_lo · min|, f_hi · max) / (2^(N-1) - 1). number: the format, int or fp8.
+    [f_lo · min, f_hi · max], which Δ is of (`row_step`). number: the format, int, full_range or fp8.
     A token with NaN or infinity gets a non-finite scale, hence a NaN result; other tokens are untouched.
     """
     x = wide(x)
-    if clip is None:
-        scale = symmetric_scale(x.abs().amax(-1, keepdim=True), bits, number)
-    else:
-        low_factor, high_factor = clip[0], clip[1]
-        low = x.amin(-1, keepdim=True) * low_factor
-        high = x.amax(-1, keepdim=True) * high_factor
-        scale = symmetric_scale(torch.maximum(low.abs(), high), bits, number)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    if clip is not None:
+        low, high = low * clip[0], high * clip[1]
         x = torch.minimum(torch.maximum(x, low), high)
+    scale = row_step(low, high, bits, number)
     return encode(x / scale, number, bits), scale
 
 

@@ -58,6 +58,12 @@ def float32(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32, copy=True).contiguous()
 
 
+def half(x: Tensor) -> Tensor:
+    """A copy in float16. What is too large for it becomes its largest number."""
+    most = torch.finfo(torch.float16).max
+    return x.detach().clamp(-most, most).to(torch.float16, copy=True)
+
+
 def check_invertible(matrix: Tensor, where: str, ndim: int = 2) -> None:
     """Raises AttarError unless it is a finite and invertible matrix, or for more axes a batch of such matrices."""
     if matrix.ndim != ndim or matrix.shape[-2] != matrix.shape[-1]:

@@ -4,6 +4,8 @@
 
 (FlatQuant, SmoothQuant, QuaRot.) Several transforms compose in the order in which they are listed: the first
 one acts on x first. Run-time arithmetic is float32 (float64 for a float64 input), the weight side float64.
+
+A channel shift is no matrix: (x - z) Wᵀ + (b + W z) = x Wᵀ + b. It leaves the weight, and the layer's bias has W z.
 """
 
 from __future__ import annotations
@@ -18,7 +20,44 @@ from attar.errors import AttarError
 from attar.runtime.block_rotations import BlockRotations
 from attar.runtime.hadamard import base_order, hadamard_base, walsh_hadamard
 from attar.runtime.reference import wide
-from attar.runtime.transform import Transform, check_invertible, float32, inverse, only
+from attar.runtime.transform import Transform, check_invertible, float32, half, inverse, only
+
+
+class ChannelShift(Transform):
+    """x - z for each channel (Outlier Suppression+, arXiv 2304.09145, eq. 2). `shift` z (d,), in half precision.
+
+    Comes before every other transform. Nothing is undone in the weight: who shifts adds W z to the layer's bias.
+    """
+
+    kind = "channel_shift"
+    arity = 1
+    shift: Tensor
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        if not shift.is_meta and not bool(torch.isfinite(shift).all()):
+            raise AttarError("a channel shift must be finite", where="ChannelShift")
+        self.register_buffer("shift", half(shift).reshape(-1).contiguous())
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> ChannelShift:
+        only(config, "kind")
+        return cls(torch.zeros(d, device=device))
+
+    def operands(self) -> list[Tensor]:
+        return [self.shift]
+
+    @staticmethod
+    def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
+        (shift,) = operands
+        x = wide(x)
+        return x - shift.to(x.dtype)
+
+    def weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.to(dtype)
+
+    def inverse_weight_side(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.to(dtype)
 
 
 class ChannelScale(Transform):
@@ -201,7 +240,7 @@ class Dense(Transform):
 
 
 TRANSFORMS: dict[str, type[Transform]] = {
-    c.kind: c for c in (ChannelScale, Hadamard, Kronecker, Dense, BlockRotations)
+    c.kind: c for c in (ChannelShift, ChannelScale, Hadamard, Kronecker, Dense, BlockRotations)
 }
 
 

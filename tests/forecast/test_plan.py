@@ -122,7 +122,7 @@ def test_calibration_grows_with_what_is_asked():
 
 def test_a_budget_is_presumed(cli):
     def plan(*options):
-        done = cli("plan", "wan-1.3b", "--gpu", "h200", "--json", *options)
+        done = cli("plan", "digits-video", "--gpu", "h200", "--json", *options)
         assert done.code == 0, done.err
         return json.loads(done.out)
 
@@ -138,7 +138,7 @@ def test_a_budget_is_presumed(cli):
     ratio = small["bytes"]["block_linears_packed"] / small["bytes"]["block_linears_bf16"]
     assert 0.219 < ratio <= 0.22
     assert small["calibration"]["trace_seconds"] > 0 == small["calibration"]["learn_seconds"]
-    text = cli("plan", "wan-1.3b", "--gpu", "h200", "--recipe", "attar-mixed").out
+    text = cli("plan", "digits-video", "--gpu", "h200", "--recipe", "attar-mixed").out
     assert "presumed here to keep to the budget same" in text and "choosing bits" in text
 
 

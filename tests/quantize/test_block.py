@@ -48,6 +48,25 @@ def test_learning_rounding_and_packing(name):
         assert weight_only == (case.plans[layer_name].role == "modulation")
 
 
+def test_shifts_are_the_means_of_the_inputs_and_lower_the_error():
+    """The case's inputs get a constant that their layers see, as modulation gives it."""
+    errors = []
+    for shift in (False, True):
+        case = Case(offset=2.0)
+        transforms = TransformSettings(rotation="hadamard", shift=shift)
+        outcome = case.quantize(BlockSettings(transforms, gptq_damping=0.01))
+        errors.append(outcome.error_after)
+        assert outcome.error_after == pytest.approx(case.error(), rel=1e-5)
+        kinds = {tuple(t.kind for t in layer.transforms) for layer in outcome.layers.values()}
+        start = ("channel_shift",) if shift else ()
+        assert {kind[:1] for kind in kinds if kind} == ({start} if shift else {("channel_scale",)})
+    assert errors[1] < 0.9 * errors[0]
+    with pytest.raises(AttarError, match="shifts need calibration"):
+        Case().quantize(
+            BlockSettings(TransformSettings(scale=False, rotation="none", shift=True)), data=False
+        )
+
+
 def test_the_same_seed_gives_the_same_bytes():
     states = []
     for seed in ("0", "0", "1"):

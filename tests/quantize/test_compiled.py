@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.layers import act_formats
 from torch import nn
 
 from attar.errors import AttarError
@@ -49,36 +52,37 @@ def rows_of(seed: int, rows: int, k: int, strided: bool) -> torch.Tensor:
     return x.T.contiguous().T if strided else x
 
 
-def reference_gradients(x, clip, bits, upstream):
+def reference_gradients(x, clip, bits, upstream, number="int"):
     """Of the definition; in float64 if x is."""
     leaves = [x.detach().clone().requires_grad_(), clip.detach().to(x.dtype).requires_grad_()]
     low, high = leaves[1].unbind(0) if clip.ndim == 1 else leaves[1].unsqueeze(-1).unbind(0)
-    y = _FakeQuantizeRange.apply(leaves[0], low, high, bits)
+    y = _FakeQuantizeRange.apply(leaves[0], low, high, bits, number)
     return y.detach(), torch.autograd.grad(y, leaves, upstream.to(x.dtype))
 
 
 @given(
     seed=seeds, level=levels, bits=st.integers(2, 16), rows=st.integers(1, 9), k=st.integers(1, 70),
-    factors=FACTORS, per_row=st.booleans(), strided=st.booleans(),
+    factors=FACTORS, per_row=st.booleans(), strided=st.booleans(), number=act_formats,
 )  # fmt: skip
 @settings(deadline=None, max_examples=200)
 def test_fake_quantization_is_the_definition_bit_for_bit(
-    seed, level, bits, rows, k, factors, per_row, strided
+    seed, level, bits, rows, k, factors, per_row, strided, number
 ):
+    per_row &= number == "int"  # of weights
     x = rows_of(seed, rows, k, strided)
     clip = torch.tensor(factors)
     clip = (clip[:, None, None] * torch.linspace(1, 0.9, rows)[:, None]) if per_row else clip
     upstream = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed + 1))
     with use_backend("cpu"), library().use_kernels(level):
         leaves = [x.clone().requires_grad_(), clip.clone().requires_grad_()]
-        run = fake_quantize_weight if per_row else fake_quantize_tokens
+        run = fake_quantize_weight if per_row else partial(fake_quantize_tokens, number=number)
         y = run(leaves[0], bits, leaves[1])
         grads = torch.autograd.grad(y, leaves, upstream)
-        plain = fake_quantize_tokens(x, bits)
+        plain = fake_quantize_tokens(x, bits, number=number)
     oracle_clip = clip[..., 0] if per_row else clip
-    expected, expected_grads = reference_gradients(x, oracle_clip, bits, upstream)
+    expected, expected_grads = reference_gradients(x, oracle_clip, bits, upstream, number)
     assert torch.equal(y, expected)
-    assert torch.equal(plain, reference_gradients(x, torch.ones(2), bits, upstream)[0])
+    assert torch.equal(plain, reference_gradients(x, torch.ones(2), bits, upstream, number)[0])
     # A sum may differ by a rounding of its largest terms.
     size = upstream.abs().sum(-1, keepdim=True) * (1 + x.abs() / x.abs().amax(-1, keepdim=True).clamp(min=1))
     assert ((grads[0] - expected_grads[0]).abs() <= 1e-5 * size * max(1, max(map(abs, factors)))).all()
@@ -87,16 +91,19 @@ def test_fake_quantization_is_the_definition_bit_for_bit(
     assert (error <= 1e-5 * (scale if per_row else scale.sum())).all()
 
 
-@given(seed=seeds, level=levels, bits=st.integers(2, 8), rows=st.integers(1, 5), k=st.integers(1, 70))
+@given(
+    seed=seeds, level=levels, bits=st.integers(2, 8), rows=st.integers(1, 5), k=st.integers(1, 70),
+    number=act_formats,
+)  # fmt: skip
 @settings(deadline=None, max_examples=80)
-def test_gradients_of_fake_quantization_are_those_of_float64(seed, level, bits, rows, k):
+def test_gradients_of_fake_quantization_are_those_of_float64(seed, level, bits, rows, k, number):
     generator = torch.Generator().manual_seed(seed)
     x, upstream = torch.randn(rows, k, generator=generator), torch.randn(rows, k, generator=generator)
     clip = torch.tensor([0.9375, 0.875])  # exact in both types
-    wide, expected = reference_gradients(x.double(), clip, bits, upstream)
+    wide, expected = reference_gradients(x.double(), clip, bits, upstream, number)
     with use_backend("cpu"), library().use_kernels(level):
         leaves = [x.clone().requires_grad_(), clip.clone().requires_grad_()]
-        y = fake_quantize_tokens(leaves[0], bits, leaves[1])
+        y = fake_quantize_tokens(leaves[0], bits, leaves[1], number)
         grads = torch.autograd.grad(y, leaves, upstream)
     assume(torch.allclose(y.double(), wide, rtol=1e-4, atol=1e-4))  # no value lies on a boundary of codes
     for grad, other in zip(grads, expected, strict=True):

@@ -28,7 +28,9 @@ def test_fake_is_dequantize_of_quantize_bit_for_bit(bits, seed, size, low, high)
     assert torch.equal(fake_quantize(x, scale, bits), dequantize(quantize(x, scale, bits), scale))
     clip = torch.tensor([low, high])
     for c in (None, clip):
-        assert torch.equal(fake_quantize_tokens(x, bits, c), dequantize(*quantize_tokens(x, bits, c)))
+        for number in ("int", "full_range"):
+            rebuilt = dequantize(*quantize_tokens(x, bits, c, number))
+            assert torch.equal(fake_quantize_tokens(x, bits, c, number), rebuilt)
     weight = x[0]
     for group in (None, 8):
         factors = clip.reshape(2, 1, 1).expand(2, 5, group_count(24, group))
@@ -47,6 +49,22 @@ def test_factors_of_one_are_plain_symmetric_rounding():
     assert torch.equal(fake_quantize_tokens(x, 4, torch.ones(2)), plain)
     assert torch.equal(fake_quantize_tokens(x, 4), plain)
     assert torch.equal(fake_quantize_weight(x, 4), plain)
+
+
+@pytest.mark.parametrize("bits, most", [(3, 0.9), (4, 0.85), (6, 0.97)])
+def test_the_full_range_uses_every_code_and_errs_less(bits, most):
+    torch.manual_seed(0)
+    x = torch.randn(400, 64)
+    codes, step = quantize_tokens(x, bits, None, "full_range")
+    low, high = integer_range(bits)
+    # the nearer end decides where it is nearly as far
+    assert (codes.amin(-1) == low).float().mean() > (0.6 if bits > 3 else 0.1) and codes.amax() == high
+    larger = x.amax(-1) > -x.amin(-1)
+    assert torch.equal(step[:, 0] < 0, larger)
+    error, plain = (
+        (fake_quantize_tokens(x, bits, None, n) - x).square().mean() for n in ("full_range", "int")
+    )
+    assert error < most * plain
 
 
 def test_error_falls_with_bits_and_a_group_of_the_whole_row_is_per_channel():
@@ -77,17 +95,24 @@ def test_tokens_are_quantized_independently():
     assert torch.equal(fake_quantize_tokens(x.flip(0), 4, torch.tensor([0.9, 0.8])), y.flip(0))
 
 
-def straight_through(x, low_factor, high_factor, bits):
+def straight_through(x, low_factor, high_factor, bits, number):
     """The same forward pass composed from autograd operations."""
     low, high = x.amin(-1, keepdim=True) * low_factor, x.amax(-1, keepdim=True) * high_factor
-    scale = torch.maximum(low.abs(), high).clamp(min=1e-5) / (2 ** (bits - 1) - 1)
+    if number == "int":
+        scale = torch.maximum(low.abs(), high).clamp(min=1e-5) / (2 ** (bits - 1) - 1)
+    else:
+        q = 2 ** (bits - 1)
+        positive = torch.maximum(-low / q, high / (q - 1)).clamp(min=1e-5 / q)
+        negative = torch.maximum(high / q, -low / (q - 1)).clamp(min=1e-5 / q)
+        scale = torch.where(high > -low, -negative, positive)
     steps = torch.minimum(torch.maximum(x, low), high) / scale
     return (steps + (steps.round() - steps).detach()) * scale
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(2, 8), st.integers(0, 10_000), st.booleans())
-def test_gradients_equal_those_of_the_composed_operations(bits, seed, per_row):
+@given(st.integers(2, 8), st.integers(0, 10_000), st.booleans(), st.booleans())
+def test_gradients_equal_those_of_the_composed_operations(bits, seed, per_row, full_range):
+    number = "full_range" if full_range and not per_row else "int"
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(9, 24, generator=generator, dtype=torch.float64)
     x[0], x[1] = x[0].abs() + 0.1, -x[1].abs() - 0.1
@@ -99,11 +124,11 @@ def test_gradients_equal_those_of_the_composed_operations(bits, seed, per_row):
     for function in ("fused", "composed"):
         leaves = [t.clone().requires_grad_() for t in (x, *factors)]
         if function == "composed":
-            y = straight_through(*leaves, bits)
+            y = straight_through(*leaves, bits, number)
         elif per_row:
             y = fake_quantize_weight(leaves[0], bits, torch.stack(leaves[1:]))
         else:
-            y = fake_quantize_tokens(leaves[0], bits, torch.stack(leaves[1:]))
+            y = fake_quantize_tokens(leaves[0], bits, torch.stack(leaves[1:]), number)
         results.append((y.detach(), *torch.autograd.grad((y * upstream).sum(), leaves)))
     for fused, composed in zip(*results, strict=True):
         assert torch.allclose(fused, composed, rtol=1e-9, atol=1e-12)

@@ -56,11 +56,15 @@ STACKS = [
 ]
 
 
+SHIFT = torch.linspace(-3, 9, D)
+
+
 @pytest.mark.parametrize("names", STACKS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_with_quantizers_off_the_layer_is_its_linear(names, dtype, tolerance):
-    linear = make_linear(dtype)
-    layer = QuantizedLinear(linear, 4, 4, make_transforms(*names)).to(dtype)
+@pytest.mark.parametrize("shift, bias", [(None, True), (SHIFT, True), (SHIFT, False)])
+def test_with_quantizers_off_the_layer_is_its_linear(names, dtype, tolerance, shift, bias):
+    linear = make_linear(dtype, bias)
+    layer = QuantizedLinear(linear, 4, 4, make_transforms(*names), shift=shift).to(dtype)
     x = torch.randn(2, 9, D, dtype=dtype)
     with torch.no_grad():
         expected = linear(x)
@@ -71,13 +75,23 @@ def test_with_quantizers_off_the_layer_is_its_linear(names, dtype, tolerance):
 
 @pytest.mark.parametrize("names", STACKS)
 @pytest.mark.parametrize("act_bits", [4, 6, None])
-def test_the_packed_layer_computes_what_the_frozen_layer_does(names, act_bits):
-    layer = QuantizedLinear(make_linear(), 4, act_bits, make_transforms(*names))
+@pytest.mark.parametrize("shift, act_format", [(None, "int"), (SHIFT, "full_range")])
+def test_the_packed_layer_computes_what_the_frozen_layer_does(names, act_bits, shift, act_format):
+    act_format = "int" if act_bits is None else act_format
+    layer = QuantizedLinear(
+        make_linear(bias=shift is None),
+        4,
+        act_bits,
+        make_transforms(*names),
+        shift=shift,
+        act_format=act_format,
+    )
     x = torch.randn(3, 11, D)
     train(layer, x)
     layer.freeze()
     packed = layer.bake()
-    assert isinstance(packed, PackedLinear) and len(packed.transforms) == len(names)
+    assert isinstance(packed, PackedLinear) and len(packed.transforms) == len(names) + (shift is not None)
+    assert packed.act_format == act_format and packed.bias is not None
     with torch.no_grad():
         assert torch.allclose(layer(x), packed(x), rtol=1e-4, atol=1e-5)
         codes, scale = packed.unpacked(), packed.weight_scale
@@ -85,6 +99,20 @@ def test_the_packed_layer_computes_what_the_frozen_layer_does(names, act_bits):
         layer.unfreeze()
         learned = layer(x)
         assert (learned - packed(x)).norm() / packed(x).norm() < 0.1  # float32 transforms may move a tie
+
+
+def test_what_is_constant_in_the_input_costs_no_error():
+    """Rounding errors of the weight, and the range of the activations, are of what varies alone."""
+    linear, x = make_linear(), torch.randn(200, D) * 0.1 + SHIFT
+    errors = []
+    for shift in (None, x.mean(0)):
+        layer = QuantizedLinear(linear, 3, 4, make_transforms("hadamard"), shift=shift)
+        layer.freeze()
+        with torch.no_grad():
+            errors.append((layer.bake()(x) - linear(x)).square().mean())
+    assert errors[1] < 1e-2 * errors[0]
+    constant = QuantizedLinear(linear, 2, 2, shift=SHIFT)
+    torch.testing.assert_close(constant(SHIFT.half().float()[None]), linear(SHIFT.half().float()[None]))
 
 
 def test_codes_of_another_rounding_reach_the_packed_layer():

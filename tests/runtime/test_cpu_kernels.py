@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layers import DTYPES, assert_same, bits, both, generator, make, seeds, wan_block
+from support.layers import DTYPES, act_formats, assert_same, bits, both, generator, make, seeds, wan_block
 
 from attar.errors import AttarError
 from attar.runtime import PackedLinear, use_backend
@@ -14,7 +14,7 @@ from attar.runtime.cpu.library import library
 from attar.runtime.formats import integer_range
 from attar.runtime.ops import dequantized
 from attar.runtime.packing import pack
-from attar.runtime.transforms import ChannelScale, Dense, Hadamard, Kronecker
+from attar.runtime.transforms import ChannelScale, ChannelShift, Dense, Hadamard, Kronecker
 
 try:
     LEVELS = list(library().levels)
@@ -34,12 +34,32 @@ except AttarError as error:
     bias=st.booleans(),
     clip=st.sampled_from([None, (0.97, 0.9), (0.2, 1.3), (0.0, 0.5)]),
     size=st.sampled_from([1.0, 1e-7, 1e3]),
+    act_format=act_formats,
+    shift=st.sampled_from([None, 0.0, 2.0]),
 )
 @settings(deadline=None, max_examples=150)
 def test_equal_to_the_reference_bit_for_bit(
-    seed, level, weight_bits, act_bits, rows, out_features, in_features, dtype, bias, clip, size
+    seed,
+    level,
+    weight_bits,
+    act_bits,
+    rows,
+    out_features,
+    in_features,
+    dtype,
+    bias,
+    clip,
+    size,
+    act_format,
+    shift,
 ):
-    layer = make(out_features, in_features, weight_bits, act_bits, seed=seed, bias=bias, clip=clip).to(dtype)
+    chain = (
+        [] if shift is None else [ChannelShift(torch.randn(in_features, generator=generator(seed)) + shift)]
+    )
+    layer = make(
+        out_features, in_features, weight_bits, act_bits, seed=seed, bias=bias, clip=clip, chain=chain,
+        act_format=act_format,
+    ).to(dtype)  # fmt: skip
     x = torch.randn(rows, in_features, generator=generator(seed)).mul(size).to(dtype)
     with library().use_kernels(level):
         assert_same(*both(layer, x))
@@ -80,8 +100,9 @@ def test_the_longest_sums(level):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("clip", [None, (0.9, 0.95)])
-def test_extreme_rows(level, clip):
-    layer = make(40, 96, 4, 6, clip=clip)
+@pytest.mark.parametrize("act_format", ["int", "full_range"])
+def test_extreme_rows(level, clip, act_format):
+    layer = make(40, 96, 4, 6, clip=clip, act_format=act_format)
     x = torch.randn(8, 96, generator=generator(1))
     x[0] = 0
     x[1, 5] = 1e30

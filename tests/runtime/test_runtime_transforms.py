@@ -11,6 +11,7 @@ from attar.runtime.hadamard import base_order, hadamard_base, sylvester, walsh_h
 from attar.runtime.transforms import (
     BlockRotations,
     ChannelScale,
+    ChannelShift,
     Dense,
     Hadamard,
     Kronecker,
@@ -68,6 +69,23 @@ def test_linear_is_unchanged(name, dtype, tolerance):
     assert float((result - expected).norm() / expected.norm()) < tolerance
     restored = restore_weight(transforms, transform_weight(transforms, weight))
     torch.testing.assert_close(restored, weight.double(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_shift_moves_into_the_bias():
+    z = torch.randn(96, generator=generator(1)) * 3
+    shift, rotation = ChannelShift(z), Hadamard.random(96, generator(2))
+    assert shift.shift.dtype == torch.float16 and torch.equal(shift.shift, z.half())
+    x = torch.randn(5, 96, generator=generator(3), dtype=torch.float64)
+    weight = torch.randn(7, 96, generator=generator(4), dtype=torch.float64)
+    y = rotation(shift(x)) @ transform_weight([shift, rotation], weight).T + weight @ shift.shift.double()
+    torch.testing.assert_close(y, x @ weight.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        restore_weight([shift, rotation], transform_weight([rotation], weight)), weight
+    )
+    assert shift.to(torch.bfloat16).shift.dtype == torch.float16
+    assert ChannelShift(torch.full((2,), -1e9)).shift.isfinite().all()
+    with pytest.raises(AttarError, match="finite"):
+        ChannelShift(torch.tensor([1.0, float("nan")]))
 
 
 @pytest.mark.parametrize("name", examples())

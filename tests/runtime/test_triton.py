@@ -107,7 +107,7 @@ def test_ones_and_nones_are_constants(compiler):
 
 
 @pytest.mark.parametrize("left, right, order", [(64, 80, 0), (96, 128, 0), (40, 128, 20), (108, 128, 108)])
-@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("capability", [89, pytest.param(90, marks=pytest.mark.slow)])
 def test_rotations_of_real_widths_fit_every_gpu(compiler, capability, left, right, order):
     from attar.runtime.triton.activations import ROTATIONS, Factors
 

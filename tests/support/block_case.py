@@ -12,12 +12,16 @@ from attar.quantize.plan import plan_layers
 
 
 class Case:
-    """The first block of a tiny model with four calls of it."""
+    """The first block of a tiny model with four calls of it. offset: of its modulation's shifts."""
 
-    def __init__(self, name="wan"):
+    def __init__(self, name="wan", offset=0.0):
         make, call = tiny.MODELS[name]
         model = make().requires_grad_(False)
         adapter = ModelAdapter.of(model)
+        if offset:
+            table = adapter.blocks[0].module.scale_shift_table
+            pattern = torch.randn(table.shape[-1], generator=torch.Generator().manual_seed(0))
+            table[:, [0, 3]] += offset * pattern
         self.calls = catch_block_calls(model, adapter, 0, [call(model, seed=i) for i in range(4)])
         self.block = adapter.blocks[0]
         plans = plan_layers(adapter.linears(self.block), [], 4, 6)

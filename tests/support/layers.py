@@ -13,6 +13,7 @@ from attar.runtime.transforms import ChannelScale, Hadamard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 seeds, bits = st.integers(0, 2**31 - 1), st.integers(2, 8)
+act_formats = st.sampled_from(["int", "full_range"])
 
 
 def generator(seed):
@@ -30,6 +31,7 @@ def make(
     clip=None,
     chain=(),
     group_size=None,
+    act_format="int",
 ):
     low, high = integer_range(weight_bits)
     codes = torch.randint(
@@ -38,7 +40,9 @@ def make(
     groups = 1 if group_size is None else in_features // group_size
     scale = torch.rand(out_features, groups, generator=generator(seed + 1)) * 0.01 + 1e-3
     bias = torch.randn(out_features, generator=generator(seed + 2)) if bias else None
-    return PackedLinear.from_codes(codes, scale, weight_bits, bias, act_bits, clip, chain, group_size)
+    return PackedLinear.from_codes(
+        codes, scale, weight_bits, bias, act_bits, clip, chain, group_size, act_format=act_format
+    )
 
 
 def make_float8(out_features, in_features, acts=True, *, seed=0, bias=True, clip=None, chain=()):

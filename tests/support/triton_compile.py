@@ -38,6 +38,7 @@ def compiled(kernel, pointers, constants, capability, **options):
 def compiled_quantize(capability, bits=4, dtype="bf16", **fixed):
     pointers = {
         "x_ptr": dtype,
+        "shift_ptr": "fp32",
         "channel_ptr": "fp32",
         "clip_ptr": "fp32",
         "codes_ptr": "i8",
@@ -50,6 +51,7 @@ def compiled_quantize(capability, bits=4, dtype="bf16", **fixed):
         "SECOND": 512,
         "FULL": 2,
         "FP8": False,
+        "SIGNED": False,
         **fixed,
     }
     pointers = {name: f"*{kind}" for name, kind in pointers.items()}
@@ -61,6 +63,7 @@ def compiled_rotation(capability, left, right, order=0, bits=8, dtype="bf16", co
     factors = Factors(order, left, right)
     pointers = {
         "x_ptr": dtype,
+        "shift_ptr": "fp32",
         "channel_ptr": "fp32",
         "clip_ptr": "fp32",
         "codes_ptr": "i8",
@@ -71,7 +74,8 @@ def compiled_rotation(capability, left, right, order=0, bits=8, dtype="bf16", co
     pointers = {name: f"*{kind}" for name, kind in pointers.items()} | ({"norm": "fp32"} if order else {})
     constants = {
         "ORDER": order, "MOST": 127.0, "PLANES": planes(bits), "LEFT": left, "RIGHT": right, "L": factors.padded[0],
-        "R": factors.padded[1], "HALF": dtype != "fp32", "BLOCK": BLOCK, "FP8": False, **unused, **fixed,
+        "R": factors.padded[1], "HALF": dtype != "fp32", "BLOCK": BLOCK, "FP8": False,
+        "SIGNED": False, **unused, **fixed,
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return compiled(quantize_rotated_rows, pointers, constants, capability, **options)

@@ -21,7 +21,8 @@ class _FakeQuantize(Structure):
     _fields_ = (
         *(("x", c_void_p), ("rows", c_int64), ("k", c_int64)),
         *(("low_factor", c_void_p), ("high_factor", c_void_p), ("stride", c_int64)),
-        *(("bits", c_int32), ("threads", c_int32), ("smallest", c_void_p), ("largest", c_void_p)),
+        *(("bits", c_int32), ("full_range", c_int32), ("threads", c_int32)),
+        *(("smallest", c_void_p), ("largest", c_void_p)),
         *(("y", c_void_p), ("grad", c_void_p)),
         *(("grad_x", c_void_p), ("grad_low", c_void_p), ("grad_high", c_void_p)),
     )
@@ -43,23 +44,29 @@ class _Cayley(Structure):
     )
 
 
-def fake_quantize(x: Tensor, factors: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def fake_quantize(x: Tensor, factors: Tensor, bits: int, full_range: bool = False) -> tuple[Tensor, Tensor]:
     """x (..., k), factors (2,) or (2, rows...) -> x̂ (..., k), and the rows' (smallest, largest) (2, rows)."""
     y = torch.empty_like(x)
     extremes = x.new_empty(2, x.numel() // x.shape[-1])
-    call = _fake_quantize_call(x, factors, bits, extremes)
+    call = _fake_quantize_call(x, factors, bits, extremes, full_range)
     call.y = y.data_ptr()
     library().code.attar_fake_quantize(ctypes.byref(call), library().level)
     return y, extremes
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, factors: Tensor, bits: int, extremes: Tensor, with_x: bool = True
+    grad: Tensor,
+    x: Tensor,
+    factors: Tensor,
+    bits: int,
+    extremes: Tensor,
+    full_range: bool = False,
+    with_x: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradient of x, or None, and those of the factors in each row (2, rows)."""
     grad_x = torch.empty_like(x) if with_x else None
     grad_rows = torch.empty_like(extremes)
-    call = _fake_quantize_call(x, factors, bits, extremes)
+    call = _fake_quantize_call(x, factors, bits, extremes, full_range)
     call.grad = grad.data_ptr()
     call.grad_x = None if grad_x is None else grad_x.data_ptr()
     call.grad_low, call.grad_high = _halves(grad_rows)
@@ -67,7 +74,9 @@ def fake_quantize_backward(
     return grad_x, grad_rows
 
 
-def _fake_quantize_call(x: Tensor, factors: Tensor, bits: int, extremes: Tensor) -> _FakeQuantize:
+def _fake_quantize_call(
+    x: Tensor, factors: Tensor, bits: int, extremes: Tensor, full_range: bool
+) -> _FakeQuantize:
     low_factor, high_factor = _halves(factors)
     smallest, largest = _halves(extremes)
     return _FakeQuantize(
@@ -78,6 +87,7 @@ def _fake_quantize_call(x: Tensor, factors: Tensor, bits: int, extremes: Tensor)
         high_factor=high_factor,
         stride=0 if factors.ndim == 1 else 1,
         bits=bits,
+        full_range=full_range,
         threads=torch.get_num_threads(),
         smallest=smallest,
         largest=largest,

@@ -17,7 +17,7 @@ from attar.errors import AttarError, reason
 from attar.runtime.cpu.build import built_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2}
+STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2, "channel_shift": 3}
 GELUS = {None: 0, "none": 1, "tanh": 2}
 _VARIABLE = "ATTAR_CPU_KERNELS"
 _PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
@@ -38,7 +38,7 @@ class _Linear(Structure):
     _fields_ = (
         *(("x", c_void_p), ("y", c_void_p), ("m", c_int64), ("weight", _Weight)),
         *(("bias", c_void_p), ("clip", c_void_p), ("steps", c_void_p)),
-        *(("n_steps", c_int32), ("act_bits", c_int32)),
+        *(("n_steps", c_int32), ("act_bits", c_int32), ("full_range", c_int32)),
         *(("x_dtype", c_int32), ("y_dtype", c_int32), ("gelu", c_int32), ("threads", c_int32)),
     )
 
@@ -121,6 +121,7 @@ class Library:
             steps=ctypes.addressof(array),
             n_steps=len(fields),
             act_bits=act_bits,
+            full_range=number == "full_range",
             x_dtype=DTYPES[x.dtype],
             y_dtype=DTYPES[out_dtype],
             gelu=GELUS[gelu],

@@ -88,25 +88,34 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """x (m, in) -> codes int8 (m, planes of `weight_bits`, columns), zeros at the end of a plane, and steps (m,).
 
-    steps: a channel scale, a rotation for which `rotates` holds, or both. number: "int", or "fp8", whose bit patterns
-    the codes are.
+    steps: a channel shift, a channel scale, a rotation for which `rotates` holds, or some of these in this order.
+    number: "int", "full_range", or "fp8", whose bit patterns the codes are.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     m, width = x.shape
     count, length = planes(weight_bits), padded_columns(width, weight_bits)
     codes = torch.empty(m, count, length, dtype=torch.int8, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    constants = {"MOST": largest(number, act_bits), "PLANES": count, "FP8": number == "fp8", **EXACT}
+    constants = {
+        "MOST": largest(number, act_bits),
+        "PLANES": count,
+        "FP8": number == "fp8",
+        "SIGNED": number == "full_range",
+        **EXACT,
+    }
     steps = list(steps)
-    channel = float32(steps.pop(0)[1][0]) if steps and steps[0][0] == "channel_scale" else None
+    channels = [
+        float32(steps.pop(0)[1][0]) if steps and steps[0][0] == kind else None
+        for kind in ("channel_shift", "channel_scale")
+    ]
     if steps:
-        _rotated(x, channel, steps[0], float32(clip), codes, step, constants)
+        _rotated(x, channels, steps[0], float32(clip), codes, step, constants)
         return codes, step
     first, second = _pieces(length, count)
     full = sum(end * count <= width for end in (first, first + second))
     plain: Any = quantize_rows[(m,)]
     plain(
-        x, channel, float32(clip), codes, step, width, length, x.stride(0), count * length,
+        x, *channels, float32(clip), codes, step, width, length, x.stride(0), count * length,
         FIRST=first, SECOND=second, FULL=full, num_warps=2 if width <= _CHUNK else 4 if width <= 5 * _CHUNK else 8,
         **constants,
     )  # fmt: skip
@@ -122,7 +131,7 @@ def _pieces(length: int, count: int) -> tuple[int, int]:
 
 def _rotated(
     x: Tensor,
-    channel: Tensor | None,
+    channels: Sequence[Tensor | None],
     rotation: Step,
     clip: Tensor | None,
     codes: Tensor,
@@ -141,7 +150,7 @@ def _rotated(
     def run(config: Config) -> None:
         kernel: Any = quantize_rotated_rows[(min(m, config.rows * processors(x.device)),)]
         kernel(
-            x, channel, *tensors, clip, codes, step, m, codes.shape[2], x.stride(0), codes.stride(0), norm,
+            x, *channels, *tensors, clip, codes, step, m, codes.shape[2], x.stride(0), codes.stride(0), norm,
             ORDER=found.order, LEFT=found.left, RIGHT=found.right, L=left, R=right, HALF=x.dtype != torch.float32,
             BLOCK=BLOCK, num_warps=config.warps, num_stages=config.stages, **constants,
         )  # fmt: skip

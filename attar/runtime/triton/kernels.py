@@ -21,10 +21,11 @@ class TritonKernels:
     """The backend `triton`, an `attar.runtime.backend.Kernels`."""
 
     def fusable(self, steps: Sequence[Step], x: Tensor) -> int:
-        """A channel scale, a rotation, or both in this order, are computed while a row is quantized."""
-        rotation = 1 if steps and rotates(steps[-1], x.dtype, x.device) else 0
-        before = steps[: len(steps) - rotation]
-        return rotation + (1 if before and before[-1][0] == "channel_scale" else 0)
+        """A channel shift, a channel scale and a rotation, in this order, are computed while a row is quantized."""
+        fused = 1 if steps and rotates(steps[-1], x.dtype, x.device) else 0
+        for kind in ("channel_scale", "channel_shift"):
+            fused += fused < len(steps) and steps[len(steps) - 1 - fused][0] == kind
+        return fused
 
     def linear(
         self,
@@ -46,12 +47,13 @@ class TritonKernels:
         if not y.numel():
             return y
         with _on(x.device):
-            if unpacks_first(m, number, x.device):
-                found = quantize(x, clip, act_bits, 8, steps)
+            product = "fp8" if number == "fp8" else "int"
+            if unpacks_first(m, product, x.device):
+                found = quantize(x, clip, act_bits, 8, steps, number)
                 unpacked_product(*found, codes, weight_scale, bias, width, weight_bits, y, gelu)
             else:
                 found = quantize(x, clip, act_bits, weight_bits, steps, number)
-                packed_product(*found, codes, weight_scale, bias, width, weight_bits, y, gelu, number)
+                packed_product(*found, codes, weight_scale, bias, width, weight_bits, y, gelu, product)
         return y
 
     def weight_only(

@@ -25,16 +25,16 @@ def unordered(bits):
 
 
 @triton.jit
-def extremes(x, inside, CLIP: tl.constexpr, FULL: tl.constexpr = False):
-    """Least and largest of the values inside as `ordered` bits, int32 tensors like x; without CLIP of magnitudes.
+def extremes(x, inside, ENDS: tl.constexpr, FULL: tl.constexpr = False):
+    """Least and largest of the values inside as `ordered` bits, int32 tensors like x; without ENDS of magnitudes.
 
     FULL: all are inside.
     """
-    bits = ordered(x) if CLIP else tl.abs(x).to(tl.int32, bitcast=True)
+    bits = ordered(x) if ENDS else tl.abs(x).to(tl.int32, bitcast=True)
     if FULL:
         return bits, bits
     most = tl.where(inside, bits, -0x80000000)  # no zeros that the row does not hold
-    return tl.where(inside, bits, 0x7FFFFFFF) if CLIP else most, most
+    return tl.where(inside, bits, 0x7FFFFFFF) if ENDS else most, most
 
 
 @triton.jit
@@ -43,10 +43,11 @@ def in_range(quotient, MOST: tl.constexpr):
 
 
 @triton.jit
-def step_size(least, most, clip_ptr, MOST: tl.constexpr):
+def step_size(least, most, clip_ptr, MOST: tl.constexpr, SIGNED: tl.constexpr):
     """The step Δ of a row, 1/Δ, and the least and largest quotient, from its extremes as `ordered` bits.
 
-    A row that is not finite gets NaN for Δ, which is what its outputs are; its codes mean nothing.
+    SIGNED: the farther end is the smallest code, and Δ negative where that is the upper one. A row that is not finite
+    gets NaN for Δ, which is what its outputs are; its codes mean nothing.
     """
     low, high = unordered(least), unordered(most)
     magnitude = high
@@ -55,11 +56,21 @@ def step_size(least, most, clip_ptr, MOST: tl.constexpr):
         high = high * tl.load(clip_ptr + 1)
         below = tl.abs(low)
         magnitude = tl.where((below > high) | (below != below), below, high)
-    magnitude = tl.where(magnitude < 1e-5, 1e-5, magnitude)
-    step = tl.div_rn(magnitude, MOST)
+    if SIGNED:
+        below = -low
+        far = tl.where((below > high) | (below != below), below, high) * (1.0 / (MOST + 1.0))
+        near = tl.div_rn(tl.where(below > high, high, below), MOST)
+        step = tl.where(near > far, near, far)
+        step = tl.where(step < 1e-5 / (MOST + 1.0), 1e-5 / (MOST + 1.0), step)
+    else:
+        step = tl.div_rn(tl.where(magnitude < 1e-5, 1e-5, magnitude), MOST)
     step = tl.where(step < float("inf"), step, float("nan"))
+    if SIGNED:
+        step = tl.where(high > -low, -step, step)
     # Rounding a quotient keeps the order, so that clamping it is clamping what is divided.
     low, high = tl.div_rn(low, step), tl.div_rn(high, step)
+    if SIGNED:
+        low, high = tl.minimum(low, high), tl.maximum(low, high)
     return step, tl.div_rn(1.0, step), in_range(low, MOST), in_range(high, MOST)
 
 
@@ -98,14 +109,18 @@ def encode(x, step, inverse, low, high, CLIP: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(x_ptr, channel_ptr, place, inside, FULL: tl.constexpr = False):
-    """float32 values of a row at `place`, divided by the channel scales; 0 where it is not inside (FULL: all is)."""
+def load_chunk(x_ptr, shift_ptr, channel_ptr, place, inside, FULL: tl.constexpr = False):
+    """float32 values of a row at `place`, shifted, divided by the channel scales; 0 where not inside (FULL: all is)."""
     if FULL:
         x = tl.load(x_ptr + place).to(tl.float32)
+        if shift_ptr is not None:
+            x = x - tl.load(shift_ptr + place)
         if channel_ptr is not None:
             x = tl.div_rn(x, tl.load(channel_ptr + place))
     else:
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if shift_ptr is not None:
+            x = x - tl.load(shift_ptr + place, mask=inside, other=0.0)
         if channel_ptr is not None:
             x = tl.div_rn(x, tl.load(channel_ptr + place, mask=inside, other=1.0))
     return x
@@ -113,12 +128,12 @@ def load_chunk(x_ptr, channel_ptr, place, inside, FULL: tl.constexpr = False):
 
 @triton.jit
 def load_piece(
-    x_ptr, channel_ptr, start, width, PLANES: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr
+    x_ptr, shift_ptr, channel_ptr, start, width, PLANES: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr
 ):
     """Columns [start, start + SIZE) of all planes of a row, float32 (PLANES, SIZE), and which lie inside the row."""
     place = (start + tl.arange(0, SIZE)[None, :]) * PLANES + tl.arange(0, PLANES)[:, None]
     inside = place < width
-    return load_chunk(x_ptr, channel_ptr, place, inside, FULL), inside
+    return load_chunk(x_ptr, shift_ptr, channel_ptr, place, inside, FULL), inside
 
 
 @triton.jit
@@ -142,8 +157,9 @@ def over_row(least, most):
 
 @triton.jit
 def quantize_rows(
-    x_ptr, channel_ptr, clip_ptr, codes_ptr, step_ptr, width, columns, x_stride, codes_stride, MOST: tl.constexpr,
-    PLANES: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, FULL: tl.constexpr, FP8: tl.constexpr,
+    x_ptr, shift_ptr, channel_ptr, clip_ptr, codes_ptr, step_ptr, width, columns, x_stride, codes_stride,
+    MOST: tl.constexpr, PLANES: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, FULL: tl.constexpr,
+    FP8: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """One row for a program: x (m, width) -> codes int8 (m, PLANES, columns), zeros behind each plane, step (m,).
 
@@ -155,13 +171,14 @@ def quantize_rows(
     x_ptr += row * x_stride
     codes_ptr += row * codes_stride
     CLIP: tl.constexpr = clip_ptr is not None
+    ENDS: tl.constexpr = CLIP or SIGNED
     if SECOND > 0:
-        x, inside = load_piece(x_ptr, channel_ptr, 0, width, PLANES, FIRST, FULL > 0)
-        z, within = load_piece(x_ptr, channel_ptr, FIRST, width, PLANES, SECOND, FULL > 1)
-        least, most = over_row(*extremes(x, inside, CLIP, FULL > 0))
-        below, above = over_row(*extremes(z, within, CLIP, FULL > 1))
+        x, inside = load_piece(x_ptr, shift_ptr, channel_ptr, 0, width, PLANES, FIRST, FULL > 0)
+        z, within = load_piece(x_ptr, shift_ptr, channel_ptr, FIRST, width, PLANES, SECOND, FULL > 1)
+        least, most = over_row(*extremes(x, inside, ENDS, FULL > 0))
+        below, above = over_row(*extremes(z, within, ENDS, FULL > 1))
         step, inverse, low, high = step_size(
-            tl.minimum(least, below), tl.maximum(most, above), clip_ptr, MOST
+            tl.minimum(least, below), tl.maximum(most, above), clip_ptr, MOST, SIGNED
         )
         codes = encode(x, step, inverse, low, high, CLIP, FP8)
         store_piece(codes, inside, codes_ptr, 0, columns, PLANES, FIRST, FULL > 0)
@@ -171,15 +188,15 @@ def quantize_rows(
         most = tl.full([PLANES, FIRST], -0x80000000, tl.int32)
         least = tl.full([PLANES, FIRST], 0x7FFFFFFF, tl.int32)
         for start in range(0, columns, FIRST):
-            x, inside = load_piece(x_ptr, channel_ptr, start, width, PLANES, FIRST, False)
-            below, above = extremes(x, inside, CLIP)
+            x, inside = load_piece(x_ptr, shift_ptr, channel_ptr, start, width, PLANES, FIRST, False)
+            below, above = extremes(x, inside, ENDS)
             most = tl.maximum(most, above)
-            if CLIP:
+            if ENDS:
                 least = tl.minimum(least, below)
         least, most = over_row(least, most)
-        step, inverse, low, high = step_size(least, most, clip_ptr, MOST)
+        step, inverse, low, high = step_size(least, most, clip_ptr, MOST, SIGNED)
         for start in range(0, columns, FIRST):
-            x, inside = load_piece(x_ptr, channel_ptr, start, width, PLANES, FIRST, False)
+            x, inside = load_piece(x_ptr, shift_ptr, channel_ptr, start, width, PLANES, FIRST, False)
             codes = encode(x, step, inverse, low, high, CLIP, FP8)
             store_piece(codes, inside, codes_ptr, start, columns, PLANES, FIRST, False)
     tl.store(step_ptr + row, step)

@@ -47,9 +47,10 @@ def normalized(x):
 
 @triton.jit
 def quantize_rotated_rows(
-    x_ptr, channel_ptr, signs_ptr, left_ptr, right_ptr, clip_ptr, codes_ptr, step_ptr, m, columns, x_stride,
-    codes_stride, norm, ORDER: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    HALF: tl.constexpr, MOST: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+    x_ptr, shift_ptr, channel_ptr, signs_ptr, left_ptr, right_ptr, clip_ptr, codes_ptr, step_ptr, m, columns,
+    x_stride, codes_stride, norm, ORDER: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, L: tl.constexpr,
+    R: tl.constexpr, HALF: tl.constexpr, MOST: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    FP8: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """x (m, LEFT · RIGHT), as transforms.Hadamard or Kronecker turns it, -> as quantize_rows.
 
@@ -61,6 +62,7 @@ def quantize_rotated_rows(
     place = down * RIGHT + across
     inside = (down < LEFT) & (across < RIGHT)
     CLIP: tl.constexpr = clip_ptr is not None
+    ENDS: tl.constexpr = CLIP or SIGNED
     if ORDER > 0:
         left = hadamard_factor(left_ptr, ORDER, LEFT, L)
         right = hadamard_factor(left_ptr, 1, RIGHT, R)
@@ -78,7 +80,7 @@ def quantize_rotated_rows(
 
     for row in range(tl.program_id(0), m, tl.num_programs(0)):
         at = tl.cast(row, tl.int64)
-        x = load_chunk(x_ptr + at * x_stride, channel_ptr, place, inside)
+        x = load_chunk(x_ptr + at * x_stride, shift_ptr, channel_ptr, place, inside)
         if signs_ptr is not None:
             x = x * tl.load(signs_ptr + place, mask=inside, other=0).to(tl.float32)
         if HALF:
@@ -87,8 +89,8 @@ def quantize_rotated_rows(
         else:  # tf32x3: nearly float32
             x = tl.dot(left, tl.dot(x, right, input_precision="tf32x3"), input_precision="tf32x3") * scale
 
-        least, most = over_row(*extremes(x, inside, CLIP))
-        step, inverse, low, high = step_size(least, most, clip_ptr, MOST)
+        least, most = over_row(*extremes(x, inside, ENDS))
+        step, inverse, low, high = step_size(least, most, clip_ptr, MOST, SIGNED)
         tl.store(step_ptr + at, step)
         codes = encode(x, step, inverse, low, high, CLIP, FP8)
         to = codes_ptr + at * codes_stride

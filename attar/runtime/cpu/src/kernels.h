@@ -6,15 +6,15 @@
 namespace attar {
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum StepKind : int32_t { CHANNEL_SCALE = 0, HADAMARD = 1, KRONECKER = 2 };
+enum StepKind : int32_t { CHANNEL_SCALE = 0, HADAMARD = 1, KRONECKER = 2, CHANNEL_SHIFT = 3 };
 enum Gelu : int32_t { NO_GELU = 0, GELU_ERF = 1, GELU_TANH = 2 };
 
-// One transform of a row of `rows * cols` (channel scale: any) numbers; matrices are row-major float32.
+// One transform of a row of `rows * cols` (of a channel each: any) numbers; matrices are row-major float32.
 struct Step {
     int32_t kind;
     int32_t rows, cols;  // Hadamard: base order and 2^m, repeated over the row; Kronecker: left and right width
-    const float* a;      // channel scale (k,) | signs (k,) | left (rows, rows)
-    const float* b;      // unused             | base (rows, rows) | right (cols, cols)
+    const float* a;      // channel scale, shift (k,) | signs (k,) | left (rows, rows)
+    const float* b;      // unused                    | base (rows, rows) | right (cols, cols)
 };
 
 // A packed weight: n rows of k codes, `bits` bits each, stored as code + 2^(bits - 1).
@@ -35,6 +35,7 @@ struct Linear {
     const float* clip;  // (2,) or null
     const Step* steps;
     int32_t n_steps, act_bits;
+    int32_t full_range;  // of the codes of activations: step sizes have a sign
     int32_t x_dtype, y_dtype;
     int32_t gelu;
     int32_t threads;
@@ -63,7 +64,7 @@ struct FakeQuantize {
     int64_t rows, k;
     const float *low_factor, *high_factor;  // a row's own are `stride` apart: 0 where all rows share one
     int64_t stride;
-    int32_t bits, threads;
+    int32_t bits, full_range, threads;
     float *smallest, *largest;              // (rows,) written by the forward pass, read by the backward pass
     float* y;                               // (rows, k)
     const float* grad;                      // (rows, k), the gradient of y

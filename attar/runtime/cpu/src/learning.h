@@ -76,7 +76,7 @@ struct Range {
     Range(const FakeQuantize& call, int64_t row)
         : low(call.smallest[row] * call.low_factor[row * call.stride]),
           high(call.largest[row] * call.high_factor[row * call.stride]),
-          step(step_of(magnitude_of(low, high), call.bits)) {}
+          step(call.full_range ? signed_step_of(low, high, call.bits) : step_of(magnitude_of(low, high), call.bits)) {}
 };
 
 void fake_quantize(const FakeQuantize& call, int64_t row) {
@@ -109,10 +109,20 @@ void fake_quantize_backward(const FakeQuantize& call, int64_t row) {
         residual = multiply_add(g, rounded(steps) - steps, residual);
         if (grad_x) store_wide(grad_x + i, k - i, v == inside ? g : Wide{});
     }
-    const float grad_absmax = sum_of(residual) / largest_code(call.bits), magnitude = __builtin_fabsf(range.low);
+    const float most = largest_code(call.bits), grad_step = sum_of(residual);
     float grad_low = sum_of(below), grad_high = sum_of(above);
-    if (range.high >= magnitude && range.high >= MIN_ABSMAX) grad_high += grad_absmax;
-    if (magnitude > range.high && magnitude > MIN_ABSMAX) grad_low += range.low > 0 ? grad_absmax : -grad_absmax;
+    if (call.full_range) {
+        const bool upper = range.high > -range.low;
+        const float per_high = 1 / (most + upper), per_low = 1 / (most + !upper);
+        const float by_high = range.high * per_high, by_low = -range.low * per_low, least = MIN_ABSMAX / (most + 1);
+        const float signed_step = upper ? -grad_step : grad_step;
+        if (by_high >= by_low && by_high > least) grad_high += signed_step * per_high;
+        if (by_low > by_high && by_low > least) grad_low -= signed_step * per_low;
+    } else {
+        const float grad_absmax = grad_step / most, magnitude = __builtin_fabsf(range.low);
+        if (range.high >= magnitude && range.high >= MIN_ABSMAX) grad_high += grad_absmax;
+        if (magnitude > range.high && magnitude > MIN_ABSMAX) grad_low += range.low > 0 ? grad_absmax : -grad_absmax;
+    }
     if (grad_x) {
         grad_x[place_of(x, k, call.largest[row])] += grad_high * call.high_factor[row * call.stride];
         grad_x[place_of(x, k, call.smallest[row])] += grad_low * call.low_factor[row * call.stride];

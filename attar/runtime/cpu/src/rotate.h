@@ -120,6 +120,8 @@ void transform(const Linear& call, float* x, float* other) {
         const Step& step = call.steps[s];
         if (step.kind == CHANNEL_SCALE)
             for (int64_t i = 0; i < k; ++i) x[i] /= step.a[i];
+        else if (step.kind == CHANNEL_SHIFT)
+            for (int64_t i = 0; i < k; ++i) x[i] -= step.a[i];
         else if (step.kind == HADAMARD)
             hadamard(step, x, other, k);
         else

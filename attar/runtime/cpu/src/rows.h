@@ -61,6 +61,16 @@ constexpr float MIN_ABSMAX = 1e-5f;
 
 INLINE float step_of(float absmax, int bits) { return (absmax < MIN_ABSMAX ? MIN_ABSMAX : absmax) / largest_code(bits); }
 
+// Of a row in [low, high] whose farther end gets the smallest code, so that it is negative where that is `high`.
+INLINE float signed_step_of(float low, float high, int bits) {
+    const float most = largest_code(bits), below = -low;
+    const bool lower = below > high || below != below;
+    const float far = (lower ? below : high) / (most + 1), near = (below > high ? high : below) / most;
+    float step = near > far ? near : far;
+    step = step < MIN_ABSMAX / (most + 1) ? MIN_ABSMAX / (most + 1) : step;
+    return high > below ? -step : step;
+}
+
 // One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each.
 void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, float* other, int8_t* codes,
                   float* scale, int32_t* offset) {
@@ -71,16 +81,15 @@ void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, f
         transform(call, x, other);
         row.x = x, row.dtype = FLOAT32;
     }
-    float low = -__builtin_inff(), high = __builtin_inff(), absmax;
-    if (call.clip) {
+    float low = -__builtin_inff(), high = __builtin_inff(), step;
+    if (call.clip || call.full_range) {
         minmax_of(row, &low, &high);
-        low *= call.clip[0], high *= call.clip[1];
-        absmax = magnitude_of(low, high);
+        if (call.clip) low *= call.clip[0], high *= call.clip[1];
+        step = call.full_range ? signed_step_of(low, high, call.act_bits) : step_of(magnitude_of(low, high), call.act_bits);
     } else {
-        absmax = absmax_of(row);
+        step = step_of(absmax_of(row), call.act_bits);
     }
     const float most = largest_code(call.act_bits), least = -most - 1;
-    const float step = step_of(absmax, call.act_bits);
 
     // Adding 1.5·2^23 rounds half to even and leaves the integer in the low bits; a NaN leaves zero there.
     const Floats lows = Floats{} + low, highs = Floats{} + high;
