@@ -362,6 +362,8 @@ OWN = Study(
     (
         Method("attar-ptq", "attar-ptq"),
         Method("attar, same bits", "attar", UNIFORM),
+        Method("without shifts", "attar", {**UNIFORM, "quantize.shift": False}),
+        Method("activations without the last code", "attar", {**UNIFORM, "quantize.act_format": "int"}),
         Method("without learning", "attar", {**UNIFORM, "reconstruct.epochs": 0}),
         Method("without clip search", "attar", {**UNIFORM, "quantize.clip_search": False}),
         Method("GPTQ of the clipped weight", "attar", {**UNIFORM, "rounding.target": "clipped"}),
@@ -369,9 +371,8 @@ OWN = Study(
         Method("weights rounded while learning", "attar", {**UNIFORM, **WITH_NEAREST}),
         Method("nearest rounding", "attar", {**UNIFORM, "rounding.method": "nearest"}),
         Method("attar", "attar"),
-        Method("bits by the final latents", "attar", {"allocate.objective": "latents"}),
+        Method("all blocks alike", "attar", {"allocate.objective": "block"}),
         Method("bits of activations too", "attar", {"allocate.acts": True}),
-        Method("both", "attar", {"allocate.objective": "latents", "allocate.acts": True}),
     ),
     prompts=0,
 )

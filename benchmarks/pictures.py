@@ -40,7 +40,8 @@ SYSTEMS = (
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
-    "attar, errors followed": ("attar", {"allocate.objective": "latents"}),
+    "attar, all blocks alike": ("attar", {"allocate.objective": "block"}),
+    "attar, without shifts": ("attar", {"quantize.shift": False, "quantize.act_format": "int"}),
 }
 TRAINED = ("efficientdm", "quest", "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2")  # whole models
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
