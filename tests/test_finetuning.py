@@ -64,6 +64,17 @@ def test_trained_models_are_packed_and_come_back_as_they_are(name, recipe, overr
     pipelines.assert_same_model(pipe, again, name)
 
 
+def test_trained_biases_are_in_the_files_of_the_command(commands, wan_folder, tmp_path):
+    options = [word for key, value in POLISH.items() for word in ("--set", f"{key}={value}")]
+    assert (
+        commands.run("compress", wan_folder, "-o", tmp_path / "small", "--recipe", "attar-ptq", *options) == 0
+    )
+    small, source = (DiffusionPipeline.from_pretrained(f) for f in (tmp_path / "small", wan_folder))
+    layers = packed_layers(small.transformer)
+    moved = [not torch.equal(b.bias, source.transformer.get_submodule(n).bias) for n, b in layers.items()]
+    assert moved and sum(moved) > len(moved) / 2
+
+
 def test_a_split_u_net_of_half_precision(tmp_path):
     """Units and convolutions are trained as blocks and linears are, and all types come back."""
     pipe = unets.make("sd").to(torch.bfloat16)

@@ -13,6 +13,7 @@ from support import pipelines
 from support.commands import contents
 
 import attar
+from attar.runtime.layers import packed_layers
 from benchmarks.big_model import COGVIDEOX_5B, write_model
 
 SMALL = ("--set", "trace.prompts=2", "--set", "select.count=3", "--set", "reconstruct.epochs=1")
@@ -20,7 +21,13 @@ OUTSIDE = ("--set", "quantize.roles={head: {weights: 8}}")
 RUNS = {
     "no data": ("cogvideox", ("--recipe", "hadamard", *OUTSIDE)),
     "token weights": ("cogvideox", ("--recipe", "s2q-vdit", *SMALL, *OUTSIDE)),
-    "two experts": ("wan22", ("--recipe", "attar-ptq", *SMALL, "--set", "reconstruct.propagate=quant")),
+    "two experts": (
+        "wan22",
+        (
+            *("--recipe", "attar-ptq", *SMALL, "--set", "reconstruct.propagate=quant"),
+            *("--set", "quantize.shift=true", "--set", "quantize.act_format=full_range"),
+        ),
+    ),
     "two segments": ("hunyuan", ("--recipe", "learned-base", *SMALL, "--set", "reconstruct.propagate=quant")),
 }
 
@@ -55,6 +62,24 @@ def whole(commands, models, tmp_path_factory):
         return made[kind]
 
     return of
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_shift_is_in_the_biases_that_are_saved(stream, commands, models, tmp_path):
+    """b + W z, of the source's b and W, in their type: the files of the source are not copied where a layer changed."""
+    options = ("--recipe", "smoothquant", *SMALL[:4], "--set", "quantize.shift=true", "--acts", "8")
+    assert commands.run("compress", models["wan22"], "-o", tmp_path / "small", stream, *options) == 0
+    small = DiffusionPipeline.from_pretrained(tmp_path / "small", torch_dtype=torch.bfloat16)
+    source = DiffusionPipeline.from_pretrained(models["wan22"], torch_dtype=torch.bfloat16)
+    found = 0
+    for part in ("transformer", "transformer_2"):
+        for name, layer in packed_layers(getattr(small, part)).items():
+            if len(layer.transforms):
+                linear, shift = getattr(source, part).get_submodule(name), layer.transforms[0].shift.double()
+                bias = (linear.bias.double() + linear.weight.double() @ shift).bfloat16()
+                assert torch.equal(layer.bias, bias) and not torch.equal(bias, linear.bias)
+                found += 1
+    assert found
 
 
 @pytest.mark.parametrize("kind", RUNS)

@@ -20,7 +20,7 @@ Models that have either are of format version 3. Version 4 brought layers whose 
      "rows": [[3, "int", 153], [4, "int", 1230], [5, "int", 153]]
 
 in their scheme, bits, format and count of each kind (rows.py). Version 5 brought the transform
-{"kind": "channel_shift"}, whose layers have a bias whether the original ones do or not.
+{"kind": "channel_shift"}, whose layers have a bias whether the original ones do or not, and "act_format": "full_range".
 
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
@@ -93,7 +93,7 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
     return {
         "quant_method": QUANT_METHOD,
         "format_version": 5
-        if any(t["kind"] == ChannelShift.kind for scheme in schemes for t in scheme["transforms"])
+        if any(map(_of_version_5, schemes))
         else 4
         if any(MIXED_ROWS in scheme for scheme in schemes)
         else 3
@@ -108,6 +108,11 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
         "modules_to_not_convert": kept,
         **({_SPLITS: splits} if splits else {}),
     }
+
+
+def _of_version_5(scheme: Mapping[str, Any]) -> bool:
+    shifted = any(t["kind"] == ChannelShift.kind for t in scheme["transforms"])
+    return shifted or scheme.get("act_format") == "full_range"
 
 
 def check_config(config: Mapping[str, Any], where: str = "quantization_config") -> dict[str, Any]:
