@@ -22,12 +22,10 @@ from typing import Any
 import torch
 
 from attar.models.source import find_source, load_pipeline
-from attar.planning import plan_components
-from attar.recipe import Recipe
-from attar.settings import layer_size
-from benchmarks import quality
+from benchmarks import latency, quality
 from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
 from benchmarks.scatter import Point, scatter
+from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load
 from benchmarks.tables import over_cells
 
@@ -35,7 +33,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PEERS = FOLDER / "peers.json"
 COLUMNS = (
     "system", "seeds", "linears", "PSNR dB", "SSIM", "latent error", "block error", "Fréchet distance", "all right",
-    "calibration CPU s",
+    "calibration CPU s", "block speed",
 )  # fmt: skip
 INTRO = """Every system compresses the same model with the same calibration prompts, and is measured on the same 24
 held-out prompts with the same noise as full precision, 50 steps. Printed by `python -m benchmarks.leaderboard --table`.
@@ -45,18 +43,22 @@ held-out prompts with the same noise as full precision, 50 steps. Printed by `py
   median over prompts; **block error**: of each block on held-out full-precision inputs, relative to its own update
 - **Fréchet distance**: between what the digit reader sees in the frames of both models; small sets are biased upwards
 - **all right**: prompts whose digit, colour, direction and speed are all shown (in brackets: full precision)
+- **block speed**: one block of Wan 1.3B at 2,048 tokens on one core, times faster than bfloat16 in the same run, with
+  the quartiles over rounds (`python -m benchmarks.latency`); tables of numbers have no kernels on CPUs
 - ± is the half width of the 95 % t-interval over seeds; rows of one seed are no more than a hint
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system at some bits. cells: by seed. ratio: bytes of the linears against bfloat16."""
+    """One system at some bits. cells: by seed. ratio: bytes of the linears against bfloat16. speed: of a block, as
+    `benchmarks.latency` has it, if it was measured."""
 
     system: str
     bits: str
     cells: tuple[dict[str, Any], ...]
     ratio: float
+    speed: dict[str, Any] | None = None
 
     @property
     def psnr(self) -> float:
@@ -71,8 +73,12 @@ class Row:
             over_cells(self.cells, lambda c: sum(c["ssim"]) / len(c["ssim"]), 4),
             over_cells(self.cells, lambda c: median(c["latent_error"]), 4), over_cells(self.cells, block_error, 4),
             over_cells(self.cells, lambda c: c.get("frechet"), 4), self._right(),
-            over_cells(self.cells, lambda c: c.get("calibration_cpu_seconds"), 0),
+            over_cells(self.cells, lambda c: c.get("calibration_cpu_seconds"), 0), self._speed(),
         ]  # fmt: skip
+
+    def _speed(self) -> str:
+        found = (self.speed or {}).get("faster")
+        return f"{found['value']:.2f}× ({found['low']:.2f}–{found['high']:.2f})" if found else "–"
 
     def _right(self) -> str:
         share, full = (
@@ -82,8 +88,8 @@ class Row:
         return f"{100 * share:.1f} ({100 * full:.1f})"
 
 
-def rows_of(cells: dict[str, Any]) -> list[Row]:
-    """What has been measured, the best PSNR first among those of equal bits."""
+def rows_of(cells: dict[str, Any], speeds: dict[str, Any] | None = None) -> list[Row]:
+    """What has been measured, the best PSNR first among those of equal bits. speeds: rows of `benchmarks.latency`."""
     components = {"transformer": load_pipeline(find_source("digits-video")).transformer}
     found = []
     for bits in LEADERBOARD.bits:
@@ -92,17 +98,12 @@ def rows_of(cells: dict[str, Any]) -> list[Row]:
             known = (find_cell(cells, LEADERBOARD, method, bits, seed) for seed in seeds_of(cells))
             kept = tuple(cell for cell in known if cell is not None)
             if kept:
-                ratio = _ratio(components, method.resolve(bits))
-                some.append(Row(method.name, f"W{bits[0]}A{bits[1]}", kept, ratio))
+                ratio = planned_ratio(components, method.resolve(bits))
+                width = f"W{bits[0]}A{bits[1]}"
+                speed = (speeds or {}).get(f"{method.name}|{width}")
+                some.append(Row(method.name, width, kept, ratio, speed))
         found += sorted(some, key=lambda row: -row.psnr)
     return found
-
-
-def _ratio(components: dict[str, Any], recipe: Recipe) -> float:
-    """Where mean bits are the budget, that of these bits in all layers, which a choice does not exceed."""
-    plain = recipe.model_copy(update={"allocate": None})
-    sizes = [layer_size(p, plain) for p in plan_components(components, plain)["transformer"] if not p.skipped]
-    return sum(s.packed for s in sizes) / sum(s.dense for s in sizes)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Peer:
         return [
             f"{self.name} ({self.row['version']})", "1", "simulated" if self.ratio is None else f"{self.ratio:.3f}×",
             f"{self.row['psnr']:.2f}", f"{self.row['ssim']:.4f}", "–", "–", "–",
-            f"{100 * right:.1f} ({100 * full:.1f})", f"{self.row['seconds_to_quantize']:.0f}",
+            f"{100 * right:.1f} ({100 * full:.1f})", f"{self.row['seconds_to_quantize']:.0f}", "–",
         ]  # fmt: skip
 
 
@@ -217,7 +218,8 @@ def main() -> None:
     if not args.table:
         args.studies = [LEADERBOARD.name]
         quality.run(args)
-    print(write_pages(rows_of(load(args.results, "cells")["cells"]), peers()))
+    speeds = load(latency.RESULTS, "rows")["rows"]
+    print(write_pages(rows_of(load(args.results, "cells")["cells"], speeds), peers()))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ full precision.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
@@ -29,6 +30,7 @@ from attar.recipe import Recipe, load_recipe
 from attar.runtime.layers import packed_layers
 from benchmarks import quality
 from benchmarks.cells import digest
+from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load, save
 from benchmarks.tables import mean_text
 
@@ -39,7 +41,9 @@ SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
+AS_LARGE = "attar, as large as svdquant"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
+    AS_LARGE: ("attar", {}),
     "attar, all blocks alike": ("attar", {"allocate.objective": "block"}),
     "attar, without shifts": ("attar", {"quantize.shift": False, "quantize.act_format": "int"}),
 }
@@ -137,6 +141,7 @@ def _linears(pipe: Any) -> float:
 def run(args: argparse.Namespace) -> None:
     for model in args.models:
         source = find_source(model)
+        components = transformer_components(load_pipeline(source))
         for seed in args.seeds:
             benches: dict[int, PictureBench] = {}
             for bits in args.bits:
@@ -144,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
                     if (args.only and system not in args.only) or ONLY_ON.get(system, model) != model:
                         continue
                     weights, acts = (int(n) for n in bits.upper()[1:].split("A"))
-                    recipe = recipe_of(system, weights, acts)
+                    recipe = recipe_of(system, weights, acts, components)
                     name, does = f"{model}|{system}|{bits}|{seed}", digest(recipe)
                     if load(args.results, "cells")["cells"].get(name, {}).get("recipe") == does:
                         continue
@@ -162,10 +167,13 @@ def run(args: argparse.Namespace) -> None:
                     print(f"{name:<48} PSNR {mean:.2f}  right {cell['right']:.3f}", flush=True)
 
 
-def recipe_of(system: str, weights: int, acts: int) -> Recipe:
-    """At these bits."""
+def recipe_of(system: str, weights: int, acts: int, components: Mapping[str, nn.Module]) -> Recipe:
+    """At these bits. components: the denoiser."""
     name, overrides = VARIANTS.get(system, (system, {}))
-    return load_recipe(name, {**overrides, "quantize.weights": weights, "quantize.acts": acts})
+    bits = {"quantize.weights": weights, "quantize.acts": acts}
+    if system == AS_LARGE:
+        overrides = {"allocate.budget": f"{planned_ratio(components, load_recipe('svdquant', bits)):.3f}x"}
+    return load_recipe(name, {**overrides, **bits})
 
 
 def table(cells: dict[str, Any]) -> str:

@@ -25,14 +25,16 @@ def rows():
         key("leaderboard", m.name, (4, 6), s): cell(m, (4, 6), 20.0 + s) for m in (rtn,) for s in (0, 1, 2)
     }
     cells[key("leaderboard", "svdquant", (4, 6), 0)] = cell(svd, (4, 6), 30.0, frechet=0.125)
-    return rows_of(cells)
+    speed = {"faster": {"value": 1.5, "low": 1.4, "high": 1.625}}
+    return rows_of(cells, {"rtn|W4A6": speed})
 
 
 def test_rows_are_ordered_and_weighed(rows):
     assert [(r.system, r.bits, len(r.cells)) for r in rows] == [("svdquant", "W4A6", 1), ("rtn", "W4A6", 3)]
     assert 0.25 < rows[1].ratio < 0.27 < 0.4 < rows[0].ratio  # the branch counts
     best, plain = rows[0].figures(), rows[1].figures()
-    assert best[3:8] == ["31.00", "0.5000", "0.2000", "0.5000", "0.1250"] and best[9] == "–"
+    assert best[3:8] == ["31.00", "0.5000", "0.2000", "0.5000", "0.1250"] and best[9:] == ["–", "–"]
+    assert plain[10] == "1.50× (1.40–1.62)"
     assert plain[3].startswith("22.00 ± ") and plain[7] == "–" and plain[8] == "50.0 (50.0)"
 
 
