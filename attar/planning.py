@@ -45,7 +45,7 @@ def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """
     recipe.refuse_budget()
     adapter = _adapter(transformer)
-    if recipe.quantize.split:
+    if recipe.quantize.split and adapter.unet:  # transformers have no skip connections
         adapter.splits = concatenations(transformer)
     inside = [linear for block in adapter.blocks for linear in adapter.linears(block)]
     plan = plan_for(recipe, inside, adapter.outside_linears())

@@ -133,7 +133,7 @@ class Quantize(Stage):
     row_bits: RowBits | None = Field(default=None, description="bits that differ by rows, at the same mean")
     split: bool = Field(
         default=False,
-        description="layers over a concatenation, as behind a U-Net's skip connections, get scales for each part of it",
+        description="layers behind a U-Net's skip connections get scales for each part of the concatenation",
     )
     roles: dict[str, dict[str, Any]] = Field(
         default_factory=dict,

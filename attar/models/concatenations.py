@@ -55,9 +55,9 @@ def concatenations(model: nn.Module) -> dict[str, tuple[int, ...]]:
     family = FAMILIES.get(cls.__name__)
     if not hasattr(family, "example_call"):
         raise AttarError(
-            "which layers get concatenated inputs is known of U-Nets only",
+            "which layers get concatenated inputs is not known of this U-Net",
             where=cls.__name__,
-            fix="Leave quantize.split out",
+            fix="Set quantize.split to false",
         )
     try:
         with torch.device("meta"):
@@ -68,7 +68,7 @@ def concatenations(model: nn.Module) -> dict[str, tuple[int, ...]]:
         raise AttarError(
             f"an example call of the model fails ({reason(error)})",
             where=cls.__name__,
-            fix="Leave quantize.split out",
+            fix="Set quantize.split to false",
         ) from error
     return found
 

@@ -13,7 +13,9 @@ from attar.models.adapter import ModelAdapter
 from attar.models.attention_mass import attention_mass
 from attar.models.block import run_block
 from attar.models.concatenations import concatenations
+from attar.planning import plan_component
 from attar.quantize.plan import LayerPlan, open_planned, plan_layers
+from attar.recipe import load_recipe
 from attar.samples import SegmentStarts
 from attar.workspace import Workspace
 
@@ -154,9 +156,14 @@ def test_parts_are_kept_together():
         plan_layers(linears, [], 4, 6, {"*.conv1.linear.parts.1": {"skip": True}})
 
 
-def test_only_u_nets_are_watched():
-    with pytest.raises(AttarError, match="U-Nets only"):
+def test_only_known_u_nets_are_watched():
+    with pytest.raises(AttarError, match="not known of this U-Net"):
         concatenations(tiny.wan())
+    recipe = load_recipe("smoothquant", {"quantize.split": True})
+    plain = load_recipe("smoothquant")
+    assert plan_component(tiny.wan(), recipe) == plan_component(tiny.wan(), plain)  # nothing to split
+    parts = [p.name for p in plan_component(unets.condition(), recipe) if ".parts." in p.name]
+    assert parts and not [p.name for p in plan_component(unets.condition(), plain) if ".parts." in p.name]
 
 
 def test_convolutions_in_groups_stay_and_the_plan_says_why():
