@@ -94,7 +94,13 @@ def write_weights(
 
         for source in packed:
             for name, tensor in read_layers(workspace, source.file).items():
-                write(source.prefix + name, tensor)  # biases too: they may have been trained, or shifted
+                key = source.prefix + name
+                if (
+                    stored(key) in shards
+                ):  # a bias, which may have been trained or shifted; else it is the source's
+                    original = shards.read(stored(key))
+                    tensor = original if torch.equal(original.to(tensor.dtype), tensor) else tensor
+                write(key, tensor)
         for key in list(home):
             known = stored(key) in shards
             if not known and state[key].is_meta:
@@ -113,7 +119,8 @@ def _weight_type(layer: str, shards: Shards, default: torch.dtype) -> torch.dtyp
     place = layer.rpartition(PARTS)[0] or layer
     for name in (place, place.removesuffix(PATCHES)):
         if f"{name}.weight" in shards:
-            return shards.entry(f"{name}.weight").dtype
+            found = shards.entry(f"{name}.weight").dtype
+            return found if found.itemsize > 1 else default  # float8 is too narrow for sums
     return default
 
 

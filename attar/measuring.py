@@ -290,7 +290,7 @@ def _places(
             f"{len(chosen)} measured steps cannot be shared by {ranks.size()} processes" if chosen
             else "the component did not run in any traced step",
             where=component,
-            fix="Measure more samples (allocate.samples), or trace more prompts or steps",
+            fix="Start fewer processes, measure more samples (allocate.samples), or trace more steps",
         )  # fmt: skip
     return max(map(len, ran)), list(ranks.mine(chosen))
 

@@ -19,7 +19,7 @@ from benchmarks.cells import LEADERBOARD
 from benchmarks.peers.competitors import Competitor, attar, plain
 from benchmarks.peers.speed import BASELINE, measure_speed
 from benchmarks.quality import environment
-from benchmarks.store import FOLDER, load, processor, save
+from benchmarks.store import FOLDER, processor, save
 
 RESULTS = FOLDER / "latency.json"
 SHOWN = ((4, 6), (4, 4), (3, 6))
@@ -39,7 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bits", nargs="+", default=[f"W{w}A{a}" for w, a in SHOWN])
+    widths = [f"W{w}A{a}" for w, a in SHOWN]
+    parser.add_argument("--bits", nargs="+", choices=widths, default=widths)
     parser.add_argument("--shape", default="wan-1.3b")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
@@ -48,13 +49,11 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = {tuple(int(n) for n in bits.upper()[1:].split("A")) for bits in args.bits}
     measured = measure_speed(competitors(wanted), args.shape, args.tokens, args.rounds)  # type: ignore[arg-type]
-    results = load(args.results, "rows")
-    results["environment"] = {
+    where = {
         **environment(0), "model": args.shape, "steps": None, "tokens": args.tokens, "rounds": args.rounds,
         "threads": 1, "processor": processor(), "backend": backend_description("cpu"),
     }  # fmt: skip
-    results["rows"] |= measured
-    save(args.results, results)
+    save(args.results, {"environment": where, "rows": measured})  # of one run alone, so all are comparable
     for name, row in measured.items():
         print(f"{name:<36} {row.get('error') or format(1000 * row['seconds'], '.0f') + ' ms'}  "
               f"{row.get('faster', {}).get('value', 1):.2f}")  # fmt: skip

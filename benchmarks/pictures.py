@@ -28,6 +28,7 @@ from attar.models.source import Source, find_source, load_pipeline
 from attar.models.zoo.judges import DigitReader, verdicts
 from attar.recipe import Recipe, load_recipe
 from attar.runtime.layers import packed_layers
+from attar.runtime.patches import dense_biases
 from benchmarks import quality
 from benchmarks.cells import digest
 from benchmarks.sizes import planned_ratio
@@ -117,7 +118,7 @@ class PictureBench:
             "frechet": frechet_distance(*map(self.reader.describe, (self._full, made))),
             "right": self._right(made),
             "reference_right": self._right(self._full),
-            "linears": _linears(pipe),
+            "linears": _linears(pipe, self.load()),
         }
 
     def _right(self, pictures: Tensor) -> float:
@@ -126,15 +127,17 @@ class PictureBench:
         return sum(all(verdict.values()) for verdict in found) / len(found)
 
 
-def _linears(pipe: Any) -> float:
-    """Packed bytes of the quantized layers against bfloat16."""
+def _linears(pipe: Any, full: Any) -> float:
+    """Packed bytes of the quantized layers against those of the full-precision pipeline in bfloat16."""
     packed = dense = 0
-    for part in transformer_components(pipe).values():
-        for layer in packed_layers(part).values():
-            bias = 0 if layer.bias is None else 2 * layer.out_features
-            branches = sum(2 * p.numel() for n, p in layer.named_parameters() if n != "bias")
-            packed += sum(t.numel() * t.element_size() for t in layer.buffers()) + branches + bias
-            dense += 2 * layer.in_features * layer.out_features + bias
+    for component, part in transformer_components(pipe).items():
+        layers, biases = packed_layers(part), dense_biases(part)
+        original = dict(getattr(full, component).named_parameters())
+        for name, layer in layers.items():
+            bias = biases.get(f"{name}.bias", f"{name}.bias")  # a shift gives one to layers that had none
+            packed += sum(t.numel() * t.element_size() for t in layer.buffers())
+            packed += sum(2 * parameter.numel() for parameter in layer.parameters())
+            dense += 2 * layer.in_features * layer.out_features + 2 * (bias in original) * layer.out_features
     return packed / dense
 
 

@@ -274,11 +274,15 @@ class Finetuner:
 def _round_base(layer: QuantizedLinear) -> Tensor:
     """W becomes Ŵ, whose codes are the same; returns what is lost, W - Ŵ in the basis in which the layer quantizes.
 
-    Ŵ ends where W was clipped, so clipping opens again, or it would cut a second time and the codes would move.
+    Ŵ ends where W was clipped, so clipping opens again, or it would cut a second time and the codes would move. What
+    a shifted input's mean loses by it goes into the bias.
     """
     weight = layer.transformed_weight()
     rounded = layer.rounded(weight)
-    layer.weight = nn.Parameter(layer.to_original(rounded), requires_grad=False)
+    former, layer.weight = layer.weight, nn.Parameter(layer.to_original(rounded), requires_grad=False)
+    if layer.shift is not None:
+        lost = (former.float() - layer.weight.float()) @ layer.shift
+        layer.bias = nn.Parameter(lost if layer.bias is None else layer.bias + lost, requires_grad=False)
     if layer.quantizer.clip_logit is not None:
         layer.quantizer.clip_logit.fill_(math.log(OPEN / (1 - OPEN)))
     return weight - rounded

@@ -220,10 +220,14 @@ class QuantizedLinear(nn.Module):
         return matrices, weight, self._shifted_bias(rest)
 
     def _shifted_bias(self, rest: Tensor) -> Tensor | None:
-        """b + W z, for the weight that is quantized: a branch works on the input as it comes."""
+        """b + (W - B A) z: a branch works on the input as it comes. rest: what is quantized."""
         if self.shift is None:
             return self.bias
-        found = rest @ self.shift.to(rest.dtype)
+        branch, shift = self._branch(), self.shift.to(rest.dtype)
+        found = rest @ shift
+        if branch is not None and not self.branch_subtracted:
+            down, up = (part.to(rest.dtype) for part in branch)
+            found = found - up @ (down @ shift)
         return found if self.bias is None else found + self.bias.to(rest.dtype)
 
     def _transformed_weight(self, matrices: list[Matrices], rest: Tensor | None = None) -> Tensor:
@@ -299,9 +303,10 @@ class QuantizedLinear(nn.Module):
             raise AttarError(f"codes of shape {tuple(codes.shape)} do not fit {tuple(weight.shape)}")
         fake = self.quantizer.decode(codes, scale)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
-        bias = self._shifted_bias(self._rest(self.weight.double()))
-        if bias is not None and self.shift is not None:
-            bias = bias.to(self.weight.dtype)  # as it is deployed
+        bias = self.bias
+        if self.shift is not None:
+            shifted = self._shifted_bias(self._rest(self.weight.double()))
+            bias = None if shifted is None else shifted.to(self.weight.dtype)
         self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch(), bias)
         self._cache = None
 

@@ -150,6 +150,10 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
         if MIXED_ROWS in scheme:
             kinds_of(scheme[MIXED_ROWS])
         for transform in scheme["transforms"]:
+            if not isinstance(transform, Mapping):
+                raise AttarError(
+                    f"scheme {position} has the transform {transform!r}", where=where, fix=update
+                )
             transform_class(transform)
     for name, position in config["layers"].items():
         if type(position) is not int or not 0 <= position < len(config["schemes"]):

@@ -288,13 +288,19 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight (out, in) in the original basis and the model's dtype. Read-only."""
+        """The dequantized weight (out, in) in the original basis and the model's dtype. Read-only.
+
+        Behind a channel shift the bias belongs to shifted inputs, so that weight and bias are not the layer; what fuses
+        projections by their `.data` gets an error.
+        """
         weight = self.dequantized()
         if len(self.transforms):
             weight = restore_weight(self._chain(), weight)
         if self.low_rank_in is not None and self.low_rank_out is not None:
             weight = weight + self.low_rank_out.to(weight.dtype) @ self.low_rank_in.to(weight.dtype)
-        return weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
+        found = weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
+        found.shifted = any(transform.kind == ChannelShift.kind for transform in self._chain())
+        return found
 
     def settle(self, name: str) -> None:
         """Takes the model's dtype from the bias, after a library has filled the layer from a checkpoint.
@@ -403,9 +409,15 @@ class _ReadOnlyWeight(torch.Tensor):
     """A computed weight: writing to its `.data`, as merging a LoRA does, would be lost without a word."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    shifted = False
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
+        if self.shifted:
+            raise AttarError(
+                "the bias of this packed layer belongs to shifted inputs, so its weight cannot be fused with others",
+                fix="Leave projections apart, or compress with quantize.shift=false",
+            )
         return self.detach()
 
     @data.setter

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from attar.errors import AttarError
+from attar.quantize.finetune import _round_base
 from attar.quantize.linear import (
     QuantizedLinear,
     parameter_groups,
@@ -113,6 +114,30 @@ def test_what_is_constant_in_the_input_costs_no_error():
     assert errors[1] < 1e-2 * errors[0]
     constant = QuantizedLinear(linear, 2, 2, shift=SHIFT)
     torch.testing.assert_close(constant(SHIFT.half().float()[None]), linear(SHIFT.half().float()[None]))
+
+
+@pytest.mark.parametrize("kind", ["branch", "branch beside", "rounded base"])
+def test_a_shift_goes_with_branches_and_adapters(kind):
+    """At the mean of the inputs the layer is its original, whatever else stands beside the weight."""
+    linear, z = make_linear(), SHIFT.half().float()
+    layer = QuantizedLinear(linear, 3, 4, make_transforms("hadamard"), shift=SHIFT)
+    with torch.no_grad():
+        expected = linear(z[None])
+        if kind == "rounded base":
+            _round_base(layer)
+        else:
+            down, up = torch.randn(4, D) / D**0.5, torch.randn(OUT, 4)
+            layer.set_branch(down, up, subtract=kind == "branch")
+        torch.testing.assert_close(layer(z[None]), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.bake()(z[None]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_weight_of_a_shifted_layer_is_not_fused():
+    """diffusers' fuse_projections takes weight and bias, which are not the layer without the shift."""
+    packed = [QuantizedLinear(make_linear(), 4, 4, shift=shift).bake() for shift in (None, SHIFT)]
+    assert packed[0].weight.data.shape == packed[1].weight.shape == (OUT, D)
+    with pytest.raises(AttarError, match="shifted inputs"):
+        _ = packed[1].weight.data
 
 
 def test_codes_of_another_rounding_reach_the_packed_layer():

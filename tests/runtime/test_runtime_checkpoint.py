@@ -198,6 +198,11 @@ DAMAGE = {
         "unknown transform 'warp'",
         "unknown transform",
     ),
+    "transform of another type": (
+        scheme(transforms=["channel_shift"]),
+        "transform 'channel_shift'",
+        "transform",
+    ),
     "bits": (scheme(weight_bits=9), "9-bit", "9-bit"),
     "bits type": (scheme(weight_bits="4"), "scheme 1", "scheme 1"),
     "other bits": (scheme(weight_bits=7), "not the one", "not the one"),
