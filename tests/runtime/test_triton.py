@@ -14,10 +14,10 @@ CHECKS = Path(__file__).with_name("triton_checks.py")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux")
 
 
-def run_checks(**variables):
+def run_checks(*options, **variables):
     """The checks in a process of their own, in which no other test has imported Triton."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "ATTAR_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CHECKS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, str(CHECKS)]
     done = subprocess.run(command, env={**kept, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
@@ -27,9 +27,14 @@ def test_in_the_interpreter():
     run_checks(TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
+def test_larger_tiles_in_the_interpreter():
+    run_checks("-m", "slow", TRITON_INTERPRET="1")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
-    run_checks(ATTAR_CACHE=str(tmp_path))
+    run_checks("-m", "slow or not slow", ATTAR_CACHE=str(tmp_path))
 
 
 SHARED = 99 * 1024  # bytes that a program may have on the GPUs that have least (8.6, 8.9, 12.0)

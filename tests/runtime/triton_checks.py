@@ -112,7 +112,13 @@ def test_sums_are_exact_at_every_width(weight_bits, act_bits):
 
 @pytest.mark.parametrize(
     "config, weight_bits",
-    [*((c, 4) for c in products.INTEGER), (products.INTEGER[-1], 8), (products.INTEGER[-2], 3)],
+    [
+        (products.INTEGER[0], 4),
+        *(pytest.param(c, 4, marks=pytest.mark.slow) for c in products.INTEGER[1:5]),
+        *((c, 4) for c in products.INTEGER[5:]),
+        (products.INTEGER[-1], 8),
+        (products.INTEGER[-2], 3),
+    ],
 )
 def test_every_tile_size_gives_the_same_integers(config, weight_bits, monkeypatch):
     """Several tiles each way, of which the last are ragged; rows of whole tiles and a ragged one."""
