@@ -95,9 +95,7 @@ def write_weights(
         for source in packed:
             for name, tensor in read_layers(workspace, source.file).items():
                 key = source.prefix + name
-                if (
-                    stored(key) in shards
-                ):  # a bias, which may have been trained or shifted; else it is the source's
+                if stored(key) in shards:  # a bias: the source's own, unless it was trained or shifted
                     original = shards.read(stored(key))
                     tensor = original if torch.equal(original.to(tensor.dtype), tensor) else tensor
                 write(key, tensor)
