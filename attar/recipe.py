@@ -24,7 +24,6 @@ from attar.defaults import DEFAULT_RECIPE as DEFAULT_RECIPE
 from attar.errors import AttarError
 from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.tables import check_trained_levels, has_bits
-from attar.runtime.formats import INTEGER_FORMATS
 from attar.stages import (
     Allocate,
     Finetune,
@@ -96,10 +95,7 @@ class Recipe(Stage):
 
     @model_validator(mode="after")
     def _activations_have_widths(self) -> Recipe:
-        chosen, integers = (
-            self.allocate,
-            self.quantize.acts != 16 and self.quantize.act_format in INTEGER_FORMATS,
-        )
+        chosen, integers = self.allocate, self.quantize.integer_acts
         if chosen is not None and chosen.acts and not integers:
             raise ValueError(
                 "allocate.acts chooses bits of integers: set it to false, or quantize.acts to 2 to 8"
@@ -195,9 +191,8 @@ class Recipe(Stage):
 
     @property
     def bits(self) -> str:
-        kinds = {self.quantize.weight_format, self.quantize.act_format} - {*INTEGER_FORMATS}
         return f"W{self.quantize.weights}A{self.quantize.acts}" + "".join(
-            f"-{kind}" for kind in sorted(kinds)
+            f"-{kind}" for kind in self.quantize.other_numbers
         )
 
     def to_yaml(self) -> str:

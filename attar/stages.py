@@ -21,7 +21,7 @@ from attar.errors import AttarError
 from attar.quantize.rank_decay import RankDecay
 from attar.quantize.row_bits import RowBitsSettings
 from attar.quantize.tables import check_weight_format, least_bits
-from attar.runtime.formats import check_format
+from attar.runtime.formats import INTEGER_FORMATS, check_format
 
 
 class Stage(BaseModel):
@@ -163,6 +163,16 @@ class Quantize(Stage):
         default=None, ge=0, lt=1,
         description="momentum of the channels' maxima over the samples; null for their maximum",
     )  # fmt: skip
+
+    @property
+    def integer_acts(self) -> bool:
+        """Whether activations are rounded to integers."""
+        return self.acts != 16 and self.act_format in INTEGER_FORMATS
+
+    @property
+    def other_numbers(self) -> list[str]:
+        """The formats of weights and activations that are not integers."""
+        return sorted({self.weight_format, self.act_format} - {*INTEGER_FORMATS})
 
     @field_validator("weights", "acts")
     @classmethod

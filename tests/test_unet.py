@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from support import pipelines, unets
+from support import unets
 from support.commands import contents
 
 import attar
@@ -155,5 +155,3 @@ def test_what_is_out_of_reach(cli, models):
     options = {"trace.prompts": 1, "select.count": 2, "reconstruct.temporal_weight": 1.0}
     with pytest.raises(AttarError, match="makes images"):
         attar.compress(str(models["sd"]), "attar-ptq", overrides=options)
-    with pytest.raises(AttarError, match="concatenated inputs"):
-        attar.compress(pipelines.make("wan"), "rtn", overrides={"quantize.split": True})
