@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = ("#0b6e4f", "#b3541e", "#3b5ba5", "#8e3b8a", "#7a6a00", "#a11d33", "#4d4d4d", "#157a8c")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 560, 400, 58, 40, 46, 320
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND, ROW = 560, 400, 58, 40, 46, 320, 19  # LEGEND: a column of names
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def scatter(points: Sequence[Point], title: str, x_label: str, y_label: str) -> 
     middle = TOP + HEIGHT / 2
     turned = _text(14, middle, y_label, "middle")
     parts.append(turned.replace("<text ", f'<text transform="rotate(-90 14 {middle:.0f})" ', 1))
-    row = min(19.0, HEIGHT / len(points))
+    rows = (HEIGHT + BOTTOM) // ROW  # names in a column
     for number, point in enumerate(points, 1):
         x, y, colour = across.at(point.x), up.at(point.y), colours[point.group]
         told = f"<title>{escape(point.name)}: {point.x:.4g}, {point.y:.4g}</title>"
@@ -57,11 +57,12 @@ def scatter(points: Sequence[Point], title: str, x_label: str, y_label: str) -> 
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="{colour}" fill-opacity="0.85">{told}</circle>'
         )
         parts.append(_text(x, y + 3.5, str(number), "middle", size=9, colour="#ffffff"))
-        line = TOP + row * (number - 0.5)
-        parts.append(f'<circle cx="{LEFT + WIDTH + 24}" cy="{line:.1f}" r="8" fill="{colour}"/>')
-        parts.append(_text(LEFT + WIDTH + 24, line + 3.5, str(number), "middle", size=9, colour="#ffffff"))
-        parts.append(_text(LEFT + WIDTH + 38, line + 4, point.name))
-    width, height = LEFT + WIDTH + LEGEND, TOP + HEIGHT + BOTTOM
+        column, place = divmod(number - 1, rows)
+        side, line = LEFT + WIDTH + 24 + LEGEND * column, TOP + ROW * (place + 0.5)
+        parts.append(f'<circle cx="{side}" cy="{line:.1f}" r="8" fill="{colour}"/>')
+        parts.append(_text(side, line + 3.5, str(number), "middle", size=9, colour="#ffffff"))
+        parts.append(_text(side + 14, line + 4, point.name))
+    width, height = LEFT + WIDTH + LEGEND * math.ceil(len(points) / rows), TOP + HEIGHT + BOTTOM
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title)}" font-family="system-ui, sans-serif">'
