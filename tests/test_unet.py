@@ -114,6 +114,14 @@ def test_killed_and_resumed(commands, models, whole, tmp_path):
     assert not [name for name in contents(tmp_path / "small.work") if "waiting" in name]
 
 
+def test_compared_with_its_original(cli, models, whole, tmp_path):
+    (tmp_path / "prompts.txt").write_text(unets.PROMPTS[0])
+    options = ("-o", tmp_path / "report", "--prompts", tmp_path / "prompts.txt", "--steps", 2)
+    done = cli("compare", models["sd"], whole("nearest"), *options)
+    assert done.code == 0, done.err + done.message
+    assert (tmp_path / "report" / "index.html").is_file() and "PSNR" in done.out
+
+
 @pytest.mark.parametrize("kind", ["nearest", "scales, split"])
 def test_the_dry_run_comes_true(kind, cli, models, whole):
     model, options = RUNS[kind]

@@ -32,6 +32,7 @@ from attar.evaluate.report_data import (
 from attar.evaluate.size import model_size
 from attar.evaluate.video import save_video, to_frames
 from attar.models.block import bind
+from attar.models.components import is_denoiser
 from attar.models.source import Source, load_pipeline
 from attar.models.tree import map_tensors
 from attar.models.zoo.judges import DigitReader, verdicts
@@ -66,10 +67,7 @@ def compare(
     pipe = load_pipeline(reference, dtype=dtype, device=device)
     with progress.task("original", len(prompts) * steps) as advance, _Recorder(pipe, steps) as recorded:
         before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
-    kind, precision = (
-        type(pipe).__name__,
-        str(next(pipe.transformer.parameters()).dtype).removeprefix("torch."),
-    )
+    kind, precision = type(pipe).__name__, _precision(pipe)
     del pipe
     pipe = load_pipeline(compressed, dtype=dtype, device=device)
     if type(pipe).__name__ != kind:
@@ -138,9 +136,7 @@ class _Recorder:
 
     def __init__(self, pipe: Any, steps: int) -> None:
         self.transformers = {
-            name: part
-            for name, part in pipe.components.items()
-            if name.startswith("transformer") and part is not None
+            name: part for name, part in pipe.components.items() if is_denoiser(name) and part is not None
         }
         wanted = max(1, min(ERROR_POINTS, steps))
         self.wanted = {round(k * (steps - 1) / max(1, wanted - 1)) for k in range(wanted)}
@@ -210,7 +206,15 @@ def _bits(source: Source, pipe: Any) -> str:
     record = _record(source)
     if record:
         return record["bits"]
-    return str(next(pipe.transformer.parameters()).dtype).removeprefix("torch.")
+    return _precision(pipe)
+
+
+def _precision(pipe: Any) -> str:
+    """The type of the denoiser's parameters, be it a transformer or a U-Net."""
+    denoiser: Any = next(
+        part for name, part in pipe.components.items() if part is not None and is_denoiser(name)
+    )
+    return str(next(denoiser.parameters()).dtype).removeprefix("torch.")
 
 
 def _record(source: Source) -> dict[str, Any] | None:
