@@ -77,7 +77,9 @@ class PictureBench:
     traced: how many prompts the systems calibrate on.
     """
 
-    def __init__(self, source: Source, folder: Path, seed: int, steps: int | None, traced: int) -> None:
+    def __init__(
+        self, source: Source, folder: Path, seed: int, steps: int | None, traced: int = CALIBRATION
+    ) -> None:
         self.source, self.seed = source, seed
         self.folder = folder / source.name / f"seed-{seed}"
         if traced != CALIBRATION:

@@ -40,7 +40,7 @@ from attar.runtime.packing import packed_width
 from attar.runtime.patches import PatchLinear, model_splits, open_layers
 from attar.runtime.rows import kinds_of
 from attar.runtime.scheme import LATER, LATER_TRANSFORMS, MIXED_ROWS
-from attar.runtime.transforms import ChannelShift, transform_class
+from attar.runtime.transforms import is_shifted, transform_class
 
 QUANT_METHOD = "attar"
 FORMAT_VERSION = 5
@@ -111,8 +111,7 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
 
 
 def _of_version_5(scheme: Mapping[str, Any]) -> bool:
-    shifted = any(t["kind"] == ChannelShift.kind for t in scheme["transforms"])
-    return shifted or scheme.get("act_format") == "full_range"
+    return is_shifted(scheme["transforms"]) or scheme.get("act_format") == "full_range"
 
 
 def check_config(config: Mapping[str, Any], where: str = "quantization_config") -> dict[str, Any]:

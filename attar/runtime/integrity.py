@@ -25,7 +25,7 @@ from attar.errors import AttarError
 from attar.runtime.checkpoint import QUANT_METHOD, check_config
 from attar.runtime.rows import kinds_of
 from attar.runtime.scheme import MIXED_ROWS
-from attar.runtime.transforms import ChannelShift
+from attar.runtime.transforms import is_shifted
 
 CHECKSUM_KEY = "attar_sha256"
 CONFIG_KEY = "attar_config_sha256"
@@ -162,8 +162,7 @@ def _check_layers(
     for name, position in layers.items():
         scheme = schemes[position]
         wanted = ["codes", "weight_scale"] + (["act_clip"] if scheme["act_clip"] else [])
-        shifted = any(t["kind"] == ChannelShift.kind for t in scheme["transforms"])
-        wanted += ["bias"] if shifted else []
+        wanted += ["bias"] if is_shifted(scheme["transforms"]) else []
         mixed = MIXED_ROWS in scheme
         wanted += ["row_kind"] if mixed else []
         for part in wanted:

@@ -31,6 +31,7 @@ from attar.runtime.transforms import (
     ChannelShift,
     Transform,
     as_module_list,
+    is_shifted,
     restore_weight,
     transform_from_config,
 )
@@ -224,11 +225,10 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> PackedLinear:
         """An empty layer of a checkpoint's scheme (see `scheme`). bias: whether the original layer has one."""
-        shifted = any(t["kind"] == ChannelShift.kind for t in scheme["transforms"])
         return cls(
             in_features,
             out_features,
-            bias or shifted,  # which has what the shift takes away
+            bias or is_shifted(scheme["transforms"]),
             weight_bits=scheme["weight_bits"],
             act_bits=scheme["act_bits"],
             act_clip=scheme["act_clip"],

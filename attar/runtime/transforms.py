@@ -257,6 +257,11 @@ def transform_from_config(config: dict[str, Any], d: int, device: Any = "meta") 
     return transform_class(config).from_config(config, d, device)
 
 
+def is_shifted(configs: Iterable[dict[str, Any]]) -> bool:
+    """Whether a channel shift is among the transforms of a layer, whose bias then has what the shift takes away."""
+    return any(config["kind"] == ChannelShift.kind for config in configs)
+
+
 def transform_weight(
     transforms: Iterable[Transform], weight: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
