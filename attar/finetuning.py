@@ -92,6 +92,11 @@ class _WholeModel(Job):
         main = self.adapter.main_stream(last)
         return last.module, last.outputs.index(main) if main in last.outputs else 0
 
+    def compute(self, samples: TracedSteps) -> None:
+        """The original's outputs, in batches as large as those that are trained on."""
+        assert self.recipe.finetune is not None
+        samples.compute(self.forward, self.recipe.finetune.batch_size, self.progress)
+
     def train(self, layers: Mapping[str, Layer], samples: TracedSteps) -> dict[str, Any]:
         """Trains the layers, which are in the model; returns what the evidence says of it."""
         whole = self.recipe.finetune
@@ -229,7 +234,7 @@ class FinetuneJob:
         open_planned(whole.transformer, whole.plan)
         types = types_of(whole.transformer)
         whole.transformer.float()
-        samples.compute(whole.forward, whole.progress)
+        whole.compute(samples)
         few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
         linears: dict[str, nn.Module] = {name: whole.transformer.get_submodule(name) for name in whole.plan}
         layers = wrap_linears(
@@ -276,7 +281,7 @@ class PolishJob:
         if not trained:
             types = types_of(whole.transformer)
             whole.transformer.float()
-            samples.compute(whole.forward, whole.progress)
+            whole.compute(samples)
             give_types(whole.transformer, types)
         evidence = self.blocks.run(prompts)
         if not trained:

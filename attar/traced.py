@@ -80,21 +80,38 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
             branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
         return one_batch(branches)
 
-    def compute(self, run: Callable[[BlockCall], dict[str, Tensor]], progress: Progress) -> None:
-        """The original's outputs that are not there yet. run: the original on one call."""
+    def compute(
+        self, run: Callable[[BlockCall], dict[str, Tensor]], batch_size: int, progress: Progress
+    ) -> None:
+        """The original's outputs that are not there yet. run: the original on one call.
+
+        batch_size: how many calls of a prompt go through it at once, where their shapes allow it.
+        """
         prompts = list(dict.fromkeys(prompt for prompt, _, _ in self.places))
         with progress.task(f"{self.name}: outputs of the original", len(prompts)) as advance:
             for done, prompt in enumerate(prompts):
                 if not self.workspace.has(self._file(prompt)):
-                    with torch.no_grad():
-                        outputs = {
-                            f"{step}.{part}.{name}": stream.cpu()
-                            for p, step, part in self.places
-                            if p == prompt
-                            for name, stream in run(self.call(p, step, part)).items()
-                        }
+                    places = [place for place in self.places if place[0] == prompt]
+                    outputs: dict[str, Tensor] = {}
+                    for start in range(0, len(places), batch_size):
+                        some = places[start : start + batch_size]
+                        for (_, step, part), streams in zip(some, self._outputs(run, some), strict=True):
+                            outputs |= {f"{step}.{part}.{name}": stream for name, stream in streams.items()}
                     self.workspace.write_tensors(self._file(prompt), outputs)
                 advance(done + 1, f"prompt {prompt}")
+
+    @torch.no_grad()
+    def _outputs(
+        self, run: Callable[[BlockCall], dict[str, Tensor]], places: Sequence[tuple[int, int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The streams of every place, on the CPU."""
+        calls = [self.call(*place) for place in places]
+        joined = one_batch(calls)
+        if len(joined) == len(calls):
+            return [{name: stream.cpu() for name, stream in run(call).items()} for call in calls]
+        rows = [len(next(iter(call.streams.values()))) for call in calls]
+        parts = {name: stream.cpu().split(rows) for name, stream in run(joined[0]).items()}
+        return [{name: part[i].clone() for name, part in parts.items()} for i in range(len(calls))]
 
     def remove(self) -> None:
         """Deletes the outputs, which nothing needs any more."""

@@ -11,12 +11,16 @@ from support.commands import contents
 
 import attar
 from attar import finetuning
+from attar.calibration.store import TraceStore
+from attar.calibration.trace import trace_pipeline
 from attar.errors import AttarError
 from attar.progress import SilentProgress
 from attar.recipe import load_recipe
 from attar.runtime.backend import use_backend
 from attar.runtime.layers import packed_layers
 from attar.runtime.patches import PatchLinear
+from attar.traced import OUTPUT, TracedSteps
+from attar.workspace import Workspace
 
 FEW = {"trace.prompts": 2, "finetune.steps": 6, "finetune.batch_size": 2}
 QVGEN = {**FEW, "finetune.auxiliary_rank": 2}
@@ -94,6 +98,32 @@ def test_a_split_u_net_of_half_precision(tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(unets.generate(again), unets.generate(small))
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "sd"])
+def test_outputs_of_the_original_are_the_same_in_batches(name, tmp_path):
+    """A U-Net has one time for a whole call, and a batch one for each row."""
+    unet = name == "sd"
+    pipe = unets.make(name) if unet else pipelines.make(name)
+    component, generation = (
+        ("unet", unets.GENERATION) if unet else ("transformer", pipelines.CASES[name].generation)
+    )
+    store = TraceStore(tmp_path / "trace")
+    trace_pipeline(pipe, pipelines.PROMPTS[:2], store, steps=5, generation=generation)
+    model = getattr(pipe, component)
+    model.float()
+
+    def run(call):
+        return {OUTPUT: model(**call.streams, **call.constants)[0]}
+
+    found = []
+    for size in (1, 3):
+        samples = TracedSteps(component, model, store, 2, Workspace(tmp_path / str(size)))
+        samples.compute(run, size, SilentProgress())
+        found.append([samples[i][1][OUTPUT] for i in range(len(samples))])
+    assert len(found[0]) == 10 and found[0][0].shape == found[1][0].shape
+    assert len({float(output.sum()) for output in found[0]}) == 10
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), [("qvgen", QVGEN), ("svdquant", POLISH)])
