@@ -76,9 +76,9 @@ class Recipe(Stage):
             whole.weight_lr or whole.level_lr or whole.adapter_rank or whole.auxiliary_rank
         ):
             raise ValueError(
-                "behind reconstruct or gptq the codes stay, so finetune can train scales, biases and clipping alone: "
-                "set its weight_lr, level_lr, adapter_rank and auxiliary_rank to 0, or reconstruct to null and "
-                "rounding.method to nearest"
+                "behind reconstruct, gptq or learned codes the codes stay, so finetune can train scales, biases and "
+                "clipping alone: set its weight_lr, level_lr, adapter_rank and auxiliary_rank to 0, or reconstruct to "
+                "null, rounding.method to nearest and rounding.epochs to 0"
             )
         if not self.polishes and self.select is not None:
             raise ValueError("finetune trains on every traced step: set select to null")
@@ -124,9 +124,11 @@ class Recipe(Stage):
             raise ValueError("reconstruct.train_branch needs a branch, quantize.low_rank")
         if branch is not None and branch.start == "zero" and not trained:
             raise ValueError("a branch that starts at zero needs reconstruct.train_branch")
-        if branch is not None and not branch.subtract and self.rounding.method == "gptq":
-            # GPTQ makes other errors than those that the branch has learned to undo
-            raise ValueError("a branch that is not subtracted needs rounding.method nearest")
+        if branch is not None and not branch.subtract and self.rounding.needs_data:
+            # they make other errors than those that the branch has learned to undo
+            raise ValueError(
+                "a branch that is not subtracted needs rounding.method nearest and rounding.epochs 0"
+            )
         return self
 
     @property
@@ -140,7 +142,7 @@ class Recipe(Stage):
     @property
     def polishes(self) -> bool:
         """Whether the whole model is trained behind a calibration block by block, with codes that stay."""
-        learned = self.reconstruct is not None or self.rounding.method == "gptq"
+        learned = self.reconstruct is not None or self.rounding.needs_data
         return self.finetune is not None and learned
 
     @property
@@ -153,13 +155,7 @@ class Recipe(Stage):
         measured |= self.quantize.rotation == "adaptive"
         rows = self.quantize.row_bits
         measured |= rows is not None and rows.metric == "output"
-        return (
-            learned
-            or measured
-            or self.quantize.scale
-            or self.quantize.shift
-            or self.rounding.method == "gptq"
-        )
+        return learned or measured or self.quantize.scale or self.quantize.shift or self.rounding.needs_data
 
     @property
     def traced(self) -> Trace | None:

@@ -62,7 +62,17 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         row_bits=_row_bits(recipe),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
         gptq_whole=rounding.target == "weight", gptq_by_activation=rounding.order == "activation",
-        round_weights=r is None or r.round_weights,
+        rounding=_rounding(recipe), round_weights=r is None or r.round_weights,
+    )  # fmt: skip
+
+
+def _rounding(recipe: Recipe) -> ReconstructionSettings | None:
+    """Of codes that are learned."""
+    rounding, r = recipe.rounding, recipe.reconstruct
+    if not rounding.epochs:
+        return None
+    return ReconstructionSettings(
+        epochs=rounding.epochs, batch_size=1 if r is None else r.batch_size, code_lr=rounding.lr, normalise_loss=True
     )  # fmt: skip
 
 

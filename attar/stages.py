@@ -432,10 +432,26 @@ class Rounding(Stage):
     )
     damping: float = Field(default=0.01, gt=0)
     block: int = Field(default=128, ge=1)
+    epochs: int = Field(
+        default=0,
+        ge=0,
+        description="over the samples, in which the codes of a block are learned by the block's error; 0 leaves them",
+    )
+    lr: float = Field(default=5e-3, gt=0, description="of learned codes, in steps between two codes")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether codes depend on calibration samples."""
+        return self.method == "gptq" or self.epochs > 0
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        later = {"target": self.target != "clipped", "order": self.order != "given"}
+        later = {
+            "target": self.target != "clipped",
+            "order": self.order != "given",
+            "epochs": self.epochs != 0,
+            "lr": self.epochs != 0,
+        }
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
 
 

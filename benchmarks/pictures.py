@@ -46,7 +46,7 @@ AS_LARGE = "attar, as large as svdquant"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
     AS_LARGE: ("attar", {}),
     "attar, all blocks alike": ("attar", {"allocate.objective": "block"}),
-    "attar, without shifts": ("attar", {"quantize.shift": False, "quantize.act_format": "int"}),
+    "attar, without shifts": ("attar", {"quantize.shift": False}),
 }
 TRAINED = ("efficientdm", "quest", "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2")  # whole models
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model

@@ -60,7 +60,7 @@ def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
     if (plan.weight_format, plan.act_format) not in INTEGERS:
         return dense
     if plan.row_bits is not None and any(
-        grid.number != "int" for grid in plan.row_bits.grids(plan.weight_bits, plan.weight_format)
+        grid.stored != "int" for grid in plan.row_bits.grids(plan.weight_bits, plan.weight_format)
     ):
         return dense  # some rows are
     if max(plan.weight_bits, plan.act_bits) <= 4 and "int4" in hardware.rates:

@@ -20,6 +20,7 @@ from attar.quantize.initialize import (
     collect_input_means,
     collect_input_stats,
 )
+from attar.quantize.learned_codes import LearnedCodes
 from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module, set_quantizers
 from attar.quantize.low_rank import LowRankSettings, start_branch
 from attar.quantize.plan import LayerPlan, open_planned
@@ -45,7 +46,7 @@ class BlockSettings:
     clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
     round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
     what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
-    gptq_by_activation: see `gptq_codes`.
+    gptq_by_activation: see `gptq_codes`. rounding: codes are learned behind all that (`LearnedCodes`).
     stats_ema: momentum of the channels' statistics, see `collect_input_stats`.
     """
 
@@ -66,6 +67,7 @@ class BlockSettings:
     gptq_block: int = 128
     gptq_whole: bool = False
     gptq_by_activation: bool = False
+    rounding: ReconstructionSettings | None = None
     low_rank: LowRankSettings | None = None
     row_bits: RowBitsSettings | None = None
 
@@ -89,6 +91,7 @@ class BlockSettings:
             ("activation clipping", self.act_clip and plan.act_bits is not None),
             ("nearest", self.gptq_damping is None),
             ("gptq", self.gptq_damping is not None),
+            ("learned rounding", self.rounding is not None),
         ]
         return [name for name, taken in steps if taken]
 
@@ -104,6 +107,7 @@ class BlockOutcome:
     error_before: float | None = None
     error_after: float | None = None
     learning: ReconstructionResult | None = None
+    rounding: ReconstructionResult | None = None
     layers: dict[str, PackedLinear] = field(default_factory=dict)
     rotations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -155,6 +159,14 @@ def quantize_block(
         if settings.clip_search:
             _search_clips(whole)  # transforms have moved, and clipping has not
     codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
+    if settings.rounding is not None:
+        for name, layer in layers.items():
+            layer.freeze(codes.pop(name, None))
+        generator = torch.Generator().manual_seed(seed_of(seed, "rounding"))
+        learned = {name: layer for name, layer in layers.items() if not plans[name].plain}
+        outcome.rounding, codes = _learn_codes(
+            module, learned, run, calls, targets, settings.rounding, loss, contexts, generator, progress
+        )
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
         replace_module(module, name, outcome.layers[name])
@@ -332,6 +344,31 @@ def _gptq_codes(
             raise AttarError(error.what, where=plans[name].name, fix=error.fix) from error
     everyone = zip(calibrated, ranks.collected(codes), strict=True)
     return {name: code.to(calibrated[name].weight.device) for name, code in everyone}
+
+
+def _learn_codes(
+    module: nn.Module,
+    layers: Mapping[str, QuantizedLinear],
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    targets: Sequence[Streams],
+    settings: ReconstructionSettings,
+    loss: Loss,
+    contexts: Sequence[Any] | None,
+    generator: torch.Generator,
+    progress: Callable[[int, int, float], None] | None,
+) -> tuple[ReconstructionResult, dict[str, Tensor]]:
+    """The codes of frozen layers, learned together."""
+    learned = {name: LearnedCodes(layer) for name, layer in layers.items()}
+    for name, layer in learned.items():
+        replace_module(module, name, layer)
+    result = reconstruct_block(
+        run, calls, targets, {"codes": [layer.steps for layer in learned.values()]}, settings, loss,
+        contexts=contexts, generator=generator, progress=progress,
+    )  # fmt: skip
+    for name, layer in layers.items():
+        replace_module(module, name, layer)
+    return result, {name: layer.codes() for name, layer in learned.items()}
 
 
 def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Parameter]]:

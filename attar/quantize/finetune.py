@@ -239,7 +239,7 @@ class Finetuner:
                 layer.bias = nn.Parameter(layer.bias.detach().float().clone())
             if settings.adapter_rank:
                 # before there is an adapter, which may come from an SVD: that gives no two runs the same bits
-                self._sizes[name] = layer.baked_weight()[1].mean().item()
+                self._sizes[name] = layer.baked_weight()[1].abs().mean().item()
                 rank = min(settings.adapter_rank, *layer.weight.shape)
                 lost = None if settings.adapter_start == "zero" else _round_base(layer)
                 if lost is not None and settings.adapter_start == "error":

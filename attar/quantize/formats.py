@@ -1,6 +1,6 @@
 """Symmetric fake quantization with straight-through gradients, for weights and activations.
 
-`number` is a format of `attar.runtime.formats`: int, fp8, for activations full_range, or a table with its `levels`.
+`number` is a format of `attar.runtime.formats`: int, fp8, full_range, or a table with its `levels`.
 Values are those of `attar.runtime.reference`, bit for bit: fake ≡ dequantize ∘ quantize. Gradients (S²Q-VDiT's base, as
 in FlatQuant): identity through round, identity inside and zero outside the clipping range, and the step size Δ stays a
 differentiable function of the clipping factors and the tensor's extremes.
@@ -66,7 +66,10 @@ def quantize_weight(
     """Codes (out, in) and scales (out, groups) that `fake_quantize_weight` stands for."""
     grouped = _grouped(wide(weight), group_size)
     clamped, absmax = _clamp(grouped, clip)
-    scale = symmetric_scale(absmax, bits, number)
+    if number == "full_range":
+        scale = row_step(clamped.amin(-1, keepdim=True), clamped.amax(-1, keepdim=True), bits, number)
+    else:
+        scale = symmetric_scale(absmax, bits, number)
     return encode(clamped / scale, number, bits, levels).view(weight.shape), scale.squeeze(-1)
 
 

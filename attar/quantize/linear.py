@@ -318,6 +318,24 @@ class QuantizedLinear(nn.Module):
     def is_frozen(self) -> bool:
         return self._frozen is not None
 
+    @property
+    def codes(self) -> Tensor:
+        """(out, in), of a frozen layer. Raises AttarError for another."""
+        return self._fixed().codes
+
+    def forward_with(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The frozen layer with another weight W̃ (out, in), differentiable in it and in x."""
+        frozen = self._fixed()
+        y = self.transform_input(x)
+        if self.act_bits is not None:
+            y = fake_quantize_tokens(y, self.act_bits, frozen.act_clip, self.act_format)
+        return self._linear(y, weight.to(y.dtype), frozen.bias, x)
+
+    def _fixed(self) -> _Frozen:
+        if self._frozen is None:
+            raise AttarError("the layer has no codes yet", fix="Call freeze")
+        return self._frozen
+
     def bake(self, codes: Tensor | None = None) -> PackedLinear:
         """The packed layer with the frozen layer's values.
 

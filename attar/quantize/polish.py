@@ -18,15 +18,16 @@ from attar.runtime.layers import PackedLinear
 class ScaledCodes(nn.Module):
     """What a packed layer computes, differentiable in its input, scales, bias and clipping factors.
 
-    log_scale: (out, groups), so that a learning rate is a relative change and scales stay positive. clip: (2,), or None
-    for a layer without clipping. Values are those of the packed layer up to the rounding of the exponential.
+    log_scale: (out, groups), so that a learning rate is a relative change and scales keep their sign. clip: (2,), or
+    None for a layer without clipping. Values are those of the packed layer up to the rounding of the exponential.
     """
 
     def __init__(self, packed: PackedLinear) -> None:
         super().__init__()
         self.packed = packed
         self.register_buffer("numbers", packed.numbers().float(), persistent=False)
-        self.log_scale = nn.Parameter(packed.weight_scale.log())
+        self.register_buffer("sign", packed.weight_scale.sign(), persistent=False)
+        self.log_scale = nn.Parameter(packed.weight_scale.abs().log())
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.detach().float().clone())
         self.clip = None if packed.act_clip is None else nn.Parameter(packed.act_clip.clone())
 
@@ -36,16 +37,20 @@ class ScaledCodes(nn.Module):
             y = transform(y)
         if packed.act_bits is not None:
             y = fake_quantize_tokens(y, packed.act_bits, self.clip, packed.act_format)
-        weight = (self.numbers * self.log_scale.exp().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
+        weight = (self.numbers * self.scale().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
         z = F.linear(y, weight.to(y.dtype), self.bias).to(x.dtype)
         if packed.low_rank_in is None or packed.low_rank_out is None:
             return z
         return z + F.linear(F.linear(x, packed.low_rank_in.to(x.dtype)), packed.low_rank_out.to(x.dtype))
 
+    def scale(self) -> Tensor:
+        """(out, groups)."""
+        return self.sign * self.log_scale.exp()  # type: ignore[operator]
+
     @torch.no_grad()
     def trained(self) -> dict[str, Tensor]:
         """The packed layer's tensors as they are now, by their names in it and in its types."""
-        found = {"weight_scale": self.log_scale.exp()}
+        found = {"weight_scale": self.scale()}
         if self.bias is not None and self.packed.bias is not None:
             found["bias"] = self.bias.to(self.packed.bias.dtype)
         if self.clip is not None:

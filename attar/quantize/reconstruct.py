@@ -15,6 +15,7 @@ from attar.errors import AttarError
 from attar.quantize.batching import Streams, join, like, to_device
 
 Loss = Callable[[Streams, Streams, Any], Tensor]  # (prediction, target, context of the sample) -> scalar
+GROUPS = ("transform", "clip", "levels", "branch", "codes")
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class ReconstructionSettings:
     """Schedule of block reconstruction, S²Q-VDiT's by default (batch size and decay are ours).
 
     epochs: passes over the calibration set. batch_size: calls of one step, concatenated along the batch axis.
-    transform_lr, clip_lr, level_lr, branch_lr: AdamW learning rates of scales and rotations, of clipping factors, of
-    the parameters of tables, and of low-rank branches; all fall along a cosine to lr · eta_min_ratio. weight_decay: of
-    the transforms, whose
-    parameters are deviations from their start; the others never decay. normalise_loss: divide each loss by its own
-    detached value, so that every sample gives a gradient of unit scale (FlatQuant).
+    transform_lr, clip_lr, level_lr, branch_lr, code_lr: AdamW learning rates of scales and rotations, of clipping
+    factors, of the parameters of tables, of low-rank branches, and of codes in steps; all fall along a cosine to
+    lr · eta_min_ratio. weight_decay: of the transforms, whose parameters are deviations from their start; the others
+    never decay. normalise_loss: divide each loss by its own detached value, so that every sample gives a gradient of
+    unit scale (FlatQuant).
     """
 
     epochs: int = 15
@@ -38,6 +39,7 @@ class ReconstructionSettings:
     weight_decay: float = 0.01
     normalise_loss: bool = False
     level_lr: float = 1e-3
+    code_lr: float = 5e-3
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1:
@@ -82,7 +84,7 @@ def reconstruct_block(
 
     run: the quantized block on one call, giving its output streams. calls, targets: samples and the
     full-precision outputs; contexts: what the loss gets beside them, e.g. token weights (stream → (B, N)),
-    or nothing. groups: "transform", "clip", "levels" and "branch" parameters. generator: of the order of samples (CPU).
+    or nothing. groups: parameters by what they are (`GROUPS`). generator: of the order of samples (CPU).
     validation: held-out calls, targets and contexts, only measured. progress: called with (epoch, step,
     loss) after every step.
 
@@ -95,9 +97,9 @@ def reconstruct_block(
     """
     samples = _samples(calls, targets, contexts)
     held_out = None if validation is None else _samples(*validation)
-    unknown = set(groups) - {"transform", "clip", "levels", "branch"}
+    unknown = set(groups) - set(GROUPS)
     if unknown:
-        fix = "Use transform, clip, levels and branch"
+        fix = f"Use {', '.join(GROUPS)}"
         raise AttarError(f"unknown parameter groups {sorted(unknown)}", fix=fix)
     parameters = [p for group in groups.values() for p in group]
     ranks.same_(parameters)
@@ -205,6 +207,7 @@ def _optimizer(
         "clip": {"lr": settings.clip_lr, "weight_decay": 0.0},
         "levels": {"lr": settings.level_lr, "weight_decay": 0.0},
         "branch": {"lr": settings.branch_lr, "weight_decay": 0.0},
+        "codes": {"lr": settings.code_lr, "weight_decay": 0.0},
     }
     optimizer = torch.optim.AdamW(
         [{"params": list(group), **options[name]} for name, group in groups.items() if len(group)], fused=True

@@ -65,7 +65,7 @@ def collect_hessians(
 
 def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes (out, in) of the weight (out, in), rounded to nearest. scale: (out, groups)."""
-    return quantize(weight, _column_scales(scale, weight), bits)
+    return quantize(weight, column_scales(scale, weight), bits)
 
 
 def gptq_codes(
@@ -117,7 +117,7 @@ def gptq(
     stays indefinite in float64 at 1000 times the damping.
     """
     _check_hessian(weight, hessian)
-    _column_scales(scale, weight)
+    column_scales(scale, weight)
     order = torch.arange(weight.shape[1], device=weight.device)
     return _gptq(weight, inverse_factor(hessian, damping), scale, bits, block, number, levels, order)
 
@@ -160,7 +160,7 @@ def _check_hessian(weight: Tensor, hessian: Tensor) -> None:
         raise AttarError(f"a Hessian of {tuple(hessian.shape)} does not fit {weight.shape[1]} input channels")
 
 
-def _column_scales(scale: Tensor, weight: Tensor) -> Tensor:
+def column_scales(scale: Tensor, weight: Tensor) -> Tensor:
     """(out, groups) -> (out, in), or (out, 1) -> (out, in) without copying."""
     if scale.ndim != 2 or scale.shape[0] != weight.shape[0] or weight.shape[1] % scale.shape[1]:
         raise AttarError(f"scales of {tuple(scale.shape)} do not fit a weight of {tuple(weight.shape)}")

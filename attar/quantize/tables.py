@@ -36,6 +36,7 @@ from attar.quantize.row_tables import (
 )
 from attar.quantize.sorted_rows import SortedRows
 from attar.quantize.twin_log import twin_log_levels
+from attar.runtime.formats import INTEGER_FORMATS
 
 EXPONENTS = tuple(round(0.2 + 0.05 * i, 2) for i in range(27))  # 0.2 … 1.5
 ROWS_AT_ONCE = 1 << 24  # numbers that are sorted and summed in float64 together
@@ -93,7 +94,7 @@ class _InHalf(torch.autograd.Function):
 
 
 def number_of(name: str) -> str:
-    """The format of the runtime that stores a weight format: "int", "fp8" or "table"."""
+    """The number format of a weight format: "int", "full_range", "fp8" or "table"."""
     return "table" if name in TABLES else name
 
 
@@ -227,4 +228,4 @@ TABLES: dict[str, TableFormat] = {
     "residual": TableFormat((3, 4, 5), _for_rows(residual_start), residual_levels, per_row=True),
     "lloyd": TableFormat((1, 2, 3, 4, 5), _for_rows(_lloyd), lloyd_levels, per_row=True),
 }
-WEIGHT_FORMATS = ("int", "fp8", *TABLES)
+WEIGHT_FORMATS = (*INTEGER_FORMATS, "fp8", *TABLES)

@@ -6,6 +6,7 @@ case. A weight whose rows are all alike has one kind.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from attar.quantize.tables import (
     levels_for,
     number_of,
 )
-from attar.runtime.formats import code_range, decode
+from attar.runtime.formats import INTEGER_FORMATS, code_range, decode
 from attar.runtime.rows import RowKind
 
 SHARES = tuple(1 - 0.02 * i for i in range(36))  # of the largest magnitude of a row: 1.00, 0.98 … 0.30
@@ -46,6 +47,11 @@ class Grid:
     @property
     def number(self) -> str:
         return number_of(self.weight_format)
+
+    @property
+    def stored(self) -> str:
+        """The format of the packed codes: which integers are used is in the sign of their scale."""
+        return "int" if self.number in INTEGER_FORMATS else self.number
 
 
 class _Rows(nn.Module):
@@ -118,7 +124,8 @@ class WeightQuantizer(nn.Module):
         """Starts the clipping of each row and group where the weight (out, in) is rounded with the smallest error.
 
         Both ends are cut at the same share of the row's largest magnitude, and nowhere farther out than where clipping
-        starts without a search. Tables are fitted to what is cut. Raises AttarError without clipping.
+        starts without a search; where all codes of integers are used, one of them has a code more, and is cut that much
+        farther out. Tables are fitted to what is cut. Raises AttarError without clipping.
         """
         if self.clip_logit is None or self.clip_start is None:
             raise AttarError(
@@ -128,14 +135,29 @@ class WeightQuantizer(nn.Module):
         grouped = weight.unflatten(1, (start.shape[2], -1))
         ends = torch.stack([grouped.amin(-1).neg(), grouped.amax(-1)]).clamp(min=1e-12)  # (2, out, groups)
         best = torch.full_like(start[0], float("inf"))
-        for share in SHARES:
-            factor = (share * ends.amax(0) / ends).clamp(max=0.999)
+        shorter = self._shorter_end()
+        sides = [torch.stack([torch.ones_like(shorter), shorter])]
+        if bool((shorter < 1).any()):
+            sides.append(sides[0].flip(0))
+        for share, side in itertools.product(SHARES, sides):
+            factor = (share * side * ends.amax(0) / ends).clamp(max=0.999)
             self.clip_logit.copy_(torch.minimum(factor.logit(), start))
             error = (self(weight) - weight).square().view_as(grouped).sum(-1)
             chosen = torch.where(error < best, self.clip_logit, chosen)
             best = torch.minimum(error, best)
         self.clip_logit.copy_(chosen)
         self.fit(weight)
+
+    def _shorter_end(self) -> Tensor:
+        """(out, 1): how far the end with the fewer codes reaches, against the other one."""
+        assert self.clip_logit is not None
+
+        def share(rows: Tensor, scale: Tensor, bits: int, number: str, levels: Tensor | None) -> Tensor:
+            most = 1 << (bits - 1)
+            return rows.new_full((len(rows), 1), (most - 1) / most if number == "full_range" else 1.0)
+
+        rows = self.clip_logit[0]
+        return self.by_kinds(share, rows, rows)
 
     def mix(self, grids: Sequence[Grid], row_grid: Tensor) -> None:
         """Gives row r the grid `grids[row_grid[r]]`; where that is one for all, the rows are of one kind.
@@ -164,6 +186,11 @@ class WeightQuantizer(nn.Module):
     def mixed(self) -> bool:
         """Whether rows are of several kinds."""
         return self.order is not None
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Of all kinds of rows."""
+        return [rows.grid for rows in self._rows()]
 
     @property
     def clip(self) -> Tensor | None:
@@ -236,9 +263,9 @@ class WeightQuantizer(nn.Module):
         rows = self._rows()
         if not self.mixed:
             grid = rows[0].grid
-            return {"bits": grid.bits, "weight_format": grid.number, "levels": rows[0].levels}
+            return {"bits": grid.bits, "weight_format": grid.stored, "levels": rows[0].levels}
         count = sum(len(own.places) for own in rows)  # type: ignore[arg-type]
-        kinds = [RowKind(own.grid.bits, own.grid.number, len(own.places)) for own in rows]  # type: ignore[arg-type]
+        kinds = [RowKind(own.grid.bits, own.grid.stored, len(own.places)) for own in rows]  # type: ignore[arg-type]
         row_kind = torch.zeros(count, dtype=torch.uint8, device=rows[0].places.device)  # type: ignore[union-attr]
         for i, own in enumerate(rows):
             row_kind[own.places] = i
@@ -267,7 +294,7 @@ class WeightQuantizer(nn.Module):
 def check_row_grid(grid: Grid) -> None:
     """Raises AttarError where rows of one weight cannot have this grid beside others."""
     check_weight_format(grid.weight_format, grid.bits)
-    if grid.number != "int" and not has_own_tables(grid.weight_format):
+    if grid.number not in INTEGER_FORMATS and not has_own_tables(grid.weight_format):
         raise AttarError(
             f"rows of several kinds cannot be {grid.weight_format}",
             fix="Use int, or a format whose rows have tables of their own",

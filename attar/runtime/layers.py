@@ -151,7 +151,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         B (out, rank)), on the layer's input. rows, row_kind (out,): the kinds of rows and which of them each row is;
         each row's codes are those of its kind, levels (numbers,) are those of all tables one after another, and `bits`
         are the widest kind's.
-        Raises AttarError for codes out of range, scales that are not finite and positive, wrong shapes.
+        Raises AttarError for codes out of range, scales that are not finite, or zero, wrong shapes.
         """
         if codes.ndim != 2 or codes.is_floating_point():
             raise AttarError(f"codes must be an integer matrix, found {codes.dtype} {tuple(codes.shape)}")
@@ -185,8 +185,8 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
                 f"weight_scale has shape {tuple(weight_scale.shape)}, "
                 f"expected {tuple(layer.weight_scale.shape)}"
             )
-        if not bool((torch.isfinite(weight_scale) & (weight_scale > 0)).all()):
-            raise AttarError("weight_scale must be finite and positive")
+        if not bool((torch.isfinite(weight_scale) & (weight_scale != 0)).all()):
+            raise AttarError("weight_scale must be finite, and not zero")
         layer.weight_scale = weight_scale
         if layer.rows is None:
             layer.codes = pack(codes, bits)
@@ -319,8 +319,8 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         except AttarError as error:
             raise AttarError(error.what, where=name) from error
         scale = self.weight_scale
-        if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise AttarError("the weight scales are not finite and positive", where=name)
+        if not scale.is_meta and not bool((torch.isfinite(scale) & (scale != 0)).all()):
+            raise AttarError("a weight scale is not finite, or zero", where=name)
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
             self.compute_dtype = parameter.dtype

@@ -1,0 +1,63 @@
+"""Codes learned by what the whole block loses, at scales that stay (AdaRound, arXiv 2004.10568; BRECQ, 2102.05426)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.quantize.linear import QuantizedLinear
+from attar.quantize.rounding import column_scales
+from attar.runtime.formats import INTEGER_FORMATS, integer_range
+
+EDGE = 0.499  # of a step, the farthest that a start lies from its code
+
+
+class LearnedCodes(nn.Module):
+    """A frozen layer whose integer codes are learned; everything else of it stays as it is.
+
+    `steps` (out, in) are the weights in steps of their scales. The codes are the nearest integers, through which the
+    gradient passes as if nothing was rounded. They start at the layer's codes, off by as much of what rounding took
+    away as leaves these the nearest, so that weights between two codes change over first.
+    Raises AttarError for a layer that is not frozen, and for formats whose codes are no integers.
+    """
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        check_learned_codes(layer)
+        weight, scale = layer.baked_weight()
+        codes = layer.codes.to(weight.dtype)
+
+        def largest(rows: Tensor, scale: Tensor, bits: int, number: str, levels: Tensor | None) -> Tensor:
+            return rows.new_full((len(rows), 1), integer_range(bits)[1])
+
+        self.layer = layer
+        self.register_buffer("scale", column_scales(scale, weight), persistent=False)
+        self.register_buffer("largest", layer.quantizer.by_kinds(largest, weight, scale), persistent=False)
+        lost = (weight / self.scale - codes).clamp(-EDGE, EDGE)
+        self.steps = nn.Parameter(self._inside(codes + lost))
+
+    scale: Tensor  # (out, in)
+    largest: Tensor  # (out, 1), the largest code of each row
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self._inside(self.steps)
+        return self.layer.forward_with(x, (steps + (steps.round() - steps).detach()) * self.scale)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """(out, in), as `QuantizedLinear.freeze` takes them."""
+        return self._inside(self.steps).round().to(self.layer.codes.dtype)
+
+    def _inside(self, steps: Tensor) -> Tensor:
+        return steps.clamp(-self.largest - 1, self.largest)
+
+
+def check_learned_codes(layer: QuantizedLinear) -> None:
+    """Raises AttarError for a layer whose codes cannot be learned."""
+    if any(grid.number not in INTEGER_FORMATS for grid in layer.quantizer.grids):
+        raise AttarError(
+            "codes that are no integers cannot be learned",
+            where="rounding.epochs",
+            fix="Set it to 0, or weight_format to int",
+        )
