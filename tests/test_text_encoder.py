@@ -167,7 +167,7 @@ def test_damage_is_found_while_loading(small, tmp_path, how):
     said = {
         "altered": "checksum mismatch",
         "tensor gone": "is missing",
-        "not finite": "not finite and positive",
+        "not finite": "is not finite, or zero",
         "other scheme": "not the one that the weights were saved with",
     }
     with pytest.raises(AttarError, match=said[how]):

@@ -134,7 +134,8 @@ class WeightQuantizer(nn.Module):
         start = chosen = torch.full_like(self.clip_logit, self.clip_start)  # whatever it was before
         grouped = weight.unflatten(1, (start.shape[2], -1))
         ends = torch.stack([grouped.amin(-1).neg(), grouped.amax(-1)]).clamp(min=1e-12)  # (2, out, groups)
-        best = torch.full_like(start[0], float("inf"))
+        self.clip_logit.copy_(start)
+        best = self._errors(weight)
         shorter = self._shorter_end()
         sides = [torch.stack([torch.ones_like(shorter), shorter])]
         if bool((shorter < 1).any()):
@@ -142,11 +143,16 @@ class WeightQuantizer(nn.Module):
         for share, side in itertools.product(SHARES, sides):
             factor = (share * side * ends.amax(0) / ends).clamp(max=0.999)
             self.clip_logit.copy_(torch.minimum(factor.logit(), start))
-            error = (self(weight) - weight).square().view_as(grouped).sum(-1)
+            error = self._errors(weight)
             chosen = torch.where(error < best, self.clip_logit, chosen)
             best = torch.minimum(error, best)
         self.clip_logit.copy_(chosen)
         self.fit(weight)
+
+    def _errors(self, weight: Tensor) -> Tensor:
+        """Squared errors of rounding a weight (out, in), for each row and group (out, groups)."""
+        assert self.clip_logit is not None
+        return (self(weight) - weight).square().unflatten(1, (self.clip_logit.shape[2], -1)).sum(-1)
 
     def _shorter_end(self) -> Tensor:
         """(out, 1): how far the end with the fewer codes reaches, against the other one."""

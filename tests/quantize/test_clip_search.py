@@ -46,14 +46,43 @@ def test_normal_rows_are_rounded_much_better(bits, gain):
     assert after.mean() / 1024 < 1.1 * best
 
 
+@pytest.mark.parametrize(("bits", "gain"), [(2, 0.78), (3, 0.85), (4, 0.9)])
+def test_one_code_more_lowers_the_error_of_normal_rows(bits, gain):
+    """2^b numbers for 2^b - 1. The sign of a row's scale says which end has one more; codes are integers as ever."""
+    torch.manual_seed(0)
+    weight = torch.randn(OUT, 1024)
+    errors = []
+    for number in ("int", "full_range"):
+        layer = layer_of(weight, bits, weight_format=number)
+        layer.search_clip()
+        errors.append(row_errors(layer, weight).sum())
+    assert errors[1] < gain * errors[0]
+    packed = layer.bake()
+    assert packed.weight_format == "int" and {-1.0, 1.0} == set(packed.weight_scale.sign().unique().tolist())
+    torch.testing.assert_close(packed.weight, layer.rounded(weight))
+    smallest = packed.numbers().flatten(1).amin(1)
+    assert (smallest == -(2 ** (bits - 1))).all()
+
+
+def test_rows_with_one_long_end_put_the_code_there():
+    torch.manual_seed(0)
+    weight = torch.rand(OUT, 64) * 1.5 - 0.5
+    weight[::2] *= -1
+    layer = layer_of(weight, 3, weight_format="full_range")
+    layer.search_clip()
+    sign = layer.bake().weight_scale[:, 0].sign()
+    assert (sign[::2] == 1).all() and (sign[1::2] == -1).all()  # -4 stands for the long end
+
+
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 99), bits=st.integers(2, 6), groups=st.sampled_from([None, 32]), tail=st.booleans()
-)
-def test_it_never_makes_a_row_or_group_worse(seed, bits, groups, tail):
+    seed=st.integers(0, 99), bits=st.integers(2, 6), groups=st.sampled_from([None, 32]), tail=st.booleans(),
+    number=st.sampled_from(["int", "full_range"]),
+)  # fmt: skip
+def test_it_never_makes_a_row_or_group_worse(seed, bits, groups, tail, number):
     torch.manual_seed(seed)
     weight = torch.distributions.StudentT(2.5).sample((OUT, 64)) if tail else torch.rand(OUT, 64) - 0.3
-    layer = layer_of(weight, bits, group_size=groups)
+    layer = layer_of(weight, bits, group_size=groups, weight_format=number)
     before = (layer.rounded(weight) - weight).square().view(OUT, -1, groups or 64).sum(-1)
     layer.search_clip()
     after = (layer.rounded(weight) - weight).square().view(OUT, -1, groups or 64).sum(-1)

@@ -238,8 +238,8 @@ CODES, SCALE = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1)
     {
         "outside the 4-bit range": {"codes": CODES + 8},
         "integer matrix": {"codes": CODES.float()},
-        "finite and positive": {"weight_scale": SCALE * float("nan")},
-        "must be finite": {"weight_scale": SCALE * 0},
+        "must be finite, and not zero": {"weight_scale": SCALE * float("nan")},
+        "and not zero": {"weight_scale": SCALE * 0},
         "weight_scale has shape": {"weight_scale": torch.ones(4)},
         "bias has shape": {"bias": torch.zeros(5)},
         "needs activation quantization": {"act_clip": (0.9, 0.9)},

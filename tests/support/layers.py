@@ -38,7 +38,8 @@ def make(
         low, high + 1, (out_features, in_features), generator=generator(seed), dtype=torch.int8
     )
     groups = 1 if group_size is None else in_features // group_size
-    scale = torch.rand(out_features, groups, generator=generator(seed + 1)) * 0.01 + 1e-3
+    size = torch.rand(out_features, groups, generator=generator(seed + 1)) * 0.02 - 0.01
+    scale = size + 1e-3 * torch.where(size < 0, -1, 1)  # of both signs
     bias = torch.randn(out_features, generator=generator(seed + 2)) if bias else None
     return PackedLinear.from_codes(
         codes, scale, weight_bits, bias, act_bits, clip, chain, group_size, act_format=act_format
