@@ -187,7 +187,7 @@ class ComponentJob(Job):
         targets, contexts, masses = self._targets(block, full)
 
         def step(epoch: int, done: int, loss: float) -> None:
-            epochs = self.settings.learning.epochs if self.settings.learning else 1
+            epochs = self.settings.epochs
             advance(
                 block.index + min(0.99, epoch / epochs),
                 f"{block.name} epoch {epoch}/{epochs} loss {loss:.2e}",
@@ -220,6 +220,8 @@ class ComponentJob(Job):
             "attention": masses,
         }
         result |= {"rotations": outcome.rotations} if outcome.rotations else {}
+        if outcome.rounding is not None:
+            result["rounding_loss"] = [outcome.rounding.error_before, *outcome.rounding.history]
         # the next block's inputs first: a block that is on disk always has its successor's inputs beside it
         if full and self.adapter.segment_of(block)[-1] is not block:
             write_boundary(

@@ -123,7 +123,7 @@ def block_costs(
     Blocks are learned in float32, whatever the model is stored in. For each linear GPTQ inverts a matrix of the
     input's width and walks its columns: about in³ + in²·out multiply-adds.
     """
-    learns = block_settings(recipe).learning is not None or recipe.finetune is not None
+    learns = block_settings(recipe).epochs > 0 or recipe.finetune is not None
     costs = []
     for name in counts.blocks:
         block = in_float32(counts.where(lambda o, name=name: o.block == name))
@@ -184,7 +184,6 @@ def forecast_calibration(
         return {"trace_seconds": 0.0, "allocate_seconds": 0.0, "learn_seconds": 0.0, **vars(memory)}
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
-    epochs = settings.learning.epochs if settings.learning else 0
     learn = allocating = saved = whole = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}
@@ -193,7 +192,7 @@ def forecast_calibration(
             learn += finetune_seconds(costs, traced.prompts * (traced.steps or steps), recipe)
             whole = max(whole, sum(c.saved for c in costs))
         if chosen:
-            learn += learning_seconds(costs, chosen, epochs)
+            learn += learning_seconds(costs, chosen, settings.epochs)
         for block, cost in zip(counted.blocks, costs, strict=True):
             inside = {path: plan for path, plan in known.items() if path.startswith(f"{block}.")}
             allocating += allocation_seconds(cost, inside, recipe, step_seconds)

@@ -118,9 +118,9 @@ def _time_and_memory(
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     first, branches, step_seconds = _one_step(pipe, components, prompts[0], call)
     settings = block_settings(recipe)
-    if recipe.finetune is not None and settings.learning is None:  # the price of a training step is needed
+    if recipe.finetune is not None and not settings.epochs:  # the price of a training step is needed
         settings = dataclasses.replace(settings, learning=ReconstructionSettings(epochs=1))
-    epochs = recipe.reconstruct.epochs if recipe.reconstruct is not None else 0
+    epochs = block_settings(recipe).epochs
     learn = allocating = 0.0
     costs: list[BlockCost] = []
     peaks, measured = [], [f"one denoising step ({step_seconds:.3g} s)"]
@@ -242,14 +242,14 @@ def _measure_block(
         learning = ReconstructionSettings(epochs=epochs) if epochs else None
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             quantize_block(
-                module, plans, run, [call], [target], dataclasses.replace(settings, learning=learning),
+                module, plans, run, [call], [target], dataclasses.replace(settings, learning=learning, rounding=None),
                 loss=lambda prediction, wanted, context: mse(prediction, wanted),
             )  # fmt: skip
         return time.perf_counter() - started, forward
 
     total(0)
     once, forward = total(0)
-    epoch = max(0.0, total(2)[0] - total(1)[0]) if settings.learning is not None else 0.0
+    epoch = max(0.0, total(2)[0] - total(1)[0]) if settings.epochs else 0.0
     return BlockCost(once, forward, epoch, saved)
 
 

@@ -71,6 +71,11 @@ class BlockSettings:
     low_rank: LowRankSettings | None = None
     row_bits: RowBitsSettings | None = None
 
+    @property
+    def epochs(self) -> int:
+        """Passes over the samples with gradients, of transforms and of codes."""
+        return sum(stage.epochs for stage in (self.learning, self.rounding) if stage is not None)
+
     def keeps_weight(self, layer: QuantizedLinear) -> bool:
         """Whether the layer's weight is not rounded while the block learns; a weight-only layer has nothing else."""
         return not self.round_weights and layer.act_bits is not None and bool(len(layer.transforms))
@@ -164,8 +169,13 @@ def quantize_block(
             layer.freeze(codes.pop(name, None))
         generator = torch.Generator().manual_seed(seed_of(seed, "rounding"))
         learned = {name: layer for name, layer in layers.items() if not plans[name].plain}
+
+        def after(epoch: int, step: int, loss: float) -> None:
+            if progress is not None:
+                progress(settings.epochs - settings.rounding.epochs + epoch, step, loss)  # type: ignore[union-attr]
+
         outcome.rounding, codes = _learn_codes(
-            module, learned, run, calls, targets, settings.rounding, loss, contexts, generator, progress
+            module, learned, run, calls, targets, settings.rounding, loss, contexts, generator, after
         )
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
@@ -356,7 +366,7 @@ def _learn_codes(
     loss: Loss,
     contexts: Sequence[Any] | None,
     generator: torch.Generator,
-    progress: Callable[[int, int, float], None] | None,
+    progress: Callable[[int, int, float], None],
 ) -> tuple[ReconstructionResult, dict[str, Tensor]]:
     """The codes of frozen layers, learned together."""
     learned = {name: LearnedCodes(layer) for name, layer in layers.items()}

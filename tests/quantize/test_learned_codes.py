@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from support import pipelines
 from support.block_case import Case
 from torch import nn
 
+import attar
 from attar.errors import AttarError
 from attar.quantize.block import BlockSettings
 from attar.quantize.initialize import TransformSettings
@@ -14,6 +17,7 @@ from attar.quantize.learned_codes import LearnedCodes
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.quantize.weights import Grid
+from attar.recipe import load_recipe
 from attar.runtime.layers import packed_layers
 
 GPTQ = BlockSettings(TransformSettings(rotation="hadamard"), gptq_damping=0.01)
@@ -106,6 +110,33 @@ def test_behind_gptq_they_are_never_worse_on_the_samples(name):
     before = Case(name).quantize(GPTQ).error_after
     after = Case(name).quantize(dataclasses.replace(GPTQ, rounding=LEARNING))
     assert after.error_after <= before and after.rounding.error_after <= after.rounding.error_before
+
+
+def test_a_recipe_with_learned_codes_from_the_pipeline_to_the_checkpoint(tmp_path):
+    case = pipelines.CASES["wan"]
+    few = {
+        "trace.prompts": 2,
+        "select.count": 3,
+        "allocate.samples": 2,
+        "reconstruct.epochs": 1,
+        "rounding.epochs": 2,
+    }
+    generation = {**case.generation, "num_inference_steps": case.steps}
+    pipe = attar.compress(
+        pipelines.make("wan"), "attar", overrides=few, prompts=pipelines.PROMPTS[:2], generation=generation
+    )
+    for block in pipe.attar_compression.components["transformer"]["blocks"]:
+        assert len(block["rounding_loss"]) == 3 and min(block["rounding_loss"]) > 0
+    scales = torch.cat([layer.weight_scale.flatten() for layer in packed_layers(pipe.transformer).values()])
+    assert (scales < 0).any() and (scales > 0).any()
+    pipe.save_pretrained(tmp_path)
+    pipelines.assert_same_model(pipe, DiffusionPipeline.from_pretrained(tmp_path), "wan")
+
+
+def test_recipes_say_what_they_cannot_learn():
+    assert load_recipe("rtn", {"rounding.epochs": 3, "trace": {}, "select": {}}).needs_data
+    with pytest.raises(AttarError, match="codes stay"):
+        load_recipe("qvgen", {"rounding.epochs": 3})
 
 
 def test_the_same_seed_gives_the_same_bytes():
