@@ -364,7 +364,7 @@ OWN = Study(
         Method("attar, same bits", "attar", UNIFORM),
         Method("without shifts", "attar", {**UNIFORM, "quantize.shift": False}),
         Method("activations without the last code", "attar", {**UNIFORM, "quantize.act_format": "int"}),
-        Method("weights without the last code", "attar", {**UNIFORM, "quantize.weight_format": "int"}),
+        Method("weights with the last code", "attar", {**UNIFORM, "quantize.weight_format": "full_range"}),
         Method("without learning", "attar", {**UNIFORM, "reconstruct.epochs": 0}),
         Method("without clip search", "attar", {**UNIFORM, "quantize.clip_search": False}),
         Method("GPTQ of the clipped weight", "attar", {**UNIFORM, "rounding.target": "clipped"}),

@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its override
     AS_LARGE: ("attar", {}),
     "attar, all blocks alike": ("attar", {"allocate.objective": "block"}),
     "attar, without shifts": ("attar", {"quantize.shift": False}),
+    "attar, all codes of weights": ("attar", {"quantize.weight_format": "full_range"}),
 }
 TRAINED = ("efficientdm", "quest", "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2")  # whole models
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model

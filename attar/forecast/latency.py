@@ -55,9 +55,9 @@ def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
     """
     if plan.weight_bits is None or plan.act_bits is None:
         return dense
-    if (plan.weight_format, plan.act_format) == ("fp8", "fp8"):
+    if plan.numbers == ("fp8", "fp8"):
         return "fp8" if "fp8" in hardware.rates else dense
-    if (plan.weight_format, plan.act_format) not in INTEGERS:
+    if plan.numbers not in INTEGERS:
         return dense
     if plan.row_bits is not None and any(
         grid.stored != "int" for grid in plan.row_bits.grids(plan.weight_bits, plan.weight_format)

@@ -13,7 +13,7 @@ from attar.runtime.backend import BACKENDS, INTEGERS, backend_description
 def verdict(result: Mapping[str, Any], plans: Sequence[LayerPlan]) -> list[str]:
     """Sentences that hold for this plan, the most important first."""
     acting = [p for p in plans if p.weight_bits is not None and p.act_bits is not None]
-    integers = [p for p in acting if (p.weight_format, p.act_format) in INTEGERS]
+    integers = [p for p in acting if p.numbers in INTEGERS]
     candidates = (
         _weight_only(result, acting) or _attention(result),
         _no_gain(result, integers),
@@ -72,7 +72,7 @@ def _no_gain(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str | No
 
 def _formats(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str | None:
     rates = result["hardware"]["rates"]
-    kinds = {(p.weight_format, p.act_format) for p in acting} - INTEGERS
+    kinds = {p.numbers for p in acting} - INTEGERS
     kinds -= {("fp8", "fp8")} if "fp8" in rates else set()
     if not kinds:
         return None

@@ -76,6 +76,11 @@ class LayerPlan:
         return self.weight_bits is None
 
     @property
+    def numbers(self) -> tuple[str, str]:
+        """The formats of weights and activations, as a backend knows them: all integer weights are packed alike."""
+        return "int" if self.weight_format in INTEGER_FORMATS else self.weight_format, self.act_format
+
+    @property
     def bits(self) -> str:
         """ "kept", "W4A6", "W4A16", "W4A16g64" with a scale for 64 input channels, or "W4±1A6" with rows of 3 to 5."""
         if self.skipped:

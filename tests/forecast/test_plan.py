@@ -62,10 +62,12 @@ def test_every_family_at_its_own_size(name):
     assert result["around"]["vae"]["flops"] > 0 and result["around"]["text_encoder"]["flops"] > 0
 
 
-def test_wan_at_480p_as_everyone_asks(cli):
+@pytest.mark.parametrize("number", ["int", "full_range"])
+def test_wan_at_480p_as_everyone_asks(cli, number):
     done = cli(
-        "plan", "wan-1.3b", "--resolution", "832x480", "--frames", "81", "--gpu", "h200", "--acts", "6"
-    )
+        "plan", "wan-1.3b", "--resolution", "832x480", "--frames", "81", "--gpu", "h200", "--acts", "6",
+        "--set", f"quantize.weight_format={number}",
+    )  # fmt: skip
     assert done.code == 0, done.err
     assert done.err == ""
     for text in (

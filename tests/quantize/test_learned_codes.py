@@ -115,6 +115,7 @@ def test_behind_gptq_they_are_never_worse_on_the_samples(name):
 def test_a_recipe_with_learned_codes_from_the_pipeline_to_the_checkpoint(tmp_path):
     case = pipelines.CASES["wan"]
     few = {
+        "quantize.weight_format": "full_range",
         "trace.prompts": 2,
         "select.count": 3,
         "allocate.samples": 2,

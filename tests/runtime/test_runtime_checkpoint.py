@@ -342,7 +342,7 @@ def test_non_finite_scales_are_refused(saved, tmp_path):
     model = load(saved)
     model.blocks[0].attn1.to_q.weight_scale[3] = float("nan")
     model.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(AttarError, match=r"scales are not finite.*blocks.0.attn1.to_q"):
+    with pytest.raises(AttarError, match=r"scale is not finite.*blocks.0.attn1.to_q"):
         load(tmp_path)
 
 
