@@ -64,13 +64,23 @@ class Recipe(Stage):
         return self
 
     @model_validator(mode="after")
+    def _learned_codes_are_integers(self) -> Recipe:
+        if self.rounding.epochs and not self.quantize.integer_weights:
+            raise ValueError(
+                "rounding.epochs learns integers: set it to 0, quantize.weight_format to int or full_range, and have "
+                "no rows of tables (row_bits)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trained_whole_or_by_blocks(self) -> Recipe:
         if self.finetune is None:
             return self
         whole = self.finetune
         if not self.polishes and whole.scale_lr:
             raise ValueError(
-                "finetune.scale_lr is for codes that stay: it needs reconstruct, or rounding.method gptq"
+                "finetune.scale_lr is for codes that stay: it needs reconstruct, or rounding.method gptq, or "
+                "rounding.epochs"
             )
         if self.polishes and (
             whole.weight_lr or whole.level_lr or whole.adapter_rank or whole.auxiliary_rank

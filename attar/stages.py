@@ -21,6 +21,7 @@ from attar.errors import AttarError
 from attar.quantize.rank_decay import RankDecay
 from attar.quantize.row_bits import RowBitsSettings
 from attar.quantize.tables import check_weight_format, least_bits
+from attar.quantize.weights import Grid
 from attar.runtime.formats import INTEGER_FORMATS, check_format
 
 
@@ -192,6 +193,14 @@ class Quantize(Stage):
         except AttarError as error:
             raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         return self
+
+    @property
+    def integer_weights(self) -> bool:
+        """Whether the codes of all weights are integers."""
+        grids = [Grid(self.weights, self.weight_format)]
+        if self.row_bits is not None:
+            grids = RowBitsSettings(**self.row_bits.model_dump()).grids(self.weights, self.weight_format)
+        return all(grid.stored == "int" for grid in grids)
 
     @model_validator(mode="after")
     def _rows_have_these_bits(self) -> Quantize:

@@ -110,7 +110,10 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
         if len(joined) == len(calls):
             return [{name: stream.cpu() for name, stream in run(call).items()} for call in calls]
         rows = [len(next(iter(call.streams.values()))) for call in calls]
-        parts = {name: stream.cpu().split(rows) for name, stream in run(joined[0]).items()}
+        parts = {}
+        for name, stream in run(joined[0]).items():
+            each = len(stream) // sum(rows)  # a layer may see frames, or tokens, as rows of their own
+            parts[name] = stream.cpu().split([each * n for n in rows])
         return [{name: part[i].clone() for name, part in parts.items()} for i in range(len(calls))]
 
     def remove(self) -> None:

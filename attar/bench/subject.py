@@ -94,7 +94,9 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     with these in every layer; any other is an AttarError."""
     recipe = in_every_layer(recipe)
     module = copy.deepcopy(block.dense)
-    settings = replace(block_settings(recipe), learning=None, gptq_damping=None, clip_search=False)
+    settings = replace(
+        block_settings(recipe), learning=None, gptq_damping=None, rounding=None, clip_search=False
+    )
     plans = plan_for(recipe, block.linears, [])
 
     def run(call: BlockCall) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ EDGE = 0.499  # of a step, the farthest that a start lies from its code
 class LearnedCodes(nn.Module):
     """A frozen layer whose integer codes are learned; everything else of it stays as it is.
 
-    `steps` (out, in) are the weights in steps of their scales. The codes are the nearest integers, through which the
-    gradient passes as if nothing was rounded. They start at the layer's codes, off by as much of what rounding took
-    away as leaves these the nearest, so that weights between two codes change over first.
+    `steps` (out, in) are the weights in steps of their scales. The codes are the nearest integers of the range, through
+    which the gradient passes as if nothing was rounded. They start at the layer's codes, off by as much of what rounding
+    took away as leaves these the nearest, so that weights between two codes change over first.
     Raises AttarError for a layer that is not frozen, and for formats whose codes are no integers.
     """
 
@@ -41,13 +41,13 @@ class LearnedCodes(nn.Module):
     largest: Tensor  # (out, 1), the largest code of each row
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = self._inside(self.steps)
-        return self.layer.forward_with(x, (steps + (steps.round() - steps).detach()) * self.scale)
+        rounded = self._inside(self.steps.round())
+        return self.layer.forward_with(x, (self.steps + (rounded - self.steps).detach()) * self.scale)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """(out, in), as `QuantizedLinear.freeze` takes them."""
-        return self._inside(self.steps).round().to(self.layer.codes.dtype)
+        return self._inside(self.steps.round()).to(self.layer.codes.dtype)
 
     def _inside(self, steps: Tensor) -> Tensor:
         return steps.clamp(-self.largest - 1, self.largest)
@@ -59,5 +59,5 @@ def check_learned_codes(layer: QuantizedLinear) -> None:
         raise AttarError(
             "codes that are no integers cannot be learned",
             where="rounding.epochs",
-            fix="Set it to 0, or weight_format to int",
+            fix="Set it to 0, or weight_format to int or full_range",
         )

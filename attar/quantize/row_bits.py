@@ -17,6 +17,7 @@ from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.weights import Grid, check_row_grid
+from attar.runtime.formats import INTEGER_FORMATS
 
 LOW, SAME, HIGH = range(3)  # one bit less, as many, one more
 RULES = ("kurtosis", "error", "random")
@@ -43,7 +44,7 @@ class RowBitsSettings:
 
         Raises AttarError where a format has no such bits, or rows of one weight cannot have it.
         """
-        low = "binary" if bits == 2 and weight_format == "int" else weight_format
+        low = "binary" if bits == 2 and weight_format in INTEGER_FORMATS else weight_format
         high = weight_format if self.salient_format == "int" else self.salient_format
         found = [Grid(bits - 1, low), Grid(bits, weight_format), Grid(bits + 1, high)]
         for grid in found:

@@ -303,5 +303,5 @@ def check_row_grid(grid: Grid) -> None:
     if grid.number not in INTEGER_FORMATS and not has_own_tables(grid.weight_format):
         raise AttarError(
             f"rows of several kinds cannot be {grid.weight_format}",
-            fix="Use int, or a format whose rows have tables of their own",
+            fix="Use int or full_range, or a format whose rows have tables of their own",
         )
