@@ -16,9 +16,9 @@ EDGE = 0.499  # of a step, the farthest that a start lies from its code
 class LearnedCodes(nn.Module):
     """A frozen layer whose integer codes are learned; everything else of it stays as it is.
 
-    `steps` (out, in) are the weights in steps of their scales. The codes are the nearest integers of the range, through
-    which the gradient passes as if nothing was rounded. They start at the layer's codes, off by as much of what rounding
-    took away as leaves these the nearest, so that weights between two codes change over first.
+    `steps` (out, in) are the weights in steps of their scales. The codes are the nearest integers of the range,
+    through which the gradient passes as if nothing was rounded. They start at the layer's codes, off by as much of
+    what rounding took away as leaves these the nearest, so that weights between two codes change over first.
     Raises AttarError for a layer that is not frozen, and for formats whose codes are no integers.
     """
 

@@ -43,11 +43,11 @@ class QuantizedLinear(nn.Module):
     that what rounding does to the mean of the inputs is none of the error.
     group_size: None for one scale per output channel, else scales per group of input channels (weight-only).
     weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
-    weight_format: "int", "full_range", "fp8" or a table (tables.py), which is fitted to the weight as the transforms
-    start. train_levels: whether the parameters of the table, such as the exponent of "power", are learned from there on.
-    act_format: "int", "full_range" or "fp8". A low-rank branch beside the quantized product comes from `set_branch`, rows
-    of several kinds from `mix_rows`. Who trains the layer end to end may set `adapter` and `auxiliary`, and let the
-    weight and the bias have gradients.
+    weight_format: "int", "full_range", "fp8" or a table (tables.py), which is fitted to the weight as the
+    transforms start. train_levels: whether the parameters of the table, such as the exponent of "power", are
+    learned from there on. act_format: "int", "full_range" or "fp8". A low-rank branch beside the quantized product
+    comes from `set_branch`, rows of several kinds from `mix_rows`. Who trains the layer end to end may set
+    `adapter` and `auxiliary`, and let the weight and the bias have gradients.
     The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
     the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
     layer of `bake()` does.

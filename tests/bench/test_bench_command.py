@@ -41,6 +41,13 @@ def test_packed_blocks_compute_nearly_what_dense_ones_do():
     assert set(packed_layers(module)) == set(block.roles)
 
 
+def test_what_is_learned_is_left_out():
+    architecture = find_architecture("digits-video")
+    (block,) = bench_blocks(architecture, latent_grid(architecture, 64), 16, torch.float32)
+    recipe = load_recipe("attar", {"allocate": None, "quantize.shift": False, "rounding.epochs": 2})
+    assert set(packed_layers(pack_block(block, recipe))) == set(block.roles)
+
+
 def test_parts_are_named_and_memory_is_that_of_the_linears():
     result = bench("digits-video", ROTATED, tokens=64, rounds=3, dtype=torch.float32)
     (block,) = result["blocks"]
