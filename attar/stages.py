@@ -194,13 +194,16 @@ class Quantize(Stage):
             raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         return self
 
+    def grids(self) -> list[Grid]:
+        """Of all rows of a weight. Raises AttarError where rows cannot have them."""
+        if self.row_bits is None:
+            return [Grid(self.weights, self.weight_format)]
+        return RowBitsSettings(**self.row_bits.model_dump()).grids(self.weights, self.weight_format)
+
     @property
     def integer_weights(self) -> bool:
         """Whether the codes of all weights are integers."""
-        grids = [Grid(self.weights, self.weight_format)]
-        if self.row_bits is not None:
-            grids = RowBitsSettings(**self.row_bits.model_dump()).grids(self.weights, self.weight_format)
-        return all(grid.stored == "int" for grid in grids)
+        return all(grid.stored == "int" for grid in self.grids())
 
     @model_validator(mode="after")
     def _rows_have_these_bits(self) -> Quantize:
@@ -209,7 +212,7 @@ class Quantize(Stage):
         if self.group_size is not None:
             raise ValueError("row_bits gives every row one scale: leave group_size out")
         try:
-            RowBitsSettings(**self.row_bits.model_dump()).grids(self.weights, self.weight_format)
+            self.grids()
         except AttarError as error:
             raise ValueError(f"row_bits: {error.what}. {error.fix or ''}".strip()) from error
         return self

@@ -118,9 +118,9 @@ def _time_and_memory(
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     first, branches, step_seconds = _one_step(pipe, components, prompts[0], call)
     settings = block_settings(recipe)
-    if recipe.finetune is not None and not settings.epochs:  # the price of a training step is needed
+    epochs = settings.epochs
+    if recipe.finetune is not None and not epochs:  # the price of a training step is needed
         settings = dataclasses.replace(settings, learning=ReconstructionSettings(epochs=1))
-    epochs = block_settings(recipe).epochs
     learn = allocating = 0.0
     costs: list[BlockCost] = []
     peaks, measured = [], [f"one denoising step ({step_seconds:.3g} s)"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,14 +153,14 @@ def quantize_block(
     layers = wrap_linears(module, plans, linears, run, calls, settings, seed, samples)
     if calls:
         outcome.error_before = mean_relative_error(run, calls, targets)
+    learn = partial(reconstruct_block, run, calls, targets, loss=loss, contexts=contexts)
     if settings.learning is not None:
         generator = torch.Generator().manual_seed(seed_of(seed, "order"))
         whole = [layer for layer in layers.values() if settings.keeps_weight(layer)]
         set_quantizers(whole, False, True)
-        outcome.learning = reconstruct_block(
-            run, calls, targets, _trained(layers.values(), settings), settings.learning, loss,
-            contexts=contexts, generator=generator, progress=progress,
-        )  # fmt: skip
+        outcome.learning = learn(
+            _trained(layers.values(), settings), settings.learning, generator=generator, progress=progress
+        )
         set_quantizers(whole, True, True)
         if settings.clip_search:
             _search_clips(whole)  # transforms have moved, and clipping has not
@@ -168,15 +169,15 @@ def quantize_block(
         for name, layer in layers.items():
             layer.freeze(codes.pop(name, None))
         generator = torch.Generator().manual_seed(seed_of(seed, "rounding"))
-        learned = {name: layer for name, layer in layers.items() if not plans[name].plain}
+        done = settings.epochs - settings.rounding.epochs
 
         def after(epoch: int, step: int, loss: float) -> None:
             if progress is not None:
-                progress(settings.epochs - settings.rounding.epochs + epoch, step, loss)  # type: ignore[union-attr]
+                progress(done + epoch, step, loss)
 
-        outcome.rounding, codes = _learn_codes(
-            module, learned, run, calls, targets, settings.rounding, loss, contexts, generator, after
-        )
+        learn = partial(learn, settings=settings.rounding, generator=generator, progress=after)
+        learned = {name: layer for name, layer in layers.items() if not plans[name].plain}
+        outcome.rounding, codes = _learn_codes(module, learned, learn)
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
         replace_module(module, name, outcome.layers[name])
@@ -359,23 +360,13 @@ def _gptq_codes(
 def _learn_codes(
     module: nn.Module,
     layers: Mapping[str, QuantizedLinear],
-    run: Callable[[Any], Streams],
-    calls: Sequence[Any],
-    targets: Sequence[Streams],
-    settings: ReconstructionSettings,
-    loss: Loss,
-    contexts: Sequence[Any] | None,
-    generator: torch.Generator,
-    progress: Callable[[int, int, float], None],
+    learn: Callable[[dict[str, list[nn.Parameter]]], ReconstructionResult],
 ) -> tuple[ReconstructionResult, dict[str, Tensor]]:
-    """The codes of frozen layers, learned together."""
+    """The codes of frozen layers, learned together. learn: trains groups of parameters, see `reconstruct_block`."""
     learned = {name: LearnedCodes(layer) for name, layer in layers.items()}
     for name, layer in learned.items():
         replace_module(module, name, layer)
-    result = reconstruct_block(
-        run, calls, targets, {"codes": [layer.steps for layer in learned.values()]}, settings, loss,
-        contexts=contexts, generator=generator, progress=progress,
-    )  # fmt: skip
+    result = learn({"codes": [layer.steps for layer in learned.values()]})
     for name, layer in layers.items():
         replace_module(module, name, layer)
     return result, {name: layer.codes() for name, layer in learned.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from attar.errors import AttarError
 from attar.quantize.compiled import FakeQuantizeRows, compiled_for
 from attar.runtime.formats import INTEGER_FORMATS, decode, encode, integer_range, wide
-from attar.runtime.reference import MIN_ABSMAX, row_step, symmetric_scale
+from attar.runtime.reference import MIN_ABSMAX, row_step
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -65,11 +65,8 @@ def quantize_weight(
 ) -> tuple[Tensor, Tensor]:
     """Codes (out, in) and scales (out, groups) that `fake_quantize_weight` stands for."""
     grouped = _grouped(wide(weight), group_size)
-    clamped, absmax = _clamp(grouped, clip)
-    if number == "full_range":
-        scale = row_step(clamped.amin(-1, keepdim=True), clamped.amax(-1, keepdim=True), bits, number)
-    else:
-        scale = symmetric_scale(absmax, bits, number)
+    clamped, low, high = _clamp(grouped, clip)
+    scale = row_step(low, high, bits, number)
     return encode(clamped / scale, number, bits, levels).view(weight.shape), scale.squeeze(-1)
 
 
@@ -80,13 +77,14 @@ def clip_weight(weight: Tensor, clip: Tensor | None, group_size: int | None = No
 
 def weight_steps(weight: Tensor, clip: Tensor | None, group_size: int | None = None) -> Tensor:
     """The clamped weight divided by the largest magnitude of its row or group: (out, groups, in/groups) in [-1, 1]."""
-    clamped, absmax = _clamp(_grouped(wide(weight), group_size), clip)
-    return clamped / absmax.clamp(min=MIN_ABSMAX)
+    clamped, low, high = _clamp(_grouped(wide(weight), group_size), clip)
+    return clamped / torch.maximum(low.abs(), high).clamp(min=MIN_ABSMAX)
 
 
 def weight_magnitudes(weight: Tensor, clip: Tensor | None, group_size: int | None) -> Tensor:
     """What `weight_steps` divides by, (out, groups, 1): the largest magnitudes of the clamped weight."""
-    return _clamp(_grouped(wide(weight), group_size), clip)[1].clamp(min=MIN_ABSMAX)
+    _, low, high = _clamp(_grouped(wide(weight), group_size), clip)
+    return torch.maximum(low.abs(), high).clamp(min=MIN_ABSMAX)
 
 
 def group_count(in_features: int, group_size: int | None) -> int:
@@ -106,12 +104,12 @@ def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
     return weight.reshape(weight.shape[0], groups, -1)  # (out, in) -> (out, groups, in/groups)
 
 
-def _clamp(grouped: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(clamped to the learned range, its largest magnitude (out, groups, 1))."""
+def _clamp(grouped: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(clamped to the learned range, both ends of that range (out, groups, 1))."""
     smallest, largest = grouped.aminmax(dim=-1, keepdim=True)
     if clip is not None:
         smallest, largest = smallest * clip[0].unsqueeze(-1), largest * clip[1].unsqueeze(-1)
-    return grouped.clamp(smallest, largest), torch.maximum(smallest.abs(), largest)
+    return grouped.clamp(smallest, largest), smallest, largest
 
 
 def _fake_quantize_range(
@@ -119,8 +117,8 @@ def _fake_quantize_range(
 ) -> Tensor:
     """x (..., d). clip: (f_lo, f_hi) of all rows (2,), or of each row (2, ...); None for the full range."""
     if number not in INTEGER_FORMATS:
-        clamped, absmax = _clamp(x, clip)
-        scale = symmetric_scale(absmax, bits, number)
+        clamped, low, high = _clamp(x, clip)
+        scale = row_step(low, high, bits, number)
         return _RoundToNumber.apply(clamped / scale, number, bits, levels) * scale
     integer_range(bits)
     factors = x.new_ones(2) if clip is None else clip

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.rounding import column_scales
-from attar.runtime.formats import INTEGER_FORMATS, integer_range
+from attar.runtime.formats import integer_range
 
 EDGE = 0.499  # of a step, the farthest that a start lies from its code
 
@@ -24,7 +24,12 @@ class LearnedCodes(nn.Module):
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
-        check_learned_codes(layer)
+        if any(grid.stored != "int" for grid in layer.quantizer.grids):
+            raise AttarError(
+                "codes that are no integers cannot be learned",
+                where="rounding.epochs",
+                fix="Set it to 0, or weight_format to int or full_range",
+            )
         weight, scale = layer.baked_weight()
         codes = layer.codes.to(weight.dtype)
 
@@ -51,13 +56,3 @@ class LearnedCodes(nn.Module):
 
     def _inside(self, steps: Tensor) -> Tensor:
         return steps.clamp(-self.largest - 1, self.largest)
-
-
-def check_learned_codes(layer: QuantizedLinear) -> None:
-    """Raises AttarError for a layer whose codes cannot be learned."""
-    if any(grid.number not in INTEGER_FORMATS for grid in layer.quantizer.grids):
-        raise AttarError(
-            "codes that are no integers cannot be learned",
-            where="rounding.epochs",
-            fix="Set it to 0, or weight_format to int or full_range",
-        )

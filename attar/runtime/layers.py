@@ -185,7 +185,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
                 f"weight_scale has shape {tuple(weight_scale.shape)}, "
                 f"expected {tuple(layer.weight_scale.shape)}"
             )
-        if not bool((torch.isfinite(weight_scale) & (weight_scale != 0)).all()):
+        if not _usable(weight_scale):
             raise AttarError("weight_scale must be finite, and not zero")
         layer.weight_scale = weight_scale
         if layer.rows is None:
@@ -319,7 +319,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         except AttarError as error:
             raise AttarError(error.what, where=name) from error
         scale = self.weight_scale
-        if not scale.is_meta and not bool((torch.isfinite(scale) & (scale != 0)).all()):
+        if not scale.is_meta and not _usable(scale):
             raise AttarError("a weight scale is not finite, or zero", where=name)
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
@@ -442,3 +442,8 @@ def _like(name: str, value: Tensor, empty: Any, device: torch.device) -> Tensor:
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _usable(scale: Tensor) -> bool:
+    """Whether a weight can have these scales, of either sign."""
+    return bool((torch.isfinite(scale) & (scale != 0)).all())
