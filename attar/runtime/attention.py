@@ -16,7 +16,7 @@ from torch import Tensor
 from attar.errors import AttarError
 from attar.runtime.backend import backend_name
 from attar.runtime.cpu.attention import attention as compiled
-from attar.runtime.cpu.attention import has_attention
+from attar.runtime.cpu.attention import attention_kernel
 from attar.runtime.cpu.library import library
 
 _NAME = "attar::attention"
@@ -45,7 +45,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
 
 def has_kernel(device: torch.device | str = "cpu") -> bool:
     """Whether the operator is faster than torch's attention on `device`, at least in bfloat16."""
-    return backend_name(device) == "cpu" and has_attention(library())
+    return backend_name(device) == "cpu" and attention_kernel(library()) is not None
 
 
 def _torch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -55,7 +55,7 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     same = query.dtype == key.dtype == value.dtype == torch.bfloat16
-    if same and query.numel() and key.numel() and query.shape[-1] <= MAX_WIDTH and has_kernel():
+    if same and scale > 0 and query.numel() and key.numel() and query.shape[-1] <= MAX_WIDTH and has_kernel():
         return compiled(library(), query, key, value, scale)
     return _torch(query, key, value, scale)
 

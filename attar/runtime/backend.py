@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attar.errors import AttarError
-from attar.runtime.cpu.attention import has_attention
+from attar.runtime.cpu.attention import attention_kernel
 from attar.runtime.cpu.library import library
 from attar.runtime.triton.available import describe_triton, interpreting
 
@@ -102,7 +102,8 @@ class Backend:
 
 
 def _describe_cpu() -> str:
-    attention = "of our own in bfloat16 (avx512-bf16)" if has_attention(library()) else "torch's"
+    kernel = attention_kernel(library())
+    attention = f"of our own in bfloat16 ({kernel})" if kernel else "torch's"
     return (
         f"cpu: compiled kernels ({library().describe()}) with the integers of the reference; weights stay packed "
         f"in memory, and float64 inputs run on the reference; attention {attention}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -20,6 +21,21 @@ from attar.runtime.attention import attention, has_kernel
 from attar.runtime.cpu.library import library
 
 needs_kernel = pytest.mark.skipif(not has_kernel(), reason="no attention kernel for this processor")
+
+
+def levels():
+    """Instruction sets of packed layers beside which there is an attention kernel."""
+    found = []
+    for name in library().levels if has_kernel() else ():
+        with library().use_kernels(name):
+            found += [name] if has_kernel() else []
+    return found or [None]
+
+
+@pytest.fixture(scope="module", params=levels(), autouse=True)
+def kernels(request):
+    with library().use_kernels(request.param) if request.param else contextlib.nullcontext():
+        yield
 
 
 def noise(*shape, seed=0):

@@ -116,6 +116,26 @@ def test_extreme_rows(level, clip, act_format):
         assert torch.equal(y[0], layer.bias) and y[2].isnan().all() and y[1].isfinite().all()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("spread", [1.0, 5.0, 20.0])
+def test_numbers_beside_the_middle_of_two_codes(level, spread):
+    """Quotients of half a step, and some roundings more and less: where the kernels do not divide, they must be as
+    exact as a division. Rows of all magnitudes, the last ones too large for an inverse that is a normal number."""
+    for act_bits in range(2, 9):
+        most = 2 ** (act_bits - 1) - 1
+        absmax = torch.exp(torch.randn(40, 1, generator=generator(act_bits)) * spread)
+        absmax[-4:] = 3e38 * torch.rand(4, 1, generator=generator(act_bits))
+        half = torch.randint(-most, most, (40, 256), generator=generator(act_bits)) + 0.5
+        off = torch.randint(-2, 3, half.shape, generator=generator(act_bits))
+        x = half * (absmax / most) * (1 + off * 2.0**-24)
+        x[:, :1] = absmax
+        layer = PackedLinear.from_codes(
+            torch.eye(256, dtype=torch.int8), torch.ones(256, 1), 8, act_bits=act_bits
+        )
+        with library().use_kernels(level):
+            assert_same(*both(layer, x))
+
+
 @given(
     seeds, st.sampled_from([8, 16, 60, 64, 96, 560]), bits, st.sampled_from(["hadamard", "kronecker", "both"])
 )

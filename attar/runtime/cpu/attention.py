@@ -10,8 +10,6 @@ from torch import Tensor
 
 from attar.runtime.cpu.library import Library, check_memory
 
-_LEVEL = "avx512-vnni"  # the instruction set of packed layers beside which it runs
-
 
 class _Places(Structure):
     _fields_ = (("batch", c_int64), ("token", c_int64), ("head", c_int64))
@@ -26,13 +24,17 @@ class _Attention(Structure):
     )
 
 
-def has_attention(kernels: Library) -> bool:
-    """Whether this processor runs the kernel, and no slower instruction set was asked for."""
-    return kernels.kernels == _LEVEL and bool(kernels.code.attar_has_attention())
+def attention_kernel(kernels: Library) -> str | None:
+    """The instruction set of the kernel beside that of the packed layers; None where there is none."""
+    name = kernels.code.attar_attention_kernels(kernels.level)
+    return name.decode() if name else None
 
 
 def attention(kernels: Library, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """bfloat16 (batch, queries, heads, width) and (batch, keys, heads, width) twice -> as query, contiguous."""
+    """bfloat16 (batch, queries, heads, width) and (batch, keys, heads, width) twice -> as query, contiguous.
+
+    scale > 0.
+    """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, queries, heads, width = query.shape
     out = torch.empty(query.shape, dtype=query.dtype)
@@ -52,5 +54,5 @@ def attention(kernels: Library, query: Tensor, key: Tensor, value: Tensor, scale
         scale=scale,
         threads=torch.get_num_threads(),
     )
-    check_memory(kernels.code.attar_attention(ctypes.byref(call)))
+    check_memory(kernels.code.attar_attention(ctypes.byref(call), kernels.level))
     return out

@@ -51,7 +51,8 @@ class Library:
         code.attar_kernels.restype = c_char_p
         code.attar_linear.argtypes = [POINTER(_Linear), c_int]
         code.attar_dequantize.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int32, c_int, c_int]
-        code.attar_attention.argtypes = [c_void_p]
+        code.attar_attention.argtypes = [c_void_p, c_int]
+        code.attar_attention_kernels.restype = c_char_p
         for name in ("fake_quantize", "fake_quantize_backward", "kronecker", "cayley"):
             getattr(code, f"attar_{name}").argtypes = [c_void_p, c_int]
         code.attar_fake_quantize.restype = code.attar_fake_quantize_backward.restype = None

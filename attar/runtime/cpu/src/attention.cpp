@@ -1,5 +1,6 @@
 // The C entry point of attention: which tasks there are, and how they are divided among threads.
 #include "attention.h"
+#include "kernels.h"
 #include "memory.h"
 
 using namespace attar;
@@ -10,34 +11,38 @@ constexpr int64_t PACKED_BYTES = 16 << 20;  // keys and values of the heads that
 
 thread_local Buffer packed_buffer, scratch_buffer;
 
-const AttentionKernels* attention_kernels() {
+// The kernels beside the packed layers' of `level`, or null.
+const AttentionKernels* attention_kernels(int level) {
 #if defined(__x86_64__)
-    static const AttentionKernels* const found =
-        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-            ? &avx512_attention
-            : nullptr;
-    return found;
-#else
-    return nullptr;
+    static const bool pairs = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const Kernels* kernels = kernels_at(level);
+    if (pairs && kernels == &avx512_kernels) return &avx512_attention;
+    if (pairs && kernels == &amx_kernels) return &amx_attention;
 #endif
+    return nullptr;
 }
 
 }  // namespace
 
 extern "C" {
 
-int attar_has_attention() { return attention_kernels() != nullptr; }
+// Name of the attention kernels beside the packed layers' of `level`, or null.
+const char* attar_attention_kernels(int level) {
+    const AttentionKernels* kernels = attention_kernels(level);
+    return kernels ? kernels->name : nullptr;
+}
 
-// Returns 0, or 1 when there is not enough memory. Only where attar_has_attention().
-int attar_attention(const Attention* pointer) {
+// Returns 0, or 1 when there is not enough memory. Only where there are kernels at `level`.
+int attar_attention(const Attention* pointer, int level) {
     const Attention& call = *pointer;
-    const AttentionKernels& kernels = *attention_kernels();
+    const AttentionKernels& kernels = *attention_kernels(level);
     const int64_t heads = call.batch * call.heads, key_blocks = parts_of(call.keys, KEY_BLOCK);
     const int64_t packed = key_blocks * packed_block(call);  // elements of a head's keys, and of its values
     const int64_t together = most(1, least(heads, PACKED_BYTES / (packed * 4)));
-    const int64_t query_blocks = parts_of(call.queries, QUERY_BLOCK);
-    const int64_t rows = round_up(parts_of(call.queries, query_blocks), QUERY_TILE);
+    const int64_t query_blocks = parts_of(call.queries, kernels.block);
+    const int64_t rows = round_up(parts_of(call.queries, query_blocks), kernels.tile);
+    prefer_large_pages(call.o, heads * call.queries * call.width * 2);
     uint16_t* memory = static_cast<uint16_t*>(packed_buffer.reserve(together * packed * 4));
     if (!memory) return 1;
     int failed = 0;

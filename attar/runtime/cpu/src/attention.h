@@ -7,17 +7,15 @@
 
 namespace attar {
 
-constexpr int64_t QUERY_TILE = 14;                // queries whose scores are in registers at once
-constexpr int64_t QUERY_BLOCK = 16 * QUERY_TILE;  // queries of a task: they share what is fetched of a block of keys
-constexpr int64_t KEY_BLOCK = 256;                // keys between two corrections of the running softmax
-constexpr int64_t STRIP_WIDTH = 32;               // keys, or features of a value, of a tile
+constexpr int64_t KEY_BLOCK = 256;   // keys between two corrections of the running softmax
+constexpr int64_t STRIP_WIDTH = 32;  // keys, or features of a value, of a tile
 
 // Places of a tensor (batch, tokens, heads, width), in elements; neighbouring features are neighbours in memory.
 struct Places {
     int64_t batch, token, head;
 };
 
-// o (batch, queries, heads, width) = softmax(scale · q kᵀ) v, all of bfloat16; o is contiguous.
+// o (batch, queries, heads, width) = softmax(scale · q kᵀ) v, all of bfloat16; o is contiguous, scale > 0.
 struct Attention {
     const uint16_t *q, *k, *v;
     uint16_t* o;
@@ -28,16 +26,19 @@ struct Attention {
 };
 
 struct AttentionKernels {
+    const char* name;
+    int64_t tile;   // queries whose scores are computed at once
+    int64_t block;  // queries of a task: they share what is fetched of a block of keys
     // Keys and values [first, first + KEY_BLOCK) of a head (counted over the batch) in the order of the products:
     // keys (strips of keys, width / 2, STRIP_WIDTH, 2), values (strips of the width, KEY_BLOCK / 2, STRIP_WIDTH, 2).
     void (*pack)(const Attention&, int64_t head, int64_t first, uint16_t* keys, uint16_t* values);
-    // Outputs of the queries [first, first + count), at most QUERY_BLOCK, over all blocks of the packed keys.
+    // Outputs of the queries [first, first + count), at most `block`, over all blocks of the packed keys.
     void (*attend)(const Attention&, int64_t head, int64_t first, int64_t count, const uint16_t* keys,
                    const uint16_t* values, void* scratch);
     int64_t (*scratch_bytes)(const Attention&);
 };
 
-extern const AttentionKernels avx512_attention;
+extern const AttentionKernels avx512_attention, amx_attention;
 
 namespace {
 

@@ -14,7 +14,7 @@ struct Avx2 {
     };
     typedef Weights Values;
     static constexpr int WIDTH = 8, VECTORS = 2, ROWS = 4;
-    static INLINE Vector set(int32_t v) { return _mm256_set1_epi32(v); }
+    static INLINE Vector zero() { return _mm256_setzero_si256(); }
     static INLINE Weights load_weights(const uint8_t* p) {
         __m256i w = _mm256_loadu_si256((const __m256i*)p);
         return {_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srli_epi16(w, 8)};

@@ -6,12 +6,31 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 #include "memory.h"
 #include "pieces.h"
 
 namespace attar {
+
+#if defined(__x86_64__) && defined(__linux__)
+// Whether there are matrix registers, which the system gives to a process that asks for them.
+bool has_matrices() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned bfloat16 = 1u << 22, tiles = 1u << 24, bytes = 1u << 25;
+    if (~d & (bfloat16 | tiles | bytes)) return false;
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#elif defined(__x86_64__)
+bool has_matrices() { return false; }
+#endif
 
 const Kernels* kernels_at(int level) {
 #if defined(__x86_64__)
@@ -24,6 +43,7 @@ const Kernels* kernels_at(int level) {
                 __builtin_cpu_supports("bmi2")
             ? &avx512_kernels
             : nullptr,
+        has_matrices() ? &amx_kernels : nullptr,
     };
 #else
     static const Kernels* const found[] = {&scalar_kernels};
@@ -63,36 +83,50 @@ int64_t panel_bytes(const Kernels& kernels, const Block& block, int64_t strips) 
     return strips * kernels.strip * block.range;
 }
 
+// k of one tile.
+int64_t depth_of(const Kernels& kernels, const Block& block) {
+    return kernels.depth ? least(kernels.depth, block.range) : block.range;
+}
+
 int64_t sums_bytes(const Kernels& kernels, const Block& block, int64_t strips, int64_t rows) {
-    return block.range < block.padded ? round_up(rows, kernels.max_rows) * strips * kernels.strip * 4 : 0;
+    if (depth_of(kernels, block) == block.padded) return 0;
+    if (block.range == block.padded) rows = kernels.max_rows;  // no sums of other rows are kept
+    return round_up(rows, kernels.max_rows) * strips * kernels.strip * 4;
 }
 
 void multiply(const Kernels& kernels, const Linear& call, const Block& block, const Task& task, uint8_t* memory) {
     const int bytes = call.y_dtype == FLOAT32 ? 4 : 2;
+    const int64_t depth = depth_of(kernels, block);
     int32_t* sums = reinterpret_cast<int32_t*>(memory + panel_bytes(kernels, block, task.strips));
+    void* state = kernels.enter ? kernels.enter() : nullptr;
     for (int64_t k = 0; k < block.padded; k += block.range) {
         const int64_t k1 = least(block.padded, k + block.range);
         for (int64_t n = task.n0; n < task.n1; n += kernels.strip)
             kernels.unpack(call.weight, n, k, k1, memory + (n - task.n0) * block.range);
         Tile tile;
-        tile.depth = (least(call.weight.k, k1) - k + 3) / 4;
-        tile.begin = k == 0, tile.end = k1 == block.padded;
         tile.y_stride = call.weight.n, tile.y_dtype = call.y_dtype, tile.gelu = call.gelu;
-        for (int64_t r = task.r0; r < task.r1; r += kernels.max_rows)
-            for (int64_t n = task.n0; n < task.n1; n += kernels.strip) {
-                tile.x = block.codes + r * block.padded + k * kernels.max_rows;
-                tile.strip = memory + (n - task.n0) * block.range;
-                tile.sums = block.range == block.padded
-                                ? nullptr
-                                : sums + (r - task.r0) * task.strips * kernels.strip + (n - task.n0) * kernels.max_rows;
-                tile.offset = block.offset + r, tile.row_scale = block.scale + r;
-                tile.scale = call.weight.scale + n;
-                tile.bias = call.bias ? call.bias + n : nullptr;
-                tile.y = static_cast<char*>(call.y) + ((block.first + r) * call.weight.n + n) * bytes;
-                tile.cols = int(least(kernels.strip, task.n1 - n));
-                kernels.tile(int(least(kernels.max_rows, task.r1 - r)), tile);
+        tile.state = state;
+        for (int64_t r = task.r0; r < task.r1; r += kernels.max_rows) {
+            int32_t* own = sums + (block.range == block.padded ? 0 : (r - task.r0) * task.strips * kernels.strip);
+            for (int64_t from = k; from < k1; from += depth) {
+                const int64_t to = least(k1, from + depth);
+                tile.depth = (least(call.weight.k, to) - from + 3) / 4;
+                tile.begin = from == 0, tile.end = to == block.padded;
+                for (int64_t n = task.n0; n < task.n1; n += kernels.strip) {
+                    tile.x = block.codes + r * block.padded + from * kernels.max_rows;
+                    tile.strip = memory + (n - task.n0) * block.range + (from - k) * kernels.strip;
+                    tile.sums = depth == block.padded ? nullptr : own + (n - task.n0) * kernels.max_rows;
+                    tile.offset = block.offset + r, tile.row_scale = block.scale + r;
+                    tile.scale = call.weight.scale + n;
+                    tile.bias = call.bias ? call.bias + n : nullptr;
+                    tile.y = static_cast<char*>(call.y) + ((block.first + r) * call.weight.n + n) * bytes;
+                    tile.cols = int(least(kernels.strip, task.n1 - n));
+                    kernels.tile(int(least(kernels.max_rows, task.r1 - r)), tile);
+                }
             }
+        }
     }
+    if (kernels.leave) kernels.leave(state);
 }
 
 }  // namespace
@@ -118,6 +152,7 @@ int attar_linear(const Linear* pointer, int level) {
     const Linear& call = *pointer;
     const Kernels& kernels = *kernels_at(level);
     const int64_t n = call.weight.n, threads = most(1, call.threads);
+    prefer_large_pages(call.y, call.m * n * (call.y_dtype == FLOAT32 ? 4 : 2));
     Block block;
     block.padded = round_up(call.weight.k, 64);
     block.range = round_up(parts_of(block.padded, parts_of(block.padded, RANGE)), 64);

@@ -43,7 +43,7 @@ struct Linear {
 
 // A tile of the product: some rows of activations against one strip of weights, over a range of the depth.
 struct Tile {
-    const int8_t* x;         // (depth, max_rows, 4): four neighbouring k of each row
+    const int8_t* x;         // (depth / run, max_rows, 4 run): runs of neighbouring k of each row
     const uint8_t* strip;    // (depth, outputs of a strip, 4): four neighbouring k of each output
     int64_t depth;           // steps of four k
     int32_t* sums;           // (rows, outputs of a strip) between the ranges; null when there is one range
@@ -56,6 +56,7 @@ struct Tile {
     int64_t y_stride;        // in elements
     int32_t y_dtype, cols;
     int32_t gelu;
+    void* state;             // of the thread, null unless the kernels have one
 };
 
 // Fake quantization of the rows of x (rows, k): clamped to [low_factor · min, high_factor · max], rounded in steps.
@@ -99,7 +100,12 @@ struct Kernels {
     const char* name;
     int strip;     // outputs of a strip
     int max_rows;  // rows of the largest tile
+    int depth;     // k of a tile at most, a multiple of 64; 0: any
+    // Around the tiles that a thread computes, or null: set matrix registers up; finish the last tile and give them back.
+    void* (*enter)();  // -> Tile::state
+    void (*leave)(void* state);
     // `count` <= max_rows rows of activations -> Tile::x over `padded` k, their step sizes, and Tile::offset.
+    // The kernels' own layout of Tile::x has run = 1 (bytes are broadcast in fours) or 16 (rows of a matrix register).
     // `scratch` has room for 2 · padded floats and max_rows · padded bytes.
     void (*quantize)(const Linear&, int64_t row, int64_t count, int64_t padded, void* scratch, int8_t* tile,
                      float* scale, int32_t* offset);
@@ -126,6 +132,6 @@ inline int64_t kronecker_scratch(int64_t l, int64_t r) { return (2 * kronecker_b
 // The kernels at `level` (0 is the slowest), or null where the processor or the build lacks them.
 const Kernels* kernels_at(int level);
 
-extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels;
+extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels, amx_kernels;
 
 }  // namespace attar

@@ -2,10 +2,26 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace attar {
 namespace {
+
+// Memory that is about to be written for the first time: small pages, which the system hands out one by one, can cost
+// as much as what is computed into them. Only an advice.
+inline void prefer_large_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
 
 struct Buffer {
     void* data = nullptr;

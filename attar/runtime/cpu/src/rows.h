@@ -71,9 +71,44 @@ INLINE float signed_step_of(float low, float high, int bits) {
     return high > below ? -step : step;
 }
 
-// One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each.
+#if defined(__FMA__)
+constexpr bool FUSED = true;
+INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    return load<Floats>(reinterpret_cast<float*>(z));
+#endif
+}
+#else
+constexpr bool FUSED = false;
+INLINE Floats fused(Floats, Floats, Floats c) { return c; }
+#endif
+
+// v / step for many v, bit for bit where a code depends on it: a quotient that is faithful is made the nearest one by
+// its remainder and the nearest inverse (Markstein 1990), which takes a fraction of the time of a division. Steps
+// whose inverse is not a normal number are left to the division.
+struct Divisor {
+    Floats step, inverse;
+    bool plain;
+    INLINE explicit Divisor(float s) : step(Floats{} + s), inverse(Floats{} + 1.0f / s), plain(!FUSED || !(__builtin_fabsf(s) < 1e37f)) {}
+    INLINE Floats under(Floats v) const {
+        if (plain) return v / step;
+        Floats q = v * inverse;
+        q = fused(fused(-q, step, v), inverse, q);
+        return fused(fused(-q, step, v), inverse, q);
+    }
+};
+
+// One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each. RUN codes are neighbours, the
+// next ones lie STRIDE bytes on; 0: all are neighbours.
+template <int64_t RUN = 0, int64_t STRIDE = 0>
 void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, float* other, int8_t* codes,
                   float* scale, int32_t* offset) {
+    const auto place = [codes](int64_t i) { return codes + (RUN ? i / RUN * STRIDE + i % RUN : i); };
     const int64_t k = call.weight.k;
     Row row = {static_cast<const char*>(call.x) + index * k * width(call.x_dtype), call.x_dtype, k};
     if (call.n_steps) {
@@ -94,12 +129,13 @@ void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, f
     // Adding 1.5·2^23 rounds half to even and leaves the integer in the low bits; a NaN leaves zero there.
     const Floats lows = Floats{} + low, highs = Floats{} + high;
     const Floats leasts = Floats{} + least, mosts = Floats{} + most;
+    const Divisor divisor(step);
     Ints sums = {};
     for (int64_t i = 0; i < k; i += LANES) {
         Floats v = row.at(i);
         v = v < lows ? lows : v;
         v = v > highs ? highs : v;
-        v = v / step;
+        v = divisor.under(v);
         v = v < leasts ? leasts : v;
         v = v > mosts ? mosts : v;
         Ints code = bits_of<Ints>(v + 12582912.0f);
@@ -108,9 +144,9 @@ void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, f
             code = lane < int32_t(k - i) ? code : Ints{};
         }
         sums += (code << 24) >> 24;
-        store(codes + i, low_bytes(code));
+        store(place(i), low_bytes(code));
     }
-    for (int64_t i = (k + LANES - 1) / LANES * LANES; i < padded; i += LANES) store(codes + i, Bytes{});
+    for (int64_t i = (k + LANES - 1) / LANES * LANES; i < padded; i += LANES) store(place(i), Bytes{});
     int32_t sum = 0;
     for (int i = 0; i < LANES; ++i) sum += sums[i];
     *scale = step;

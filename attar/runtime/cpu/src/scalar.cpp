@@ -9,7 +9,7 @@ struct Scalar {
     typedef const uint8_t* Weights;
     typedef const int8_t* Values;
     static constexpr int WIDTH = 16, VECTORS = 1, ROWS = 2;
-    static INLINE Vector set(int32_t v) { return Ints{} + v; }
+    static INLINE Vector zero() { return Ints{}; }
     static INLINE Weights load_weights(const uint8_t* p) { return p; }
     static INLINE Values broadcast(const int8_t* p) { return p; }
     static INLINE Vector dot(Vector sums, Weights w, Values x) {

@@ -1,11 +1,11 @@
 // The integer matrix product: ROWS x (VECTORS · WIDTH) sums in registers over a range of the depth.
 //
-// `Isa` gives: Vector, a register of sums; WIDTH, sums in it; VECTORS, registers of a strip; ROWS, the largest
+// `Isa` gives: Vector, a register of sums, and its zero(); WIDTH, sums in it; VECTORS, registers of a strip; ROWS, the largest
 // tile; Weights and Values, the operands of dot(), which adds to each sum the product of four unsigned weights and
 // four signed values.
 #pragma once
 
-#include "gelu.h"
+#include "finish.h"
 #include "learning.h"
 #include "rows.h"
 #include "weights.h"
@@ -21,7 +21,7 @@ INLINE void accumulate(const Tile& t, int32_t* out) {
     typename Isa::Vector sums[ROWS][Isa::VECTORS];
     UNROLL for (int r = 0; r < ROWS; ++r)
         UNROLL for (int v = 0; v < Isa::VECTORS; ++v)
-            sums[r][v] = t.begin ? Isa::set(t.offset[r]) : Isa::load_sums(out + r * STRIP + v * Isa::WIDTH);
+            sums[r][v] = t.begin ? Isa::zero() : Isa::load_sums(out + r * STRIP + v * Isa::WIDTH);
 
     const int8_t* x = t.x;
     const uint8_t* strip = t.strip;
@@ -47,17 +47,7 @@ void tile_of(const Tile& t) {
     alignas(64) int32_t own[ROWS * STRIP];
     int32_t* sums = t.sums ? t.sums : own;
     accumulate<Isa, ROWS>(t, sums);
-    if (!t.end) return;
-    for (int r = 0; r < ROWS; ++r) {
-        char* y = static_cast<char*>(t.y) + r * t.y_stride * width(t.y_dtype);
-        for (int i = 0; i < t.cols; i += LANES) {
-            Floats f = __builtin_convertvector(load<Ints>(sums + r * STRIP + i), Floats);
-            f = f * t.row_scale[r] * load_some(t.scale, i, FLOAT32, t.cols - i);
-            if (t.bias) f = f + load_some(t.bias, i, FLOAT32, t.cols - i);
-            if (t.gelu) f = t.gelu == GELU_TANH ? gelu_tanh(f) : gelu_erf(f);
-            store_some(y, i, t.y_dtype, t.cols - i, f);
-        }
-    }
+    for (int r = 0; t.end && r < ROWS; ++r) finish_row<STRIP>(t, r, sums);
 }
 
 template <class Isa, int ROWS>
@@ -80,6 +70,9 @@ constexpr Kernels kernels_of(const char* name) {
     return {name,
             Isa::WIDTH * Isa::VECTORS,
             Isa::ROWS,
+            0,
+            nullptr,
+            nullptr,
             quantize<Isa::ROWS>,
             unpack<Isa::WIDTH * Isa::VECTORS>,
             Dispatch<Isa, Isa::ROWS>::call,

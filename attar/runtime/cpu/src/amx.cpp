@@ -1,0 +1,110 @@
+// Matrix registers (AMX): one instruction adds the products of 16 rows and 16 outputs over 64 k.
+//
+// Four registers hold the sums of 32 rows and 32 outputs, two each the codes of rows and of outputs, so that every
+// register that is loaded is used twice. Strips of weights have the layout of the dot products of bytes (tile.h):
+// sixteen steps of it are a register.
+#include "finish.h"
+#include "learning.h"
+#include "matrices.h"
+#include "rows.h"
+#include "weights.h"
+
+namespace attar {
+namespace {
+
+constexpr int ROWS = 2 * SIDE, STRIP = 2 * SIDE;
+constexpr int64_t RUN = 64;  // k of a register
+constexpr int DEPTH = 768;   // k of a tile: its rows stay in the L1 cache while strips go by
+
+// A tile whose sums are complete. Its outputs are computed between the instructions of the next tile, since matrices
+// and vectors are multiplied by different units.
+struct Pending {
+    Tile tile;
+    int rows = 0, done = 0;
+    const int32_t* sums;
+    alignas(64) int32_t own[2][ROWS * STRIP];  // of tiles that have the whole depth, in turns
+    int turn = 0;
+
+    INLINE void finish(int count) {
+        for (const int end = done + count < rows ? done + count : rows; done < end; ++done)
+            finish_row<STRIP>(tile, done, sums);
+    }
+};
+
+thread_local Pending pending;
+
+void* enter() {
+    pending.rows = pending.done = 0;
+    begin_matrices();
+    return &pending;
+}
+
+void leave(void* state) {
+    static_cast<Pending*>(state)->finish(ROWS);
+    end_matrices();
+}
+
+// `count` rows from `row` on -> (padded / 64, ROWS, 64).
+void quantize_lines(const Linear& call, int64_t row, int64_t count, int64_t padded, void* scratch, int8_t* tile,
+                    float* scale, int32_t* offset) {
+    float *x = static_cast<float*>(scratch), *other = x + padded;
+    for (int64_t r = 0; r < count; ++r)
+        quantize_row<RUN, ROWS * RUN>(call, row + r, padded, x, other, tile + r * RUN, scale + r, offset + r);
+}
+
+// Registers 0 to 3: sums of (first, second) rows by (first, second) outputs; 4, 5: rows; 6, 7: outputs.
+template <bool TWO>
+INLINE void accumulate(const Tile& t, int32_t* sums, Pending& last) {
+    constexpr int STRIDE = STRIP * 4;
+    int32_t* second = sums + SIDE * STRIP;
+    if (t.begin) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, STRIDE);
+        _tile_loadd(1, sums + SIDE, STRIDE);
+        _tile_loadd(2, second, STRIDE);
+        _tile_loadd(3, second + SIDE, STRIDE);
+    }
+    const int8_t* x = t.x;
+    const uint8_t* strip = t.strip;
+    const int steps = int((t.depth + RUN / 4 - 1) / (RUN / 4));
+    const int each = (last.rows - last.done + steps - 1) / steps;
+    for (int step = 0; step < steps; ++step, x += ROWS * RUN, strip += STRIP * RUN) {
+        _tile_loadd(4, x, RUN);
+        _tile_loadd(6, strip, STRIDE);
+        _tile_dpbsud(0, 4, 6);
+        _tile_loadd(7, strip + SIDE * 4, STRIDE);
+        _tile_dpbsud(1, 4, 7);
+        if (TWO) {
+            _tile_loadd(5, x + SIDE * RUN, RUN);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+        last.finish(each);
+    }
+    _tile_stored(0, sums, STRIDE);
+    _tile_stored(1, sums + SIDE, STRIDE);
+    _tile_stored(2, second, STRIDE);
+    _tile_stored(3, second + SIDE, STRIDE);
+}
+
+void tile(int rows, const Tile& t) {
+    Pending& last = *static_cast<Pending*>(t.state);
+    int32_t* sums = t.sums ? t.sums : last.own[last.turn ^= 1];
+    if (rows > SIDE)
+        accumulate<true>(t, sums, last);
+    else
+        accumulate<false>(t, sums, last);
+    if (t.end) last.tile = t, last.rows = rows, last.done = 0, last.sums = sums;
+}
+
+}  // namespace
+
+const Kernels amx_kernels = {"amx-int8", STRIP, ROWS, DEPTH, enter, leave, quantize_lines, unpack<STRIP>, tile, dequantize,
+                             fake_quantize, fake_quantize_backward, kronecker, kronecker_backward, cayley,
+                             cayley_backward};
+
+}  // namespace attar
