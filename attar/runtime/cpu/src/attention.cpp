@@ -37,10 +37,13 @@ const char* attar_attention_kernels(int level) {
 int attar_attention(const Attention* pointer, int level) {
     const Attention& call = *pointer;
     const AttentionKernels& kernels = *attention_kernels(level);
-    const int64_t heads = call.batch * call.heads, key_blocks = parts_of(call.keys, KEY_BLOCK);
-    const int64_t packed = key_blocks * packed_block(call);  // elements of a head's keys, and of its values
-    const int64_t together = most(1, least(heads, PACKED_BYTES / (packed * 4)));
+    const int64_t heads = call.batch * call.heads, key_blocks = parts_of(call.keys, kernels.keys);
+    const int64_t packed_block = kernels.keys * padded_width(call);
+    const int64_t packed = key_blocks * packed_block;  // elements of a head's keys, and of its values
     const int64_t query_blocks = parts_of(call.queries, kernels.block);
+    // As few heads as give every thread some tasks: what is packed of them is read where it still is near.
+    const int64_t busy = parts_of(4 * most(1, call.threads), query_blocks);
+    const int64_t together = most(1, least(least(heads, busy), PACKED_BYTES / (packed * 4)));
     const int64_t rows = round_up(parts_of(call.queries, query_blocks), kernels.tile);
     prefer_large_pages(call.o, heads * call.queries * call.width * 2);
     uint16_t* memory = static_cast<uint16_t*>(packed_buffer.reserve(together * packed * 4));
@@ -58,8 +61,8 @@ int attar_attention(const Attention* pointer, int level) {
             }
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < count * key_blocks; ++t) {
-                uint16_t* keys = memory + t / key_blocks * 2 * packed + t % key_blocks * packed_block(call);
-                kernels.pack(call, first + t / key_blocks, t % key_blocks * KEY_BLOCK, keys, keys + packed);
+                uint16_t* keys = memory + t / key_blocks * 2 * packed + t % key_blocks * packed_block;
+                kernels.pack(call, first + t / key_blocks, t % key_blocks * kernels.keys, keys, keys + packed);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t t = 0; t < count * query_blocks; ++t) {

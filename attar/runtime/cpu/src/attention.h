@@ -7,7 +7,6 @@
 
 namespace attar {
 
-constexpr int64_t KEY_BLOCK = 256;   // keys between two corrections of the running softmax
 constexpr int64_t STRIP_WIDTH = 32;  // keys, or features of a value, of a tile
 
 // Places of a tensor (batch, tokens, heads, width), in elements; neighbouring features are neighbours in memory.
@@ -29,8 +28,9 @@ struct AttentionKernels {
     const char* name;
     int64_t tile;   // queries whose scores are computed at once
     int64_t block;  // queries of a task: they share what is fetched of a block of keys
-    // Keys and values [first, first + KEY_BLOCK) of a head (counted over the batch) in the order of the products:
-    // keys (strips of keys, width / 2, STRIP_WIDTH, 2), values (strips of the width, KEY_BLOCK / 2, STRIP_WIDTH, 2).
+    int64_t keys;   // of a block: between two corrections of the running softmax
+    // Keys and values [first, first + `keys`) of a head (counted over the batch) in the order of the products:
+    // keys (strips of keys, width / 2, STRIP_WIDTH, 2), values (strips of the width, `keys` / 2, STRIP_WIDTH, 2).
     void (*pack)(const Attention&, int64_t head, int64_t first, uint16_t* keys, uint16_t* values);
     // Outputs of the queries [first, first + count), at most `block`, over all blocks of the packed keys.
     void (*attend)(const Attention&, int64_t head, int64_t first, int64_t count, const uint16_t* keys,
@@ -43,9 +43,6 @@ extern const AttentionKernels avx512_attention, amx_attention;
 namespace {
 
 inline int64_t padded_width(const Attention& call) { return round_up(call.width, STRIP_WIDTH); }
-
-// Elements of a head's keys, or values, of one block, when they are packed.
-inline int64_t packed_block(const Attention& call) { return KEY_BLOCK * padded_width(call); }
 
 }  // namespace
 

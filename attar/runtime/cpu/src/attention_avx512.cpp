@@ -8,8 +8,8 @@
 namespace attar {
 namespace {
 
-constexpr int ROWS = 14;            // queries whose scores are in registers at once
-constexpr int64_t BLOCK = 16 * ROWS;
+constexpr int ROWS = 14;  // queries whose scores are in registers at once
+constexpr int64_t BLOCK = 16 * ROWS, KEY_BLOCK = 256;
 
 INLINE __m512bh pairs(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
@@ -101,26 +101,27 @@ void attend(const Attention& call, int64_t head, int64_t first, int64_t count, c
         load_queries(call, head, first + t * ROWS, count - t * ROWS, s.queries + t * ROWS * padded);
     for (int64_t i = 0; i < tiles * LANES; ++i) s.tops[i] = -__builtin_inff(), s.totals[i] = 0;
 
-    for (int64_t key = 0; key < call.keys; key += KEY_BLOCK, keys += packed_block(call), values += packed_block(call)) {
+    for (int64_t key = 0; key < call.keys; key += KEY_BLOCK, keys += KEY_BLOCK * padded, values += KEY_BLOCK * padded) {
         const int64_t present = least(KEY_BLOCK, call.keys - key);
         const int64_t used = round_up(present, STRIP_WIDTH);
         for (int64_t t = 0; t < tiles; ++t) {
             alignas(64) float kept[LANES];
             for (int64_t k = 0; k < used; k += STRIP_WIDTH)
                 score(s.queries + t * ROWS * padded, keys + k * padded, depth, s.scores + k);
-            softmax<ROWS>(s.scores, s.weights, factor, present, used, s.tops + t * LANES, s.totals + t * LANES, kept);
+            softmax<ROWS>(s.scores, KEY_BLOCK, s.weights, KEY_BLOCK, factor, present, used, s.tops + t * LANES,
+                          s.totals + t * LANES, kept);
             for (int64_t d = 0; d < padded; d += STRIP_WIDTH)
                 weigh(s.weights, values + d * KEY_BLOCK, used / 2, kept, key == 0, s.outputs + t * ROWS * padded + d, padded);
         }
     }
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t rows = least(ROWS, count - t * ROWS);
-        store_outputs(call, head, first + t * ROWS, rows, s.outputs + t * ROWS * padded, s.totals + t * LANES);
+        store_outputs(call, head, first + t * ROWS, rows, s.outputs + t * ROWS * padded, padded, s.totals + t * LANES);
     }
 }
 
 }  // namespace
 
-const AttentionKernels avx512_attention = {"avx512-bf16", ROWS, BLOCK, pack, attend, scratch_bytes};
+const AttentionKernels avx512_attention = {"avx512-bf16", ROWS, BLOCK, KEY_BLOCK, pack<KEY_BLOCK>, attend, scratch_bytes};
 
 }  // namespace attar

@@ -22,6 +22,7 @@ const uint16_t* token_of(const uint16_t* base, const Places& places, const Atten
     return base + head / call.heads * places.batch + head % call.heads * places.head + token * places.token;
 }
 
+template <int64_t KEY_BLOCK>
 void pack(const Attention& call, int64_t head, int64_t first, uint16_t* keys, uint16_t* values) {
     const int64_t count = least(KEY_BLOCK, call.keys - first);
     const int64_t padded = padded_width(call), used = round_up(count, STRIP_WIDTH);
@@ -61,14 +62,16 @@ INLINE __m512 exp2_of(__m512 x) {
     return _mm512_maskz_scalef_ps(kept, p, whole);
 }
 
-// Products of ROWS queries, at most LANES, with `count` keys (ROWS, KEY_BLOCK), which times `factor` > 0 are exponents
-// of two -> weights, of which there are `used`; `kept` (LANES,) is what the outputs so far have to be multiplied by.
+// Products of ROWS queries, at most LANES, with `count` keys (ROWS, stride), which times `factor` > 0 are exponents of
+// two -> weights (ROWS, weight_stride), of which there are `used`, and which may begin where the products do; `kept`
+// (LANES,) is what the outputs so far have to be multiplied by. `tops`, `totals` (LANES,): largest exponents, and sums of
+// the exponentials, so far.
 template <int ROWS>
-void softmax(float* scores, uint16_t* weights, float factor, int64_t count, int64_t used, float* tops, float* totals,
-             float* kept) {
+void softmax(float* scores, int64_t stride, uint16_t* weights, int64_t weight_stride, float factor, int64_t count,
+             int64_t used, float* tops, float* totals, float* kept) {
     alignas(64) float top[LANES] = {}, sum[LANES] = {};
     for (int r = 0; r < ROWS; ++r) {
-        float* row = scores + r * KEY_BLOCK;
+        float* row = scores + r * stride;
         for (int64_t i = count; i < used; ++i) row[i] = -__builtin_inff();
         __m512 a = _mm512_loadu_ps(row), b = _mm512_loadu_ps(row + LANES);
         for (int64_t i = STRIP_WIDTH; i < used; i += STRIP_WIDTH) {
@@ -83,7 +86,7 @@ void softmax(float* scores, uint16_t* weights, float factor, int64_t count, int6
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     _mm512_storeu_ps(tops, now), _mm512_storeu_ps(kept, less);
     for (int r = 0; r < ROWS; ++r) {
-        const float* row = scores + r * KEY_BLOCK;
+        const float* row = scores + r * stride;
         const __m512 most = _mm512_set1_ps(tops[r]);
         __m512 all = _mm512_setzero_ps();
         for (int64_t i = 0; i < used; i += STRIP_WIDTH) {
@@ -91,21 +94,22 @@ void softmax(float* scores, uint16_t* weights, float factor, int64_t count, int6
             const __m512 high = exp2_of(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(row + i + LANES), scale), most));
             const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
             all = _mm512_dpbf16_ps(all, both, ones);  // of the rounded weights, so that they add up to one
-            _mm512_storeu_si512(weights + r * KEY_BLOCK + i, (__m512i)both);
+            _mm512_storeu_si512(weights + r * weight_stride + i, (__m512i)both);
         }
         sum[r] = _mm512_reduce_add_ps(all);
     }
     _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), less, _mm512_load_ps(sum)));
 }
 
-void store_outputs(const Attention& call, int64_t head, int64_t first, int64_t count, const float* outputs,
+// outputs (count, stride), divided by `totals` -> o.
+void store_outputs(const Attention& call, int64_t head, int64_t first, int64_t count, const float* outputs, int64_t stride,
                    const float* totals) {
-    const int64_t padded = padded_width(call), row = call.heads * call.width;
+    const int64_t row = call.heads * call.width;
     for (int64_t r = 0; r < count; ++r) {
         const __m512 factor = _mm512_set1_ps(1.0f / totals[r]);
         uint16_t* to = call.o + (head / call.heads * call.queries + first + r) * row + head % call.heads * call.width;
         for (int64_t d = 0; d < call.width; d += STRIP_WIDTH) {
-            const __m512 low = _mm512_loadu_ps(outputs + r * padded + d), high = _mm512_loadu_ps(outputs + r * padded + d + LANES);
+            const __m512 low = _mm512_loadu_ps(outputs + r * stride + d), high = _mm512_loadu_ps(outputs + r * stride + d + LANES);
             const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor));
             _mm512_mask_storeu_epi16(to + d, first_of(call.width - d), (__m512i)both);
         }
