@@ -14,7 +14,8 @@ namespace {
 
 constexpr int ROWS = 2 * SIDE, STRIP = 2 * SIDE;
 constexpr int64_t RUN = 64;  // k of a register
-constexpr int DEPTH = 768;   // k of a tile: its rows stay in the L1 cache while strips go by
+constexpr int PANEL = 1 << 20;
+constexpr int DEPTH = 640;   // k of a tile: its rows stay in the L1 cache while strips go by
 
 // A tile whose sums are complete. Its outputs are computed between the instructions of the next tile, since matrices
 // and vectors are multiplied by different units.
@@ -103,7 +104,7 @@ void tile(int rows, const Tile& t) {
 
 }  // namespace
 
-const Kernels amx_kernels = {"amx-int8", STRIP, ROWS, DEPTH, enter, leave, quantize_lines, unpack<STRIP>, tile, dequantize,
+const Kernels amx_kernels = {"amx-int8", STRIP, ROWS, DEPTH, PANEL, enter, leave, quantize_lines, unpack<STRIP>, tile, dequantize,
                              fake_quantize, fake_quantize_backward, kronecker, kronecker_backward, cayley,
                              cayley_backward};
 

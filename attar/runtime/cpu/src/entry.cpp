@@ -57,9 +57,9 @@ using namespace attar;
 
 namespace {
 
-constexpr int64_t PANEL_BYTES = 640 << 10;  // unpacked weights of a thread: they stay in its L2 cache
 constexpr int64_t BLOCK_BYTES = 16 << 20;   // activation codes of a call: they stay in the last cache
 constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activations stay in the L1 cache
+constexpr int64_t WHOLE = 1536;             // k that a tile takes at once, however few it prefers
 constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
 
 thread_local Buffer shared_buffer, own_buffer;
@@ -83,9 +83,11 @@ int64_t panel_bytes(const Kernels& kernels, const Block& block, int64_t strips) 
     return strips * kernels.strip * block.range;
 }
 
-// k of one tile.
+// k of one tile: equal parts of a range. Up to WHOLE, sums that stay in registers are worth more than rows that stay in
+// the L1 cache.
 int64_t depth_of(const Kernels& kernels, const Block& block) {
-    return kernels.depth ? least(kernels.depth, block.range) : block.range;
+    if (!kernels.depth || block.padded <= WHOLE) return block.range;
+    return round_up(parts_of(block.range, parts_of(block.range, kernels.depth)), 64);
 }
 
 int64_t sums_bytes(const Kernels& kernels, const Block& block, int64_t strips, int64_t rows) {
@@ -161,7 +163,7 @@ int attar_linear(const Linear* pointer, int level) {
     const int64_t fitting_rows = most(FEWEST_ROWS, BLOCK_BYTES / block.padded);
     const int64_t block_rows = round_up(parts_of(call.m, parts_of(call.m, fitting_rows)), kernels.max_rows);
     const int64_t strips = parts_of(n, kernels.strip);
-    const int64_t fitting = most(1, PANEL_BYTES / (kernels.strip * block.range));
+    const int64_t fitting = most(1, kernels.panel / (kernels.strip * block.range));
     const int64_t panels = most(parts_of(strips, fitting), least(strips, threads));
     const int64_t panel_strips = parts_of(strips, panels), panel = panel_strips * kernels.strip;
     const int64_t parts = most(1, least(2 * threads / panels, block_rows / FEWEST_ROWS));

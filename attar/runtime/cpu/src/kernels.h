@@ -100,7 +100,8 @@ struct Kernels {
     const char* name;
     int strip;     // outputs of a strip
     int max_rows;  // rows of the largest tile
-    int depth;     // k of a tile at most, a multiple of 64; 0: any
+    int depth;     // k of a tile that it prefers at most, a multiple of 64; 0: any
+    int panel;     // bytes of unpacked weights of a thread: they stay in its L2 cache
     // Around the tiles that a thread computes, or null: set matrix registers up; finish the last tile and give them back.
     void* (*enter)();  // -> Tile::state
     void (*leave)(void* state);

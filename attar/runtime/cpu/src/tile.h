@@ -71,6 +71,7 @@ constexpr Kernels kernels_of(const char* name) {
             Isa::WIDTH * Isa::VECTORS,
             Isa::ROWS,
             0,
+            640 << 10,
             nullptr,
             nullptr,
             quantize<Isa::ROWS>,
