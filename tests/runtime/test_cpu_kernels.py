@@ -154,9 +154,41 @@ def test_rotations_differ_by_rounding_only(seed, width, act_bits, rotation):
     step = layer(x).detach().abs().max() / 2 ** (act_bits - 1)
     assert float((y - expected).abs().max()) <= float(step)
     close = torch.isclose(y, expected, rtol=1e-4, atol=1e-4).all(-1)
-    assert close.float().mean() > 0.8
+    assert close.float().mean() > (
+        0.5 if library().kernels == "amx-int8" else 0.8
+    )  # it splits numbers in two
     with library().use_kernels("scalar"):
         torch.testing.assert_close(both(layer, x)[0][close], expected[close], rtol=1e-4, atol=float(step))
+
+
+@given(
+    seeds,
+    st.sampled_from(LEVELS),
+    st.integers(2, 40),
+    st.integers(2, 70),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+)
+@settings(deadline=None, max_examples=60)
+def test_codes_are_those_of_the_exact_rotation_or_their_neighbours(seed, level, left, right, scaled, dtype):
+    """Outputs are the codes times the step: within half a step, and a rounding of the row's length, of float64."""
+    width = left * right
+    factors = [torch.linalg.qr(torch.randn(n, n, generator=generator(seed + n)))[0] for n in (left, right)]
+    rotation = Kronecker(*factors)
+    scale = [ChannelScale(torch.rand(width, generator=generator(seed)) + 0.5)] if scaled else []
+    chain = [*scale, rotation]
+    layer = PackedLinear.from_codes(
+        torch.eye(width, dtype=torch.int8), torch.ones(width, 1), 8, act_bits=8, transforms=chain
+    )
+    x = torch.randn(20, width, generator=generator(seed)).to(dtype)
+    exact = x.double() / scale[0].scale.double() if scale else x.double()
+    exact = rotation.left.double().T @ exact.unflatten(-1, (left, right)) @ rotation.right.double()
+    exact = exact.flatten(1)
+    with library().use_kernels(level), torch.no_grad(), use_backend("cpu"):
+        y = layer(x.float())
+    step = exact.abs().amax(-1, keepdim=True) / 127
+    bound = step * 0.5 + (2**-16 + 2**-21 * 128) * exact.norm(dim=-1, keepdim=True)
+    assert ((y.double() - exact).abs() <= bound).all()
 
 
 def test_a_channel_scale_alone_is_exact_and_a_dense_matrix_stays_in_torch():

@@ -28,8 +28,8 @@ _FLAGS = (
 _PORTABLE = {"attention.cpp": (), "entry.cpp": (), "learning.cpp": (), "scalar.cpp": ()}
 _X86 = {
     "amx.cpp": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-        *("-mamx-tile", "-mamx-int8", "-mbmi2", "-mprefer-vector-width=512"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
+        *("-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mbmi2", "-mprefer-vector-width=512"),
     ),
     "attention_amx.cpp": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),

@@ -6,6 +6,7 @@
 #include "finish.h"
 #include "learning.h"
 #include "matrices.h"
+#include "rotate_matrices.h"
 #include "rows.h"
 #include "weights.h"
 
@@ -45,12 +46,38 @@ void leave(void* state) {
     end_matrices();
 }
 
+// The last rotation of a call with matrices, if its factors fill them; others, and what has no memory, without.
+struct MatrixRotation {
+    Rotation rotation;
+    int step = -1;
+
+    explicit MatrixRotation(const Linear& call) {
+        for (int s = 0; s < call.n_steps; ++s) {
+            const Step& some = call.steps[s];
+            if (some.kind == KRONECKER && some.rows >= SIDE && some.cols >= SIDE) step = s;
+        }
+        static thread_local Buffer buffer;
+        if (step < 0) return;
+        rotation.prepare(call.steps[step], buffer);
+        if (!rotation.x.data) step = -1;
+    }
+    INLINE void operator()(const Linear& call, int s, float* x, float* other) const {
+        if (s == step)
+            rotation.rotate(x);
+        else
+            RowRotation()(call, s, x, other);
+    }
+};
+
 // `count` rows from `row` on -> (padded / 64, ROWS, 64).
 void quantize_lines(const Linear& call, int64_t row, int64_t count, int64_t padded, void* scratch, int8_t* tile,
                     float* scale, int32_t* offset) {
     float *x = static_cast<float*>(scratch), *other = x + padded;
+    const MatrixRotation rotate(call);
+    if (rotate.step >= 0) begin_matrices();
     for (int64_t r = 0; r < count; ++r)
-        quantize_row<RUN, ROWS * RUN>(call, row + r, padded, x, other, tile + r * RUN, scale + r, offset + r);
+        quantize_row<RUN, ROWS * RUN>(call, row + r, padded, x, other, tile + r * RUN, scale + r, offset + r, rotate);
+    if (rotate.step >= 0) end_matrices();
 }
 
 // Registers 0 to 3: sums of (first, second) rows by (first, second) outputs; 4, 5: rows; 6, 7: outputs.

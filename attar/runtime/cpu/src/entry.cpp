@@ -19,12 +19,12 @@
 namespace attar {
 
 #if defined(__x86_64__) && defined(__linux__)
-// Whether there are matrix registers, which the system gives to a process that asks for them.
+// Whether there are matrix registers, which the system gives to a process that asks for them, beside AVX-512.
 bool has_matrices() {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     const unsigned bfloat16 = 1u << 22, tiles = 1u << 24, bytes = 1u << 25;
-    if (~d & (bfloat16 | tiles | bytes)) return false;
+    if (~d & (bfloat16 | tiles | bytes) || !__builtin_cpu_supports("avx512bf16")) return false;
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }

@@ -113,8 +113,17 @@ void rotate_kronecker(const float* left, const float* right, int64_t l, int64_t 
         multiply({left, other + i * l * r, y + i * l * r, 1, l, l, r, false}, l);
 }
 
+// How a row is rotated: x (k,) in place; `other` is room for as many numbers. `step`: which one of the call's.
+struct RowRotation {
+    INLINE void operator()(const Linear& call, int step, float* x, float* other) const {
+        const Step& s = call.steps[step];
+        rotate_kronecker(s.a, s.b, s.rows, s.cols, 1, x, other, x);
+    }
+};
+
 // x (k,), in place; `other` is room for as many numbers.
-void transform(const Linear& call, float* x, float* other) {
+template <class Rotate>
+void transform(const Linear& call, float* x, float* other, const Rotate& rotate) {
     const int64_t k = call.weight.k;
     for (int s = 0; s < call.n_steps; ++s) {
         const Step& step = call.steps[s];
@@ -125,7 +134,7 @@ void transform(const Linear& call, float* x, float* other) {
         else if (step.kind == HADAMARD)
             hadamard(step, x, other, k);
         else
-            rotate_kronecker(step.a, step.b, step.rows, step.cols, 1, x, other, x);
+            rotate(call, s, x, other);
     }
 }
 

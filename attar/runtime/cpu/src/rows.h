@@ -111,15 +111,15 @@ struct Divisor {
 
 // One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each. RUN codes are neighbours, the
 // next ones lie STRIDE bytes on; 0: all are neighbours.
-template <int64_t RUN = 0, int64_t STRIDE = 0>
+template <int64_t RUN = 0, int64_t STRIDE = 0, class Rotate = RowRotation>
 void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, float* other, int8_t* codes,
-                  float* scale, int32_t* offset) {
+                  float* scale, int32_t* offset, const Rotate& rotate = Rotate()) {
     const auto place = [codes](int64_t i) { return codes + (RUN ? i / RUN * STRIDE + i % RUN : i); };
     const int64_t k = call.weight.k;
     Row row = {static_cast<const char*>(call.x) + index * k * width(call.x_dtype), call.x_dtype, k};
     if (call.n_steps) {
         for (int64_t i = 0; i < k; i += LANES) store(x + i, row.first_at(i));
-        transform(call, x, other);
+        transform(call, x, other, rotate);
         row.x = x, row.dtype = FLOAT32;
     }
     float low = -__builtin_inff(), high = __builtin_inff(), step;
