@@ -18,6 +18,7 @@ import torch
 
 from attar import __version__
 from attar.models.source import find_source
+from attar.runtime.cpu.library import library
 from benchmarks.peers.competitors import COMPETITORS, Competitor
 from benchmarks.peers.quality import measure_quality
 from benchmarks.peers.speed import measure_speed
@@ -75,8 +76,9 @@ def run_quality(args: argparse.Namespace, chosen: list[Competitor]) -> None:
 def run_speed(args: argparse.Namespace, chosen: list[Competitor]) -> None:
     results = load(args.results, "quality", "speed")
     rows = measure_speed(chosen, args.shape, args.tokens, args.rounds)
-    results["speed"][f"{args.shape}, {args.tokens} tokens"] = {
-        "device": processor(),
+    device = processor()
+    results["speed"][f"{args.shape}, {args.tokens} tokens, {device}"] = {  # machines stand side by side
+        "device": f"{device}, kernels {library().describe()}",
         "threads": args.threads,
         "rounds": args.rounds,
         "rows": {c.name: {"version": _version(c), **rows[c.name]} for c in chosen},
