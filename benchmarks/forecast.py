@@ -130,14 +130,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = load(RESULTS, "blocks")
-    made = {f"{args.shape}, {n} tokens": measure(args.shape, n, args.rounds) for n in args.tokens}
-    results["blocks"].update(made)
-    results["environment"] = {
-        "processor": processor(),
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "torch": version("torch"),
+    made = {
+        f"{args.shape}, {n} tokens, {processor()}": measure(args.shape, n, args.rounds) for n in args.tokens
     }
+    results["blocks"].update(made)  # machines stand side by side
+    environment = {"threads": args.threads, "rounds": args.rounds, "torch": version("torch")}
+    results.setdefault("environments", {})[processor()] = environment
     save(RESULTS, results)
     print(table(results))
     ratios = [row["ratio"] for rows in made.values() for row in rows.values()]
