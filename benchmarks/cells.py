@@ -439,6 +439,7 @@ LEADERBOARD = Study(
         Method("q-vdit", "q-vdit"),
         Method("lrq-dit", "lrq-dit", least=3),
         Method("s2q-vdit", "s2q-vdit"),
+        Method("qvgen", "qvgen"),
         Method("attar-ptq", "attar-ptq"),
         Method("attar-mixed", "attar-mixed"),
         Method("attar", "attar"),
