@@ -68,7 +68,7 @@ def compare(layer, x):
     size=st.sampled_from([1.0, 1e-7, 1e3]),
     act_format=act_formats,
 )
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 def test_equal_to_the_reference_bit_for_bit(
     seed,
     weight_bits,
@@ -137,13 +137,14 @@ def test_every_tile_size_gives_the_same_product(config, monkeypatch):
     torch.testing.assert_close(*compare(layer, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [16 * 8, 16 * 11 + 3])
+@pytest.mark.parametrize("rows", [pytest.param(16 * 8, marks=pytest.mark.slow), 16 * 11 + 3])
 def test_more_tiles_of_rows_than_share_weights(rows, monkeypatch):
     smallest = min(products.INTEGER, key=lambda config: config.rows)
     monkeypatch.setattr(products, "choose", lambda problem, candidates, run, device: smallest)
     assert_same(*compare(make(150, 64, 4, 8), torch.randn(rows, 64, generator=generator(7))))
 
 
+@pytest.mark.slow
 def test_the_longest_sums():
     """Extreme codes at the greatest width come within 2^15 of the end of 32 bits."""
     width = 2**17 - 1
@@ -474,7 +475,9 @@ def many_rows(monkeypatch):
     assert products.unpacks_first(1, "int", torch.device(DEVICE))
 
 
-@pytest.mark.parametrize("weight_bits", range(2, 9))
+@pytest.mark.parametrize(
+    "weight_bits", [3, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 5, 6, 7))]
+)
 def test_many_rows_give_the_same_integers(weight_bits, many_rows):
     chain = [ChannelScale(torch.rand(277, generator=generator(1)) + 0.5)]
     for in_features, clip, dtype in ((277, None, torch.float32), (256, (0.9, 0.95), DTYPES[weight_bits % 3])):
@@ -485,7 +488,10 @@ def test_many_rows_give_the_same_integers(weight_bits, many_rows):
         assert_same(*compare(layer.to(dtype), x))
 
 
-@pytest.mark.parametrize("config", products.DENSE[::3])
+@pytest.mark.parametrize(
+    "config",
+    [products.DENSE[0], *(pytest.param(c, marks=pytest.mark.slow) for c in products.DENSE[3::3])],
+)
 def test_every_tile_of_many_rows_gives_the_same_integers(config, many_rows, monkeypatch):
     """Several tiles each way, of which the last are ragged, for programs that take more than one."""
     monkeypatch.setattr(products, "choose", lambda problem, candidates, run, device: config)
@@ -495,7 +501,7 @@ def test_every_tile_of_many_rows_gives_the_same_integers(config, many_rows, monk
     assert_same(*compare(layer, torch.randn(config.rows + 3, 277, generator=generator(7)).bfloat16()))
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("approximate", [pytest.param("none", marks=pytest.mark.slow), "tanh"])
 def test_gelu_of_many_rows(approximate, many_rows):
     layer = make(70, 72, 4, 8).to(DEVICE)
     layer.weight_scale.mul_(20)
