@@ -22,13 +22,18 @@ Models that have either are of format version 3. Version 4 brought layers whose 
 in their scheme, bits, format and count of each kind (rows.py). Version 5 brought the transform
 {"kind": "channel_shift"}, whose layers have a bias whether the original ones do or not, and "act_format": "full_range".
 
+Version 6 brought activation bits by groups of denoising steps, "act_groups": [8, 6] in a scheme, and what tells the
+groups apart by the timestep that the model is called with (step_groups.py):
+
+     "step_groups": {"thresholds": [562.5], "descending": true}
+
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,11 +44,12 @@ from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
 from attar.runtime.patches import PatchLinear, model_splits, open_layers
 from attar.runtime.rows import kinds_of
-from attar.runtime.scheme import LATER, LATER_TRANSFORMS, MIXED_ROWS
+from attar.runtime.scheme import ACT_GROUPS, LATER, LATER_TRANSFORMS, MIXED_ROWS
+from attar.runtime.step_groups import StepGroups, follow_steps, step_groups_of
 from attar.runtime.transforms import is_shifted, transform_class
 
 QUANT_METHOD = "attar"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -54,6 +60,8 @@ _FIELDS = {
     "modules_to_not_convert": list,
 }
 _SPLITS = "splits"  # of version 3, and only where there are any
+_STEP_GROUPS = "step_groups"  # of version 6, and only where a scheme has bits by them
+_SINCE = {MIXED_ROWS: 4, ACT_GROUPS: 6}  # of the later fields of schemes; others came with version 2
 _SCHEME_FIELDS: dict[str, tuple[type, ...]] = {
     "weight_bits": (int,),
     "act_bits": (int, type(None)),
@@ -66,7 +74,8 @@ _SCHEME_FIELDS: dict[str, tuple[type, ...]] = {
 def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str, Any]:
     """The `quantization_config` of a model that holds packed layers.
 
-    Raises AttarError when there is none, or when a LoRA is still wrapped around one.
+    Raises AttarError when there is none, when a LoRA is still wrapped around one, and when layers have activation bits
+    by groups of steps that the model does not follow.
     """
     layers = packed_layers(model)
     if not layers:
@@ -90,9 +99,15 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
     splits = model_splits(model)
     opened = bool(splits) or any(isinstance(m, PatchLinear) for m in model.modules())
+    grouped = any(ACT_GROUPS in scheme for scheme in schemes)
+    steps = step_groups_of(model) if grouped else None
+    if grouped:
+        _check_groups(schemes, steps, type(model).__name__)
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": 5
+        "format_version": 6
+        if grouped
+        else 5
         if any(map(_of_version_5, schemes))
         else 4
         if any(MIXED_ROWS in scheme for scheme in schemes)
@@ -107,7 +122,20 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
         "layers": index,
         "modules_to_not_convert": kept,
         **({_SPLITS: splits} if splits else {}),
+        **({_STEP_GROUPS: steps.config()} if steps is not None else {}),
     }
+
+
+def _check_groups(schemes: Iterable[Mapping[str, Any]], steps: StepGroups | None, where: str) -> None:
+    """Raises AttarError unless the groups that are followed are as many as those that schemes have bits for."""
+    for found in (scheme[ACT_GROUPS] for scheme in schemes if ACT_GROUPS in scheme):
+        if steps is None or len(found) != steps.count:
+            known = "none" if steps is None else str(steps.count)
+            raise AttarError(
+                f"layers have activation bits for {len(found)} groups of steps, and {known} are known",
+                where=where,
+                fix="Compress the model again",
+            )
 
 
 def _of_version_5(scheme: Mapping[str, Any]) -> bool:
@@ -126,7 +154,7 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
             where=where,
             fix="Update attar",
         )
-    known = {*_FIELDS, _SPLITS} if found >= 3 else set(_FIELDS)
+    known = {*_FIELDS, *([_SPLITS] if found >= 3 else []), *([_STEP_GROUPS] if found >= 6 else [])}
     unknown = sorted(set(config) - known)
     if unknown:
         raise AttarError(f"unknown field {unknown[0]!r}", where=where, fix=update)
@@ -136,7 +164,7 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
     if config["quant_method"] != QUANT_METHOD:
         raise AttarError(f"quant_method is {config['quant_method']!r}, not {QUANT_METHOD!r}", where=where)
     for position, scheme in enumerate(config["schemes"]):
-        later = {key: kind for key, kind in LATER.items() if found > (3 if key == MIXED_ROWS else 1)}
+        later = {key: kind for key, kind in LATER.items() if found >= _SINCE.get(key, 2)}
         if not isinstance(scheme, Mapping) or not set(_SCHEME_FIELDS) <= set(scheme) <= {
             *_SCHEME_FIELDS,
             *later,
@@ -160,6 +188,11 @@ def check_config(config: Mapping[str, Any], where: str = "quantization_config") 
     splits = config.get(_SPLITS, {})
     if not isinstance(splits, Mapping) or not all(map(_is_split, splits.values())):
         raise AttarError(f"{_SPLITS} does not list the channels of parts", where=where, fix=update)
+    try:
+        steps = StepGroups.from_config(config[_STEP_GROUPS]) if _STEP_GROUPS in config else None
+    except AttarError as error:
+        raise AttarError(error.what, where=where, fix=update) from error
+    _check_groups(config["schemes"], steps, where)
     return {**config, "quant_method": QUANT_METHOD}
 
 
@@ -201,6 +234,8 @@ def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
             raise AttarError(f"scheme {position} cannot be read: {error}", where=name) from error
     for name, layer in replacements.items():
         model.set_submodule(name, layer)
+    if _STEP_GROUPS in config:
+        follow_steps(model, StepGroups.from_config(config[_STEP_GROUPS]))
     return model
 
 

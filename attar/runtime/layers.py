@@ -27,6 +27,7 @@ from attar.runtime.scheme import (
     levels_of,
     table_shape,
 )
+from attar.runtime.step_groups import GroupedActs, check_act_groups
 from attar.runtime.transforms import (
     ChannelShift,
     Transform,
@@ -37,7 +38,7 @@ from attar.runtime.transforms import (
 )
 
 
-class PackedLinear(KeepsBufferDtype, nn.Linear):
+class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     """A linear layer that keeps its weight as packed codes.
 
     x (..., in) -> transforms -> per-token quantization -> integer matmul -> scales and bias -> (..., out),
@@ -55,6 +56,9 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
 
     Rows of several kinds (rows.py): `rows` lists them, `weight_bits` is the widest's, `codes` and `levels` are flat,
     and the buffer `row_kind` uint8 (out,) says which row is which. Their products are computed kind by kind.
+
+    `act_groups`: activation bits of each group of denoising steps, where these differ; `act_bits` are the widest then,
+    and the model that the layer is part of says which group it is (step_groups.py).
 
     Gradients flow to the input (straight-through), so adapters beside or before the layer can be trained.
     """
@@ -84,6 +88,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         levels: str | None = None,
         low_rank: int = 0,
         rows: Sequence[Any] | None = None,
+        act_groups: Sequence[Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -94,6 +99,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
         self.weight_format, self.act_format, self.low_rank = weight_format, act_format, low_rank
+        self.act_groups = None if act_groups is None else check_act_groups(act_groups, act_bits, act_format)
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = 1 if group_size is None else in_features // group_size
         shape: tuple[int, ...] = (out_features, packed_width(in_features, weight_bits))
@@ -142,6 +148,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         branch: tuple[Tensor, Tensor] | None = None,
         rows: Sequence[RowKind] | None = None,
         row_kind: Tensor | None = None,
+        act_groups: Sequence[int] | None = None,
     ) -> PackedLinear:
         """A layer from integer codes (out, in) and scales (out, 1) or (out, in/group_size).
 
@@ -150,7 +157,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         bias's, else float32. levels: (1 or out, 1 or groups, 2^bits) of the format "table". branch: (A (rank, in),
         B (out, rank)), on the layer's input. rows, row_kind (out,): the kinds of rows and which of them each row is;
         each row's codes are those of its kind, levels (numbers,) are those of all tables one after another, and `bits`
-        are the widest kind's.
+        are the widest kind's. act_groups: activation bits of each group of steps, of which `act_bits` are the widest.
         Raises AttarError for codes out of range, scales that are not finite, or zero, wrong shapes.
         """
         if codes.ndim != 2 or codes.is_floating_point():
@@ -176,6 +183,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             levels=own,
             low_rank=0 if branch is None else branch[0].shape[0],
             rows=None if rows is None else [astuple(kind) for kind in rows],
+            act_groups=act_groups,
             device="meta",
             dtype=compute_dtype or (bias.dtype if bias is not None else torch.float32),
         )
@@ -250,7 +258,9 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             "act_clip": self.act_clip is not None,
             "group_size": self.group_size,
             "transforms": [transform.config() for transform in self._chain()],
-            **later_fields(self.weight_format, self.act_format, self.levels, self.low_rank, self.rows),
+            **later_fields(
+                self.weight_format, self.act_format, self.levels, self.low_rank, self.rows, self.act_groups
+            ),
         }
 
     def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
@@ -326,7 +336,8 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             self.compute_dtype = parameter.dtype
 
     def extra_repr(self) -> str:
-        acts = "float" if self.act_bits is None else f"{self.act_bits} bits per token"
+        bits = "/".join(map(str, self.act_groups or (self.act_bits,)))
+        acts = "float" if self.act_bits is None else f"{bits} bits per token"
         acts += "" if self.act_format == "int" else f" ({self.act_format})"
         kind = "" if self.weight_format == "int" else f" ({self.weight_format})"
         kind += "" if self.rows is None else " at most"
@@ -345,6 +356,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
         chain = self._chain()
         kinds = [transform.kind for transform in chain]
         operands = [operand for transform in chain for operand in transform(None)]
+        act_bits = self.act_bits_now()
         first = gelu if self.low_rank_out is None else None  # behind the branch where there is one
 
         def product(own: Rows) -> Tensor:
@@ -352,7 +364,7 @@ class PackedLinear(KeepsBufferDtype, nn.Linear):
             scale = self.weight_scale if part is None else self.weight_scale[part]
             bias = self.bias if part is None or self.bias is None else self.bias[part]
             return packed_linear(
-                x, own.codes, scale, bias, self.act_clip, own.kind.bits, self.act_bits, kinds, operands,
+                x, own.codes, scale, bias, self.act_clip, own.kind.bits, act_bits, kinds, operands,
                 first, own.kind.number, self.act_format, own.levels,
             )  # fmt: skip
 

@@ -21,13 +21,20 @@ LATER: dict[str, tuple[type, ...]] = {
     "levels": (str,),
     "low_rank": (int,),
     "rows": (list,),
+    "act_groups": (list,),
 }
 MIXED_ROWS = "rows"  # of version 4
+ACT_GROUPS = "act_groups"  # of version 6
 LATER_TRANSFORMS = ("block_rotations",)
 
 
 def later_fields(
-    weight_format: str, act_format: str, levels: Tensor | None, low_rank: int, rows: Sequence[RowKind] | None
+    weight_format: str,
+    act_format: str,
+    levels: Tensor | None,
+    low_rank: int,
+    rows: Sequence[RowKind] | None,
+    act_groups: Sequence[int] | None,
 ) -> dict[str, Any]:
     """Those that a layer needs. Kinds of rows tell of the levels themselves."""
     found = {
@@ -36,6 +43,7 @@ def later_fields(
         "levels": None if levels is None or rows else levels_of(levels),
         "low_rank": low_rank or None,
         "rows": [list(astuple(kind)) for kind in rows] if rows else None,
+        ACT_GROUPS: None if act_groups is None else list(act_groups),
     }
     return {key: value for key, value in found.items() if value is not None}
 

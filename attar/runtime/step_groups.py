@@ -1,0 +1,198 @@
+"""Groups of denoising steps: packed layers whose activations have other bits in each, chosen by the timestep."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+from attar.runtime.formats import check_format
+
+ARGUMENT = "timestep"  # of a model's forward
+_ATTRIBUTE = "attar_step_groups"
+
+
+@dataclass(frozen=True)
+class StepGroups:
+    """Which group of a trajectory a timestep belongs to. Groups are counted from 0, the noisiest.
+
+    thresholds: between neighbouring groups, in the order of the steps, as the model is given timesteps. descending:
+    whether timesteps fall from step to step; some models are given rising ones.
+    Raises AttarError for no thresholds, and for thresholds that are not finite or not in this order.
+    """
+
+    thresholds: tuple[float, ...]
+    descending: bool
+
+    def __post_init__(self) -> None:
+        ordered = all((a > b) if self.descending else (a < b) for a, b in pairwise(self.thresholds))
+        if not self.thresholds or not all(map(math.isfinite, self.thresholds)) or not ordered:
+            raise AttarError(f"{list(self.thresholds)} are no thresholds between groups of steps")
+
+    @classmethod
+    def of_trajectory(cls, timesteps: Sequence[float], count: int) -> StepGroups:
+        """`count` groups of equally many steps, one more in some where that does not come out even.
+
+        timesteps: of all steps, as the model was given them. Thresholds lie halfway between two steps, so trajectories
+        of other lengths are cut at the same noise. Raises AttarError for fewer steps than groups, and for timesteps
+        that do not go one way.
+        """
+        steps = len(timesteps)
+        if steps < count:
+            raise AttarError(
+                f"{steps} steps cannot be cut into {count} groups",
+                where="quantize.step_groups",
+                fix="Trace more steps, or choose fewer groups",
+            )
+        descending = timesteps[-1] < timesteps[0]
+        borders = [k * steps // count for k in range(1, count)]
+        onward = all((a >= b) if descending else (a <= b) for a, b in pairwise(timesteps))
+        if not onward or any(timesteps[k - 1] == timesteps[k] for k in borders):
+            raise AttarError(
+                "the scheduler's timesteps do not tell groups of steps apart",
+                where="quantize.step_groups",
+                fix="Set it to 1, or use a scheduler whose timesteps only fall, or only rise",
+            )
+        return cls(tuple((timesteps[k - 1] + timesteps[k]) / 2 for k in borders), descending)
+
+    @property
+    def count(self) -> int:
+        return len(self.thresholds) + 1
+
+    def group(self, timestep: Any) -> int:
+        """Of a call of the model. timestep: a number, or a tensor of any shape.
+
+        Raises AttarError where there is none, where it is not finite, and where a batch has those of several groups.
+        """
+        if timestep is None:
+            raise AttarError(
+                "the model is called without a timestep, by which its bits are chosen",
+                where=ARGUMENT,
+                fix="Give it the timestep of the step",
+            )
+        if isinstance(timestep, Tensor):
+            values = timestep.detach().double().flatten().unique().tolist()
+        else:
+            values = [float(timestep)]
+        if not values or not all(map(math.isfinite, values)):
+            raise AttarError(f"{timestep!r} is no timestep", where=ARGUMENT)
+        groups = {self._of(value) for value in values}
+        if len(groups) > 1:
+            raise AttarError(
+                f"the timesteps from {min(values):g} to {max(values):g} of one batch lie in several groups of steps, "
+                "which have other bits",
+                where=ARGUMENT,
+                fix="Call the model once for each group",
+            )
+        return groups.pop()
+
+    def _of(self, value: float) -> int:
+        sign = -1.0 if self.descending else 1.0
+        return bisect_left([sign * threshold for threshold in self.thresholds], sign * value)
+
+    def config(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return {"thresholds": list(self.thresholds), "descending": self.descending}
+
+    @classmethod
+    def from_config(cls, config: Any) -> StepGroups:
+        """Raises AttarError for anything that `config` does not give."""
+        fields = {"thresholds": list, "descending": bool}
+        fits = isinstance(config, Mapping) and config.keys() == fields.keys()
+        if not fits or any(type(config[key]) is not kind for key, kind in fields.items()):
+            raise AttarError(f"{config!r} does not describe groups of steps")
+        if not all(type(value) in (int, float) for value in config["thresholds"]):
+            raise AttarError(f"{config['thresholds']!r} are no thresholds between groups of steps")
+        return cls(tuple(map(float, config["thresholds"])), config["descending"])
+
+
+class GroupedActs:
+    """A layer whose activations may have other bits in each group of steps.
+
+    act_bits: of all groups, or those of the widest; None for floating point. act_groups: of each, where they differ.
+    step_group: the group that the layer computes for now, see `choose_group`.
+    """
+
+    act_bits: int | None
+    act_groups: tuple[int, ...] | None = None
+    step_group: int | None = None
+
+    def act_bits_now(self) -> int | None:
+        """Raises AttarError where they depend on a group that nobody has chosen."""
+        if self.act_groups is None:
+            return self.act_bits
+        if self.step_group is None:
+            raise AttarError(
+                "the layer has other activation bits in each group of steps, and the step is not known",
+                fix="Call the whole model, which knows it by its timestep, or name the group with choose_group",
+            )
+        return self.act_groups[self.step_group]
+
+
+def check_act_groups(groups: Sequence[Any], act_bits: int | None, act_format: str) -> tuple[int, ...]:
+    """Bits of each group of a layer whose widest are `act_bits`. AttarError where they cannot be."""
+    if len(groups) < 2 or any(type(bits) is not int for bits in groups):
+        raise AttarError(f"{list(groups)!r} are no activation bits of groups of steps")
+    for bits in groups:
+        check_format(act_format, bits)
+        if not 2 <= bits <= 8:
+            raise AttarError(f"cannot run {bits}-bit activations", fix="Choose between 2 and 8 bits")
+    if max(groups) != act_bits or min(groups) == act_bits:
+        raise AttarError(f"{list(groups)} are not different bits of at most {act_bits}")
+    return tuple(groups)
+
+
+def choose_group(module: nn.Module, group: int) -> None:
+    """All layers in `module` with bits by groups compute for this one from now on."""
+    for layer in module.modules():
+        if isinstance(layer, GroupedActs) and layer.act_groups is not None:
+            if not 0 <= group < len(layer.act_groups):
+                raise AttarError(f"there is no group {group} of {len(layer.act_groups)} groups of steps")
+            layer.step_group = group
+
+
+def check_takes_timestep(model: nn.Module) -> None:
+    """Raises AttarError for a model whose forward has no argument `timestep`."""
+    if ARGUMENT not in inspect.signature(type(model).forward).parameters:
+        raise AttarError(
+            f"the model's forward has no {ARGUMENT}, so groups of steps cannot be told apart",
+            where=type(model).__name__,
+            fix="Set quantize.step_groups to 1",
+        )
+
+
+def follow_steps(model: nn.Module, groups: StepGroups) -> None:
+    """From now on every call of the model chooses the group by its timestep, before anything else. In place.
+
+    Blocks that are called apart compute for the group of the model's last call. Reading a timestep that lies on a GPU
+    waits for it, once a call. Raises AttarError for a model whose forward has no argument `timestep`.
+    """
+    check_takes_timestep(model)
+    if step_groups_of(model) is None:
+        hook: Any = _choose
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    object.__setattr__(model, _ATTRIBUTE, groups)
+
+
+def step_groups_of(model: nn.Module) -> StepGroups | None:
+    """The groups that the model follows, if it does."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+@torch.compiler.disable
+def _choose(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    groups = step_groups_of(model)
+    assert groups is not None
+    timestep = kwargs.get(ARGUMENT)
+    if timestep is None:
+        place = list(inspect.signature(type(model).forward).parameters).index(ARGUMENT) - 1  # without self
+        timestep = args[place] if place < len(args) else None
+    choose_group(model, groups.group(timestep))
