@@ -23,7 +23,8 @@ from attar.models.weights import fill
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import open_planned
-from attar.samples import Calls, Sample, SegmentStarts, catch_samples
+from attar.runtime.step_groups import StepGroups, choose_group, follow_steps
+from attar.samples import Calls, Sample, SegmentStarts, catch_samples, traced_groups
 from attar.settings import block_settings
 from attar.stored import (
     OUTSIDE,
@@ -52,10 +53,15 @@ class ComponentJob(Job):
         self.grid: TokenGrid | None = None  # where the loss looks at frames
         learned = self.recipe.reconstruct
         self.propagates = learned is not None and learned.propagate == "quant"
+        self.groups: StepGroups | None = None  # of steps, where activations have bits by them
 
     def run(self, prompts: int) -> dict[str, Any]:
         """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
         self.transformer.requires_grad_(False).eval()
+        if any(plan.act_groups is not None for plan in self.plan.values()):
+            found = traced_groups(self.store, self.name, prompts, self.recipe.quantize.step_groups)
+            self.groups = found[0]
+            follow_steps(self.transformer, self.groups)
         evidence: dict[str, Any] = {}
         calls: list[Sample] = []
         if self.recipe.needs_data:
@@ -138,7 +144,9 @@ class ComponentJob(Job):
         """Inputs of the first block of each unfinished segment."""
         segments = self.adapter.segments if calls else []
         heads = [segment[0] for segment in segments if segment[-1].index >= first]
-        return SegmentStarts(self.transformer, self.adapter, heads, calls, self.workspace, self.name)
+        return SegmentStarts(
+            self.transformer, self.adapter, heads, calls, self.workspace, self.name, self.groups
+        )
 
     def _selection(self, prompts: int) -> tuple[ScoreTable, list[int]]:
         """The score table and the chosen rows, from the workspace where they are there already."""
@@ -168,7 +176,7 @@ class ComponentJob(Job):
     # -- one block
 
     def _catch(self, block: Block, calls: list[Sample]) -> Calls:
-        return catch_samples(self.transformer, self.adapter, block, calls) if calls else []
+        return catch_samples(self.transformer, self.adapter, block, calls, self.groups) if calls else []
 
     def _make(
         self, block: Block, full: Calls, quantized: Calls, advance: Callable[..., None]
@@ -182,6 +190,8 @@ class ComponentJob(Job):
             module.float()  # learned in float32 whatever the model is stored in
 
         def runner(call: BlockCall) -> dict[str, Tensor]:
+            if call.group is not None:
+                choose_group(module, call.group)
             return run_block(module, call.to(self.device), block.outputs)
 
         targets, contexts, masses = self._targets(block, full)

@@ -15,6 +15,7 @@ from attar.models.concatenations import concatenations
 from attar.quantize.plan import LayerPlan, check_rotations
 from attar.recipe import Recipe
 from attar.runtime.layers import packed_layers
+from attar.runtime.step_groups import check_takes_timestep
 from attar.settings import plan_for, transform_settings
 
 Plans = dict[str, list[LayerPlan]]  # component -> its layers
@@ -41,9 +42,12 @@ def plan_components(components: Mapping[str, nn.Module], recipe: Recipe) -> Plan
 def plan_component(transformer: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """The plan of every linear layer of one transformer.
 
-    Raises AttarError if it is already compressed, and for a recipe whose bits are yet to be chosen under a budget.
+    Raises AttarError if it is already compressed, for a recipe whose bits are yet to be chosen under a budget, and for
+    groups of steps where the model is given no timestep.
     """
     recipe.refuse_budget()
+    if recipe.quantize.step_groups > 1:
+        check_takes_timestep(transformer)
     adapter = _adapter(transformer)
     if recipe.quantize.split and adapter.unet:  # transformers have no skip connections
         adapter.splits = concatenations(transformer)

@@ -113,6 +113,29 @@ class Recipe(Stage):
         return self
 
     @model_validator(mode="after")
+    def _groups_of_steps_can_be_calibrated(self) -> Recipe:
+        groups, chosen = self.quantize.step_groups, self.allocate
+        if groups == 1:
+            return self
+        if self.finetune is not None:
+            raise ValueError(
+                "finetune trains all steps with the same bits: set quantize.step_groups to 1, or finetune to null"
+            )
+        if self.reconstruct is not None and self.reconstruct.batch_size > 1:
+            raise ValueError(
+                "a batch may hold steps of several groups, which have other bits: set reconstruct.batch_size to 1, or "
+                "quantize.step_groups"
+            )
+        if chosen is not None and chosen.acts:
+            if isinstance(self.quantize.acts, list):
+                raise ValueError(
+                    "allocate.acts chooses the bits of each group of steps: set quantize.acts to their mean"
+                )
+            if chosen.samples < groups:
+                raise ValueError(f"allocate.samples is less than one for each of {groups} groups of steps")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_know_the_whole_weight(self) -> Recipe:
         whole, branch = self.finetune, self.quantize.low_rank
         if whole is not None and whole.adapter_start != "zero" and branch is not None:
@@ -169,10 +192,13 @@ class Recipe(Stage):
 
     @property
     def traced(self) -> Trace | None:
-        """What is traced: for learning, or for a budget alone; None where no data is needed."""
-        if self.needs_data or self.allocate is None:
-            return self.trace if self.needs_data else None
-        return self.trace or Trace(prompts=self.allocate.prompts)
+        """What is traced: for learning, or for a budget or groups of steps alone; None where no data is needed."""
+        if self.needs_data:
+            return self.trace
+        if self.allocate is not None:
+            return self.trace or Trace(prompts=self.allocate.prompts)
+        # what timesteps there are shows in a trace
+        return self.trace or Trace(prompts=1) if self.quantize.step_groups > 1 else None
 
     @property
     def widths(self) -> list[int]:
@@ -186,6 +212,12 @@ class Recipe(Stage):
         chosen = self.allocate
         return chosen is not None and chosen.acts and self.quantize.acts != max(chosen.bits)
 
+    @property
+    def mean_acts(self) -> int:
+        """The bits that activations have where nothing else is chosen, alike in all groups of steps."""
+        assert isinstance(self.quantize.acts, int)  # where bits of activations are chosen
+        return self.quantize.acts
+
     def refuse_budget(self) -> None:
         """Raises AttarError where the bits are yet to be chosen under a budget."""
         if self.allocate is not None:
@@ -197,7 +229,8 @@ class Recipe(Stage):
 
     @property
     def bits(self) -> str:
-        return f"W{self.quantize.weights}A{self.quantize.acts}" + "".join(
+        acts = "/".join(map(str, self.quantize.act_widths))
+        return f"W{self.quantize.weights}A{acts}" + "".join(
             f"-{kind}" for kind in self.quantize.other_numbers
         )
 
@@ -334,7 +367,8 @@ def _readable(error: Exception, where: str) -> AttarError:
     if not isinstance(error, ValidationError):
         return AttarError(f"the recipe cannot be read: {error}", where=where)
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    # of a setting that is one of several types, pydantic adds the type that was tried
+    key = ".".join(str(part) for part in first["loc"] if part not in ("int", "list[int]"))
     if first["type"] == "extra_forbidden":
         return AttarError(f"unknown key {key!r}", where=where, fix="See attar recipes show NAME for all keys")
     message = first["msg"].removeprefix("Value error, ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,30 +12,72 @@ from torch import Tensor, nn
 
 from attar import ranks
 from attar.calibration.catch import catch_block_calls, each_catch
+from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall
 from attar.models.tree import map_tensors
 from attar.quantize.batching import concatenate_calls
+from attar.runtime.step_groups import ARGUMENT, StepGroups
 from attar.workspace import Workspace
 
 Calls = list[BlockCall]
 Sample = list[dict[str, Any]]  # the calls of the model in one denoising step, one for each branch
 
 
+def traced_groups(
+    store: TraceStore, component: str, prompts: int, count: int
+) -> tuple[StepGroups, list[int]]:
+    """`count` groups of the traced steps in which a component runs, and how many steps each has.
+
+    prompts: how many were traced, all with the same timesteps. Raises AttarError where these cannot be told apart.
+    """
+    for prompt in range(prompts):
+        steps = [s for s in range(store.steps(prompt)) if component in store.components(prompt, s)]
+        if steps:
+            break
+    else:
+        raise AttarError("the component did not run in any traced step", where=component)
+    try:
+        times = [_timestep(store.calls(component, prompt, step)[0]) for step in steps]
+        groups = StepGroups.of_trajectory(times, count)
+    except AttarError as error:
+        raise AttarError(error.what, where=f"{component}: {error.where}", fix=error.fix) from error
+    found = [groups.group(time) for time in times]
+    return groups, [found.count(group) for group in range(count)]
+
+
+def _timestep(call: dict[str, Any]) -> float:
+    """What a call of the model was given."""
+    given = call.get(ARGUMENT)
+    values: list[Any] = given.double().unique().tolist() if isinstance(given, Tensor) else [given]
+    if len(values) != 1 or not isinstance(values[0], (int, float)):
+        raise AttarError(
+            "the model is not called with one timestep for a whole step, so groups of steps cannot be told apart",
+            where="quantize.step_groups",
+            fix="Set it to 1",
+        )
+    return float(values[0])
+
+
 def catch_samples(
-    transformer: nn.Module, adapter: ModelAdapter, block: Block, samples: list[Sample]
+    transformer: nn.Module,
+    adapter: ModelAdapter,
+    block: Block,
+    samples: list[Sample],
+    groups: StepGroups | None = None,
 ) -> Calls:
     """The block's inputs for every sample, in float32 on the CPU.
 
     Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a sample
-    of its own. Constants that are equal in consecutive samples are held once.
+    of its own. Constants that are equal in consecutive samples are held once. groups: of steps, one of which each call
+    is of then.
     """
     flat = [call for branches in samples for call in branches]
     caught = iter(catch_block_calls(transformer, adapter, block.index, flat, store_device="cpu"))
     merged: Calls = []
     for branches in samples:
-        _append(merged, one_batch([next(caught) for _ in branches]))
+        _append(merged, one_batch([next(caught) for _ in branches]), _group(branches, groups))
     return merged
 
 
@@ -53,7 +96,9 @@ class SegmentStarts:
         samples: list[Sample],
         workspace: Workspace,
         component: str,
+        groups: StepGroups | None = None,
     ) -> None:
+        """groups: as `catch_samples`."""
         self.workspace, self.folder = workspace, f"{component}/waiting-{ranks.rank()}"
         self._held: dict[int, Calls] = {}
         self._waiting: dict[int, int] = {}  # block -> how many calls
@@ -63,17 +108,18 @@ class SegmentStarts:
         first, *later = [block.index for block in heads]
         self._held[first] = []
         if not later:
-            self._held[first] = catch_samples(transformer, adapter, heads[0], samples)
+            self._held[first] = catch_samples(transformer, adapter, heads[0], samples, groups)
             return
         flat = [call for branches in samples for call in branches]
         caught = each_catch(transformer, adapter, [first, *later], flat, store_device="cpu")
         for branches in samples:
-            found = [next(caught) for _ in branches]
-            _append(self._held[first], one_batch([calls[first] for calls in found]))
+            found, group = [next(caught) for _ in branches], _group(branches, groups)
+            _append(self._held[first], one_batch([calls[first] for calls in found]), group)
             for index in later:
                 for call in one_batch([calls[index] for calls in found]):
                     number = self._waiting.get(index, 0)
-                    workspace.write_tensors(self._file(index, number), *call.flatten(), kept=False)
+                    tensors = replace(call, group=group).flatten()
+                    workspace.write_tensors(self._file(index, number), *tensors, kept=False)
                     self._waiting[index] = number + 1
 
     def __contains__(self, index: int) -> bool:
@@ -88,7 +134,8 @@ class SegmentStarts:
             file = self._file(index, number)
             stored = self.workspace.read_tensors(file)
             assert stored is not None
-            _append(calls, [BlockCall.unflatten(*stored)])
+            call = BlockCall.unflatten(*stored)
+            _append(calls, [call], call.group)
             self.workspace.remove(file)
         return calls
 
@@ -102,9 +149,13 @@ class SegmentStarts:
         return f"{self.folder}/{index:03d}-{number:04d}.safetensors"
 
 
-def _append(calls: Calls, more: Calls) -> None:
+def _group(branches: Sample, groups: StepGroups | None) -> int | None:
+    return None if groups is None else groups.group(branches[0].get(ARGUMENT))
+
+
+def _append(calls: Calls, more: Calls, group: int | None) -> None:
     for call in more:
-        call = call.to(dtype=torch.float32)
+        call = replace(call.to(dtype=torch.float32), group=group)
         calls.append(_sharing(call, calls[-1]) if calls else call)
 
 
@@ -129,4 +180,4 @@ def _sharing(call: BlockCall, previous: BlockCall) -> BlockCall:
         )
         return next(alike, tensor)
 
-    return BlockCall(call.streams, map_tensors(call.constants, held))
+    return replace(call, constants=map_tensors(call.constants, held))

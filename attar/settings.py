@@ -38,7 +38,7 @@ def plan_for(
     q = recipe.quantize
     return plan_layers(
         inside, outside, q.weights, q.acts, q.roles, q.group_size, q.weight_format, q.act_format,
-        0 if q.low_rank is None else q.low_rank.rank, _row_bits(recipe),
+        0 if q.low_rank is None else q.low_rank.rank, _row_bits(recipe), q.step_groups,
     )  # fmt: skip
 
 

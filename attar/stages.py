@@ -118,8 +118,14 @@ class Quantize(Stage):
         default=4,
         description="bits of block linears, 2 to 8 (1 in some formats); modulation linears get them weight-only",
     )
-    acts: int = Field(
-        default=6, description="bits of their inputs, per token, 2 to 8; 16 keeps floating point"
+    step_groups: int = Field(
+        default=1,
+        ge=1,
+        description="groups of equally many denoising steps, by which activations may have other bits",
+    )
+    acts: int | list[int] = Field(
+        default=6,
+        description="bits of their inputs, per token, 2 to 8; 16 keeps floating point; or a list by groups of steps",
     )
     act_format: Literal["int", "full_range", "fp8"] = Field(
         default="int",
@@ -166,6 +172,11 @@ class Quantize(Stage):
     )  # fmt: skip
 
     @property
+    def act_widths(self) -> list[int]:
+        """The bits of activations in each group of steps, or the one number for all."""
+        return self.acts if isinstance(self.acts, list) else [self.acts]
+
+    @property
     def integer_acts(self) -> bool:
         """Whether activations are rounded to integers."""
         return self.acts != 16 and self.act_format in INTEGER_FORMATS
@@ -175,21 +186,37 @@ class Quantize(Stage):
         """The formats of weights and activations that are not integers."""
         return sorted({self.weight_format, self.act_format} - {*INTEGER_FORMATS})
 
-    @field_validator("weights", "acts")
+    @field_validator("weights")
     @classmethod
     def _possible_bits(cls, value: int, info: Any) -> int:
-        acts = info.field_name == "acts"
-        least = 2 if acts else least_bits(info.data.get("weight_format", "int"))
-        if not (least <= value <= 8 or (value == 16 and acts)):
-            raise ValueError(f"choose between {least} and 8 bits" + (", or 16" if acts else ""))
+        least = least_bits(info.data.get("weight_format", "int"))
+        if not least <= value <= 8:
+            raise ValueError(f"choose between {least} and 8 bits")
         return value
+
+    @field_validator("acts")
+    @classmethod
+    def _possible_acts(cls, value: int | list[int], info: Any) -> int | list[int]:
+        if isinstance(value, int):
+            if not (2 <= value <= 8 or value == 16):
+                raise ValueError("choose between 2 and 8 bits, or 16")
+            return value
+        groups = info.data.get("step_groups", 1)
+        if len(value) != groups:
+            raise ValueError(
+                f"give one number, or one for each group of steps; step_groups is {groups}, not {len(value)}"
+            )
+        if not all(2 <= bits <= 8 for bits in value):
+            raise ValueError("choose between 2 and 8 bits in each group; 16 is for all groups alike")
+        return value if len(set(value)) > 1 else value[0]
 
     @model_validator(mode="after")
     def _formats_have_these_bits(self) -> Quantize:
         try:
             check_weight_format(self.weight_format, self.weights)
-            if self.acts != 16:
-                check_format(self.act_format, self.acts)
+            for bits in self.act_widths:
+                if bits != 16:
+                    check_format(self.act_format, bits)
         except AttarError as error:
             raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         return self
@@ -221,7 +248,8 @@ class Quantize(Stage):
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # who uses nothing of what came later has the digests, jobs and evidence of the time before
         later = {
-            "split": self.split, "row_bits": self.row_bits, "clip_search": self.clip_search, "shift": self.shift
+            "split": self.split, "row_bits": self.row_bits, "clip_search": self.clip_search, "shift": self.shift,
+            "step_groups": self.step_groups > 1,
         }  # fmt: skip
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
 

@@ -22,6 +22,7 @@ from attar.models.tree import map_tensors
 from attar.quantize.block import quantize_block
 from attar.recipe import Recipe
 from attar.runtime.diffusers_integration import use_kernels
+from attar.runtime.step_groups import choose_group
 from attar.settings import block_settings, plan_for
 
 IMAGE_MODELS = ("FluxTransformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel")
@@ -97,7 +98,8 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     settings = replace(
         block_settings(recipe), learning=None, gptq_damping=None, rounding=None, clip_search=False
     )
-    plans = plan_for(recipe, block.linears, [])
+    # of groups of steps the widest bits, which cost no less time than others
+    plans = [replace(plan, act_groups=None) for plan in plan_for(recipe, block.linears, [])]
 
     def run(call: BlockCall) -> dict[str, Tensor]:
         return run_block(module, call, block.outputs)
@@ -112,7 +114,8 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
 
 
 def packed_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
-    """Kind of block -> the first one of a compressed transformer."""
+    """Kind of block -> the first one of a compressed transformer, in the first of its groups of steps."""
+    choose_group(transformer, 0)
     return {_kind(block): block.module for block in reversed(ModelAdapter.of(transformer).blocks)}
 
 

@@ -25,10 +25,12 @@ class BlockCall:
     constants: all other arguments (modulation, rotary tables, masks, text of a cross-attention, flags). A
     block
         that takes `*args` has them as a tuple under that parameter's name, `**kwargs` likewise as a dict.
+    group: the group of denoising steps that the call is of, where bits are by groups.
     """
 
     streams: dict[str, Tensor]
     constants: dict[str, Any] = field(default_factory=dict)
+    group: int | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BlockCall:
         """A call with all tensors on `device`, and all floating-point tensors in `dtype`."""
@@ -36,11 +38,11 @@ class BlockCall:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
-        return BlockCall(map_tensors(self.streams, move), map_tensors(self.constants, move))
+        return BlockCall(map_tensors(self.streams, move), map_tensors(self.constants, move), self.group)
 
     def with_streams(self, streams: Mapping[str, Tensor]) -> BlockCall:
         """The call of the next block of the same segment: other streams, the same constants."""
-        return BlockCall({**self.streams, **streams}, self.constants)
+        return BlockCall({**self.streams, **streams}, self.constants, self.group)
 
     def flatten(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, meta): a flat dict fit for safetensors and a JSON-able description of the rest.
@@ -58,13 +60,14 @@ class BlockCall:
             return keys[id(tensor)]
 
         meta = {name: flatten(getattr(self, name), name, put) for name in ("streams", "constants")}
+        meta |= {} if self.group is None else {"group": self.group}
         return tensors, meta
 
     @classmethod
     def unflatten(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> BlockCall:
         """The call that `flatten` took apart."""
         streams, constants = (unflatten(meta[k], tensors.__getitem__) for k in ("streams", "constants"))
-        return cls(streams, constants)
+        return cls(streams, constants, meta.get("group"))
 
 
 def signature_of(module: nn.Module) -> Signature:

@@ -28,8 +28,9 @@ def concatenate_calls(calls: Sequence[Any]) -> Any:
 
     Streams are concatenated. Of the constants, tensors whose first axis is as long as the call's batch are
     concatenated too; everything else has to be equal in all calls, and is kept. Raises AttarError if it is
-    not, or when shapes differ.
+    not, when shapes differ, or for calls of several groups of steps.
     """
+    _concatenate([call.group for call in calls], None, "group")
     sizes = [next(iter(call.streams.values())).shape[0] for call in calls]
     streams = _concatenate([call.streams for call in calls], sizes, "streams")
     constants = _concatenate([call.constants for call in calls], sizes, "constants")

@@ -249,7 +249,7 @@ def wrap_linears(
             linear, plan.weight_bits or 0, plan.act_bits, transforms, group_size=plan.group_size,
             weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
             clip_start=settings.clip_start, weight_format=plan.weight_format, act_format=plan.act_format,
-            train_levels=settings.train_levels and not plan.plain, shift=shifts.get(name),
+            train_levels=settings.train_levels and not plan.plain, shift=shifts.get(name), act_groups=plan.act_groups,
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
@@ -408,3 +408,22 @@ def mean_relative_error(
     ]
     total, count = ranks.sums(sum(errors), len(errors))
     return total / count
+
+
+@torch.no_grad()
+def errors_by_group(
+    run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams], groups: int
+) -> list[float]:
+    """The mean error of the samples of each group of steps, over all processes. AttarError where one has none."""
+    totals, counts = [0.0] * groups, [0] * groups
+    for call, target in zip(calls, targets, strict=True):
+        totals[call.group] += relative_error(run(call), target, call.streams).item()
+        counts[call.group] += 1
+    found = ranks.sums(*totals, *counts)
+    if not all(found[groups:]):
+        raise AttarError(
+            "no sample was measured in one of the groups of steps",
+            where="allocate.samples",
+            fix="Ask for more samples, or fewer groups (quantize.step_groups)",
+        )
+    return [total / count for total, count in zip(found[:groups], found[groups:], strict=True)]

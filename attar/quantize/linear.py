@@ -17,6 +17,7 @@ from attar.quantize.weights import Grid, WeightQuantizer
 from attar.runtime.formats import check_format, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
+from attar.runtime.step_groups import GroupedActs, check_act_groups
 from attar.runtime.transform import half
 from attar.runtime.transforms import ChannelShift, Transform, restore_weight, transform_weight
 
@@ -32,12 +33,13 @@ class _Frozen:
     bias: Tensor | None  # (out,)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(GroupedActs, nn.Module):
     """ŷ = Q_a((x - z) T; a⁻, a⁺) · Q_w(W T^{-T}; g⁻, g⁺)ᵀ + W z + b around one nn.Linear (S²Q-VDiT's base, FlatQuant).
 
     linear: the layer; its weight and bias are shared, not copied, and not trained here.
     weight_bits: those of the format, 2..16 of integers (up to 8 can be packed). act_bits: the same, or None for a
-    weight-only layer.
+    weight-only layer. act_groups: those of each group of denoising steps, of which `act_bits` are the widest, or None
+    for the same in all; who runs the layer says which group its input is of (`choose_group`).
     transforms: learnable transforms in the order in which they act on x.
     shift: z (in,), what is taken from the input first, or None. The bias gets it with the weight before rounding, so
     that what rounding does to the mean of the inputs is none of the error.
@@ -69,6 +71,7 @@ class QuantizedLinear(nn.Module):
         act_format: str = "int",
         train_levels: bool = False,
         shift: Tensor | None = None,
+        act_groups: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if act_bits is not None:
@@ -80,6 +83,7 @@ class QuantizedLinear(nn.Module):
                 )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.act_bits, self.group_size, self.act_format = act_bits, group_size, act_format
+        self.act_groups = None if act_groups is None else check_act_groups(act_groups, act_bits, act_format)
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         device = linear.weight.device
@@ -170,8 +174,9 @@ class QuantizedLinear(nn.Module):
             return self._forward_frozen(x, self._frozen)
         matrices, weight, bias = self._evaluated()
         y = self._transform(x, matrices)
-        if self.act_quant and self.act_bits is not None:
-            y = fake_quantize_tokens(y, self.act_bits, self._act_clip(), self.act_format)
+        act_bits = self.act_bits_now() if self.act_quant else None
+        if act_bits is not None:
+            y = fake_quantize_tokens(y, act_bits, self._act_clip(), self.act_format)
         return self._linear(y, weight, bias, x)
 
     def transform_input(self, x: Tensor) -> Tensor:
@@ -327,8 +332,9 @@ class QuantizedLinear(nn.Module):
         """The frozen layer with another weight W̃ (out, in), differentiable in it and in x."""
         frozen = self._fixed()
         y = self.transform_input(x)
-        if self.act_bits is not None:
-            y = fake_quantize_tokens(y, self.act_bits, frozen.act_clip, self.act_format)
+        act_bits = self.act_bits_now()
+        if act_bits is not None:
+            y = fake_quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
         return self._linear(y, weight.to(y.dtype), frozen.bias, x)
 
     def _fixed(self) -> _Frozen:
@@ -357,6 +363,7 @@ class QuantizedLinear(nn.Module):
             compute_dtype=self.weight.dtype,
             act_format=self.act_format if self.act_bits is not None else "int",
             branch=frozen.branch,
+            act_groups=self.act_groups,
             **self.quantizer.stored(),
         )
 
@@ -368,13 +375,15 @@ class QuantizedLinear(nn.Module):
 
     def _forward_frozen(self, x: Tensor, frozen: _Frozen) -> Tensor:
         y = self.transform_input(x)
-        if self.act_bits is not None:
-            codes, scale = quantize_tokens(y, self.act_bits, frozen.act_clip, self.act_format)
-            y = decode(codes, self.act_format, self.act_bits) * scale
+        act_bits = self.act_bits_now()
+        if act_bits is not None:
+            codes, scale = quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
+            y = decode(codes, self.act_format, act_bits) * scale
         return self._linear(y, frozen.weight.to(y.dtype), frozen.bias, x)
 
     def extra_repr(self) -> str:
-        acts = "float" if self.act_bits is None else f"{self.act_bits} bits"
+        bits = "/".join(map(str, self.act_groups or (self.act_bits,)))
+        acts = "float" if self.act_bits is None else f"{bits} bits"
         return f"{self.in_features} -> {self.out_features}, weight={self.weight_bits} bits, activation={acts}"
 
 

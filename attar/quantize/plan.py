@@ -48,7 +48,8 @@ class LayerPlan:
 
     name: dotted name from the transformer's root. role: "self_attn.q", "ffn.up", "modulation", …
     weight_bits: 1..8, or None when the layer is left as it is. act_bits: 2..8, or None for floating-point
-    activations. reason: why the layer is treated differently from the default, or None. group_size: input
+    activations. act_groups: bits of each group of denoising steps, noisiest first, where these differ; `act_bits` are
+    the widest then. reason: why the layer is treated differently from the default, or None. group_size: input
     channels to a scale, only for floating-point activations; None for one scale per output channel.
     weight_format, act_format: of the numbers, see tables.py and attar.runtime.formats. low_rank: rank of a branch in
     high precision beside the product, 0 for none. row_bits: how its rows get one bit more or less, at `weight_bits` on
@@ -70,6 +71,7 @@ class LayerPlan:
     act_format: str = "int"
     low_rank: int = 0
     row_bits: RowBitsSettings | None = None
+    act_groups: tuple[int, ...] | None = None
 
     @property
     def skipped(self) -> bool:
@@ -82,13 +84,15 @@ class LayerPlan:
 
     @property
     def bits(self) -> str:
-        """ "kept", "W4A6", "W4A16", "W4A16g64" with a scale for 64 input channels, or "W4±1A6" with rows of 3 to 5."""
+        """ "kept", "W4A6", "W4A16", "W4A16g64" with a scale for 64 input channels, or "W4±1A6" with rows of 3 to 5,
+        or "W4A8/6" where the activations have eight bits in the first group of steps and six in the second."""
         if self.skipped:
             return "kept"
         groups = f"g{self.group_size}" if self.group_size else ""
         kinds = {self.weight_format, self.act_format} - {*INTEGER_FORMATS}
         weights = f"W{self.weight_bits}" + ("" if self.row_bits is None else "±1")
-        return f"{weights}A{self.act_bits or KEEP}{groups}{''.join(f'-{kind}' for kind in sorted(kinds))}"
+        acts = "/".join(map(str, self.act_groups or (self.act_bits or KEEP,)))
+        return f"{weights}A{acts}{groups}{''.join(f'-{kind}' for kind in sorted(kinds))}"
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,14 @@ def plan_layers(
     linears_in_blocks: Iterable[NamedLinear],
     outside_linears: Iterable[NamedLinear],
     weights: int,
-    acts: int | None,
+    acts: int | Sequence[int] | None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     group_size: int | None = None,
     weight_format: str = "int",
     act_format: str = "int",
     low_rank: int = 0,
     row_bits: RowBitsSettings | None = None,
+    step_groups: int = 1,
 ) -> list[LayerPlan]:
     """The plan of every linear layer of a transformer, in the order given.
 
@@ -121,7 +126,8 @@ def plan_layers(
     get `weights` bits with floating-point activations; linears outside blocks, and the embedding of time where blocks
     have one, stay as they are, or become weight-only by an override. Modulation with floating-point activations and
     linears outside blocks are plain: nothing is to be learned from one token, and no calibration data passes outside.
-    weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only.
+    weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only, or
+    a list of 2..8 for each of the `step_groups` groups of denoising steps, noisiest first; so in overrides.
     group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
     scale per output channel, and its reason says so.
     weight_format, act_format: of all planned layers. low_rank, row_bits: of those that are not plain; layers of 8 bits
@@ -132,14 +138,15 @@ def plan_layers(
     """
     least = {"weights": least_bits(weight_format), "acts": 2}
     _check_bits(weights, "weights", None, least)
-    _check_bits(acts, "acts", None, least)
+    _check_acts(acts, None, step_groups)
     overrides = dict(overrides or {})
     for pattern, options in overrides.items():
         if not isinstance(options, Mapping) or set(options) - _OVERRIDE_KEYS:
             raise AttarError(f"an override knows weights, acts and skip, got {options!r}", where=pattern)
-        for key in ("weights", "acts"):
-            if key in options:
-                _check_bits(options[key], key, pattern, least)
+        if "weights" in options:
+            _check_bits(options["weights"], "weights", pattern, least)
+        if "acts" in options:
+            _check_acts(options["acts"], pattern, step_groups)
         if not isinstance(options.get("skip", False), bool):
             raise AttarError("skip is true or false", where=pattern)
 
@@ -192,8 +199,9 @@ def _with_formats(
     row_bits = None if plan.plain or plan.weight_bits == 8 else row_bits
     try:
         check_weight_format(weight_format, plan.weight_bits)
-        if plan.act_bits is not None:
-            check_format(act_format, plan.act_bits)
+        for bits in plan.act_groups or (plan.act_bits,):
+            if bits is not None:
+                check_format(act_format, bits)
         if row_bits is not None:
             if plan.group_size is not None:
                 raise AttarError("rows of several widths have one scale each", fix="Leave group_size out")
@@ -261,7 +269,7 @@ def _plan(
     linear: NamedLinear,
     inside: bool,
     weights: int,
-    acts: int | None,
+    acts: int | Sequence[int] | None,
     chosen: Mapping[str, Any],
     pattern: str | None,
     group_size: int | None,
@@ -288,7 +296,7 @@ def _plan(
     if linear.kept is not None:
         weights, reason = KEEP, linear.kept
     kept = weights == KEEP
-    act_bits = None if kept or acts in (None, KEEP) else acts
+    act_bits, act_groups = (None, None) if kept or acts in (None, KEEP) else _by_groups(acts)
     module: Any = linear.module
     groups, note = None, ""
     if not kept and act_bits is None:
@@ -306,12 +314,33 @@ def _plan(
         plain=not kept
         and act_bits is None
         and (not inside or linear.role in {*ONE_TOKEN, "time_conditioning"}),
+        act_groups=act_groups,
     )
 
 
-def _check_bits(bits: Any, what: str, where: str | None, least: Mapping[str, int]) -> None:
-    if what == "acts" and bits is None:
+def _by_groups(acts: int | Sequence[int] | None) -> tuple[int | None, tuple[int, ...] | None]:
+    """(the widest bits, those of each group of steps where they differ)."""
+    if acts is None or isinstance(acts, int):
+        return acts, None
+    return max(acts), tuple(acts) if len(set(acts)) > 1 else None
+
+
+def _check_acts(acts: Any, where: str | None, step_groups: int) -> None:
+    if acts is None:
         return
+    if not isinstance(acts, (list, tuple)):
+        return _check_bits(acts, "acts", where, {"acts": 2})
+    if len(acts) != step_groups:
+        groups = f"{step_groups} groups of steps" if step_groups > 1 else "one group of steps"
+        fix = f"Give one number, or as many as there are groups (quantize.step_groups), not {len(acts)}"
+        raise AttarError(f"acts cannot be {list(acts)!r} for {groups}", where=where, fix=fix)
+    for bits in acts:
+        if type(bits) is not int or not 2 <= bits <= 8:
+            fix = "Choose between 2 and 8; 16 is for all groups alike"
+            raise AttarError(f"acts cannot be {bits!r} bits in a group of steps", where=where, fix=fix)
+
+
+def _check_bits(bits: Any, what: str, where: str | None, least: Mapping[str, int]) -> None:
     fits = isinstance(bits, int) and not isinstance(bits, bool)
     if not fits or not (least[what] <= bits <= 8 or bits == KEEP):
         fix = f"Choose between {least[what]} and 8, or 16 for full precision"
