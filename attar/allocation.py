@@ -19,6 +19,8 @@ from attar.budget.plan_file import plan_text, write_plan
 from attar.budget.sensitivity import Sensitivity
 from attar.calibration.store import TraceStore
 from attar.candidates import (
+    ActBits,
+    act_bits_of,
     act_layers_of,
     act_options,
     bits_of,
@@ -50,7 +52,8 @@ class Allocation:
     error, measured error]. objective: see `Allocate`; errors are relative to the final latents, or to a block's own
     update. influence: component -> block -> what its weights' error is multiplied with.
     acts, act_sensitivity, mean_act_bits: of the activations, where these were chosen too, the mean over
-    multiplications.
+    multiplications. With groups of steps, bits are a list where the groups differ, and each error is a list: what that
+    of each group comes to.
     """
 
     budget: str
@@ -65,8 +68,8 @@ class Allocation:
     blocks: dict[str, list[tuple[str, float, float]]]
     objective: str = "block"
     influence: dict[str, dict[str, float]] = field(default_factory=dict)
-    acts: dict[str, dict[str, int]] = field(default_factory=dict)
-    act_sensitivity: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    acts: ActBits = field(default_factory=dict)
+    act_sensitivity: dict[str, dict[str, dict[str, float | list[float]]]] = field(default_factory=dict)
     mean_act_bits: float | None = None
 
     def apply(self, recipe: Recipe) -> Recipe:
@@ -117,9 +120,10 @@ def allocate(
     bits = bits_of(options, layers, taken)
     of_acts = {name: part.act_sensitivity() for name, part in parts.items()}
     counts = {name: part.multiplications() for name, part in parts.items()}
-    act_layers = act_layers_of(act_plans, of_acts, counts, recipe)
-    act_taken = choose(act_layers, Budget.parse("same"), recipe.quantize.acts)
-    acts = bits_of(act_plans, act_layers, act_taken)
+    steps = {name: part.steps for name, part in parts.items()}
+    act_layers = act_layers_of(act_plans, of_acts, counts, steps, recipe)
+    act_taken = choose(act_layers, Budget.parse("same"), recipe.mean_acts) if act_layers else []
+    acts = act_bits_of(act_plans, act_layers, act_taken)
     chosen = {layer.name: candidate.error for layer, candidate in zip(layers, taken, strict=True)}
     uniform = [layer.uniform.error for layer in layers]
     followed = any(part.followed for part in parts.values())
@@ -138,7 +142,7 @@ def allocate(
         bits, {name: _texts(found) for name, found in measured.items()},
         {name: _beside(name, found, chosen) for name, found in errors.items()},
         "latents" if followed else "block", {name: part.influence() for name, part in parts.items()},
-        acts, {name: _texts(found) for name, found in of_acts.items() if found},
+        acts, {name: _act_texts(found) for name, found in of_acts.items() if found and found[0]},
         round(mean_bits(act_layers, act_taken), 6) if act_layers else None,
     )  # fmt: skip
     if ranks.is_first():
@@ -150,6 +154,16 @@ def allocate(
 
 def _texts(measured: Sensitivity) -> dict[str, dict[str, float]]:
     return {name: {str(bits): error for bits, error in errors.items()} for name, errors in measured.items()}
+
+
+def _act_texts(groups: Sequence[Sensitivity]) -> dict[str, dict[str, float | list[float]]]:
+    return {
+        name: {
+            str(bits): errors[bits] if len(groups) == 1 else [group[name][bits] for group in groups]
+            for bits in errors
+        }
+        for name, errors in groups[0].items()
+    }
 
 
 def describe(
@@ -181,13 +195,19 @@ def describe(
     return plan_text(model_identity(components), said, rows)
 
 
-def _comment(plan: LayerPlan, errors: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> str:
+def _comment(
+    plan: LayerPlan, errors: Sequence[tuple[str, Mapping[str, Mapping[str, float | list[float]]]]]
+) -> str:
     figures = [
-        f"{what} " + ", ".join(f"{bits}: {error:.1e}" for bits, error in known[plan.name].items())
+        f"{what} " + ", ".join(f"{bits}: {_figure(error)}" for bits, error in known[plan.name].items())
         for what, known in errors
         if plan.name in known
     ]
     return f"{plan.role}, {plan.in_features} x {plan.out_features}; {'; '.join(figures)}"
+
+
+def _figure(error: float | list[float]) -> str:
+    return " / ".join(f"{e:.1e}" for e in (error if isinstance(error, list) else [error]))
 
 
 def _beside(

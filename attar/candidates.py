@@ -15,6 +15,7 @@ from attar.recipe import Recipe
 from attar.settings import layer_size
 
 Bits = dict[str, dict[str, int]]  # component -> layer -> bits
+ActBits = dict[str, dict[str, int | list[int]]]  # the same, or bits of each group of steps where they differ
 
 
 def plan_options(components: Mapping[str, nn.Module], recipe: Recipe) -> dict[int, Plans]:
@@ -32,7 +33,7 @@ def act_options(components: Mapping[str, nn.Module], recipe: Recipe) -> dict[int
     assert recipe.allocate is not None
     if not recipe.chooses_acts:
         return {}
-    widths = sorted({*recipe.allocate.bits, recipe.quantize.acts})
+    widths = sorted({*recipe.allocate.bits, recipe.mean_acts})
     return {bits: plan_components(components, with_act_widths(recipe, bits)) for bits in widths}
 
 
@@ -63,22 +64,39 @@ def layers_of(
 
 def act_layers_of(
     options: Mapping[int, Plans],
-    measured: Mapping[str, Sensitivity],
+    measured: Mapping[str, Sequence[Sensitivity]],
     multiplications: Mapping[str, Mapping[str, int]],
+    steps: Mapping[str, Sequence[int]],
     recipe: Recipe,
 ) -> list[Layer]:
-    """Every layer whose activations are quantized, with what they may get. They cost multiplications and no bytes, so
-    these stand where a weight's layer has its weights."""
+    """Every layer whose activations are quantized, with what they may get, once for each group of steps. They cost
+    multiplications and no bytes, so these stand where a weight's layer has its weights.
+
+    measured: component -> group -> what errors in the steps of that group come to. steps: component -> how many each
+    group has, by which its multiplications count.
+    """
     found = []
     for component in next(iter(options.values()), {}):
         for row in zip(*(plans[component] for plans in options.values()), strict=True):
-            if row[0].skipped or row[0].act_bits is None or row[0].name not in measured[component]:
+            name = row[0].name
+            if row[0].skipped or row[0].act_bits is None or name not in measured[component][0]:
                 continue
-            errors, count = measured[component][row[0].name], multiplications[component][row[0].name]
-            asked = {bits: p.act_bits or 0 for bits, p in zip(options, row, strict=True)}
-            at = {bits: Candidate(bits, 0, errors[bits]) for bits in sorted(set(asked.values()))}
-            own = at[asked[recipe.quantize.acts]]
-            found.append(Layer(f"{component}.{row[0].name}", count, 0, own, tuple(at.values())))
+            for group, (errors, count) in enumerate(zip(measured[component], steps[component], strict=True)):
+                asked = {}  # of a layer whose bits the recipe names, these alone
+                for bits, p in zip(options, row, strict=True):
+                    own = p.act_bits if p.act_groups is None else p.act_groups[group]
+                    asked[bits] = Candidate(own or 0, 0, errors[name][p.act_bits or 0])
+                at = {candidate.bits: candidate for candidate in asked.values()}
+                found.append(
+                    Layer(
+                        f"{component}.{name}",
+                        multiplications[component][name] * count,
+                        0,
+                        asked[recipe.mean_acts],
+                        tuple(at[bits] for bits in sorted(at)),
+                        group,
+                    )
+                )
     return found
 
 
@@ -103,11 +121,27 @@ def bits_of(options: Mapping[int, Plans], layers: Sequence[Layer], taken: Sequen
     }
 
 
+def act_bits_of(options: Mapping[int, Plans], layers: Sequence[Layer], taken: Sequence[Candidate]) -> ActBits:
+    """The same for activations: a list where groups of steps differ."""
+    free: dict[str, list[int]] = {}
+    for layer, candidate in zip(layers, taken, strict=True):  # groups in their order
+        if len(layer.candidates) > 1:
+            free.setdefault(layer.name, []).append(candidate.bits)
+    return {
+        name: {
+            p.name: found if len(set(found)) > 1 else found[0]
+            for p in plans
+            if (found := free.get(f"{name}.{p.name}"))
+        }
+        for name, plans in next(iter(options.values()), {}).items()
+    }
+
+
 def chosen_options(
-    bits: Mapping[str, Mapping[str, int]], acts: Mapping[str, Mapping[str, int]]
-) -> dict[str, dict[str, dict[str, int]]]:
+    bits: Mapping[str, Mapping[str, int]], acts: Mapping[str, Mapping[str, int | list[int]]]
+) -> dict[str, dict[str, dict[str, int | list[int]]]]:
     """Component -> layer -> {weights, acts}, what was chosen of them."""
-    found: dict[str, dict[str, dict[str, int]]] = {name: {} for name in bits}
+    found: dict[str, dict[str, dict[str, int | list[int]]]] = {name: {} for name in bits}
     for key, chosen in (("weights", bits), ("acts", acts)):
         for component, named in chosen.items():
             for name, b in named.items():
@@ -115,7 +149,7 @@ def chosen_options(
     return found
 
 
-def with_bits(recipe: Recipe, bits: Bits, acts: Bits | None = None) -> Recipe:
+def with_bits(recipe: Recipe, bits: Bits, acts: ActBits | None = None) -> Recipe:
     """The recipe with these bits of weights and activations in the place of its budget."""
     layers = {
         f"{component}.{name}": options

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,16 +23,24 @@ from torch import Tensor, nn
 
 from attar import ranks
 from attar.budget.influence import Step, accumulated, standing_in
-from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
+from attar.budget.sensitivity import (
+    Measure,
+    Sensitivity,
+    block_sensitivity,
+    multiplications,
+    together,
+)
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall, run_block
 from attar.models.weights import weights_of
 from attar.progress import Progress
+from attar.quantize.block import errors_by_group, mean_relative_error
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
-from attar.samples import Calls, catch_samples
+from attar.runtime.step_groups import ARGUMENT, StepGroups, choose_group
+from attar.samples import Calls, catch_samples, traced_groups
 from attar.settings import block_settings
 from attar.workspace import Workspace
 
@@ -77,6 +86,10 @@ class Measuring:
         self.workspace, self.store = workspace, store
         self.adapter = ModelAdapter.of(transformer)
         self.followed = recipe.allocate.objective == "latents"
+        self.groups: StepGroups | None = None
+        self.steps = [1]  # of each group of steps, as many as it has
+        if recipe.quantize.step_groups > 1:
+            self.groups, self.steps = traced_groups(store, name, prompts, recipe.quantize.step_groups)
         self.trajectory, self.places = _places(store, name, prompts, recipe.allocate.samples, self.followed)
         self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
         self.adapter.observe(ranks.first(lambda: self.calls[0][0]))  # units come in the order of their calls
@@ -113,11 +126,37 @@ class Measuring:
             return self._named(lambda block: self._stored(BOTH, block))
         return self._named(lambda block: self._stored(WEIGHTS, block), WEIGHTS)
 
-    def act_sensitivity(self) -> Sensitivity:
-        """The same for the bits of activations; {} where these are not chosen."""
+    def act_sensitivity(self) -> list[Sensitivity]:
+        """The same for the bits of activations, in each group of steps; [] where these are not chosen.
+
+        Errors are those of a trajectory: the group's mean times its share of the steps, or what they come to in the
+        final latents.
+        """
         if not self.act_options:
-            return {}
-        return self._named(lambda block: self._stored(ACTS, block)["errors"], ACTS if self.followed else None)
+            return []
+        if self.groups is None:
+            followed = ACTS if self.followed else None
+            return [self._named(lambda block: self._stored(ACTS, block)["errors"], followed)]
+        stored = [(b.name, self._stored(ACTS, b)["errors"]) for b in self.adapter.blocks]
+        factors = self._factors_by_group()
+        return [
+            {
+                f"{block}.{path}": {
+                    int(bits): e[group] * factors[block][group] for bits, e in of_bits.items()
+                }
+                for block, errors in stored
+                for path, of_bits in errors.items()
+            }
+            for group in range(self.groups.count)
+        ]
+
+    def _factors_by_group(self) -> dict[str, list[float]]:
+        """Block -> what the error of its activations is multiplied with in each group of steps."""
+        if not self.followed:
+            return {b.name: [steps / sum(self.steps) for steps in self.steps] for b in self.adapter.blocks}
+        file = next(name for name, kind in REACH.items() if kind == ACTS)
+        known = {b.name: self._stored(file, b)["groups"] for b in self.adapter.blocks}
+        return {name: list(map(_factor, groups)) for name, groups in known.items()}
 
     def multiplications(self) -> dict[str, int]:
         """Layer -> how many there are in all samples; {} where bits of activations are not chosen."""
@@ -135,7 +174,7 @@ class Measuring:
             return {}
         file = next(name for name, other in REACH.items() if other == kind)
         known = {block.name: self._stored(file, block) for block in self.adapter.blocks}
-        return {name: e["latents"] / e["block"] if e["block"] else 0.0 for name, e in known.items()}
+        return {name: _factor(e) for name, e in known.items()}
 
     def together(self, plans: list[LayerPlan], progress: Progress) -> list[tuple[str, float]]:
         """(block, error) with all its layers quantized, of every block."""
@@ -149,12 +188,29 @@ class Measuring:
                     kind: one.module if kind == kinds[-1] else copy.deepcopy(one.module) for kind in kinds
                 }
                 errors = [
-                    self._together(one, modules[kind], planned, kind) * reach[kind].get(one.block.name, 1.0)
+                    self._whole_error(one, modules[kind], planned, kind, reach[kind])
                     for kind in (kinds if planned else [])
-                ]  # fmt: skip
+                ]
                 found.append((one.block.name, math.fsum(errors)))
                 advance(one.block.index + 1, one.block.name)
         return found
+
+    def _whole_error(
+        self,
+        one: _Open,
+        module: nn.Module,
+        planned: Mapping[str, LayerPlan],
+        kind: str,
+        reach: dict[str, float],
+    ) -> float:
+        """What the error of a block comes to with all its layers quantized. reach: of that kind, by block."""
+        if kind == ACTS and self.groups is not None:
+            errors = self._together(one, module, planned, kind, self._by_group())
+            return math.fsum(map(operator.mul, errors, self._factors_by_group()[one.block.name]))
+        return self._together(one, module, planned, kind) * reach.get(one.block.name, 1.0)
+
+    def _by_group(self) -> Measure:
+        return partial(errors_by_group, groups=len(self.steps))
 
     def _measured(self, kind: str, one: _Open, progress: Callable[[int, int], None]) -> Any:
         if kind in REACH:
@@ -169,6 +225,7 @@ class Measuring:
         errors = block_sensitivity(
             one.module, planned, one.run, one.calls, one.targets, self.settings, seed=self._seed(one.block),
             weights=weights, acts=acts, progress=progress,
+            measure=self._by_group() if kind == ACTS and self.groups is not None else mean_relative_error,
         )  # fmt: skip
         self._check(one.block, errors)
         if kind != ACTS:
@@ -176,18 +233,21 @@ class Measuring:
         counts = multiplications(one.module, list(planned), one.run, one.calls)
         return {"errors": errors, "multiplications": counts}
 
-    def _reach(self, one: _Open, kind: str) -> dict[str, float]:
-        """With the recipe's own bits, the error of the block, and that of the final latents by it."""
+    def _reach(self, one: _Open, kind: str) -> dict[str, Any]:
+        """With the recipe's own bits, the error of the block, and that of the final latents by it; of activations also
+        in each group of steps, where there are several."""
+        grouped = self.groups is not None and kind == ACTS
         planned = _inside(one.block, self.own)
         if not planned:
-            return {"block": 0.0, "latents": 0.0}
+            nothing = {"block": 0.0, "latents": 0.0}
+            return {**nothing, "groups": [nothing] * len(self.steps)} if grouped else nothing
         module = copy.deepcopy(one.module)
         alone = self._together(one, module, planned, kind)
         if not self._steps:
             self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
             self._whole = self._final()
         with standing_in(one.block.module, module):
-            changes = ranks.collected([step.change(self.transformer) for step in self._steps])
+            changes = ranks.collected([self._change(step, module) for step in self._steps])
         error = accumulated(changes, self.trajectory) / self._whole
         if not math.isfinite(error):
             raise AttarError(
@@ -196,13 +256,44 @@ class Measuring:
                 fix="Check the model and its calibration inputs, or set allocate.objective to block",
             )
         # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
-        return {"block": alone, "latents": float(f"{error:.9g}")}
+        found: dict[str, Any] = {"block": alone, "latents": float(f"{error:.9g}")}
+        if grouped:
+            with torch.no_grad():
+                apart = self._by_group()(partial(self._run, one.block, module), one.calls, one.targets)
+            members = [
+                int(g) for g in ranks.collected([torch.tensor(self._group(s.sample)) for s in self._steps])
+            ]
+            reached = [
+                accumulated([c for c, g in zip(changes, members, strict=True) if g == group], steps)
+                / self._whole
+                for group, steps in enumerate(self.steps)
+            ]
+            found["groups"] = [
+                {"block": own, "latents": float(f"{e:.9g}")} for own, e in zip(apart, reached, strict=True)
+            ]
+        return found
 
-    def _together(self, one: _Open, module: nn.Module, planned: Mapping[str, LayerPlan], kind: str) -> float:
+    def _change(self, step: Step, module: nn.Module) -> Tensor:
+        if self.groups is not None:
+            choose_group(module, self._group(step.sample))
+        return step.change(self.transformer)
+
+    def _group(self, sample: Sequence[Mapping[str, Any]]) -> int:
+        assert self.groups is not None
+        return self.groups.group(sample[0].get(ARGUMENT))
+
+    def _together(
+        self,
+        one: _Open,
+        module: nn.Module,
+        planned: Mapping[str, LayerPlan],
+        kind: str,
+        measure: Measure = mean_relative_error,
+    ) -> Any:
         weights, acts = QUANTIZED[kind]
         return together(
             module, planned, partial(self._run, one.block, module), one.calls, one.targets, self.settings,
-            seed=self._seed(one.block), weights=weights, acts=acts,
+            seed=self._seed(one.block), weights=weights, acts=acts, measure=measure,
         )  # fmt: skip
 
     def _latents(self, number: int) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
@@ -234,7 +325,7 @@ class Measuring:
         for segment in self.adapter.segments:
             if segment[-1].index < first:
                 continue
-            calls = catch_samples(self.transformer, self.adapter, segment[0], self.calls)
+            calls = catch_samples(self.transformer, self.adapter, segment[0], self.calls, self.groups)
             for block in segment:
                 with self.weights.opened(block.module):
                     module = copy.deepcopy(block.module).float().requires_grad_(False).eval()
@@ -246,6 +337,8 @@ class Measuring:
                 calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]
 
     def _run(self, block: Block, module: nn.Module, call: BlockCall) -> dict[str, Tensor]:
+        if call.group is not None:
+            choose_group(module, call.group)
         outputs = run_block(module, call.to(self.weights.device), block.outputs)
         return {name: stream.to("cpu") for name, stream in outputs.items()}
 
@@ -254,9 +347,10 @@ class Measuring:
         known = (all(self.workspace.has(self._file(kind, block)) for kind in self.kinds) for block in blocks)
         return next((i for i, whole in enumerate(known) if not whole), count)
 
-    def _check(self, block: Block, found: Sensitivity) -> None:
+    def _check(self, block: Block, found: dict[str, dict[int, Any]]) -> None:
         for path, errors in found.items():
-            if not all(map(math.isfinite, errors.values())):
+            flat = [e for some in errors.values() for e in (some if isinstance(some, list) else [some])]
+            if not all(map(math.isfinite, flat)):
                 raise AttarError(
                     "the error of a quantized layer is not finite",
                     where=f"{self.name}.{block.name}.{path}",
@@ -268,6 +362,11 @@ class Measuring:
 
     def _file(self, kind: str, block: Block) -> str:
         return f"{self.name}/{kind}-{block.index:03d}.json"
+
+
+def _factor(known: Mapping[str, float]) -> float:
+    """What a block's error is multiplied with."""
+    return known["latents"] / known["block"] if known["block"] else 0.0
 
 
 def _places(

@@ -103,10 +103,10 @@ def write_plan(path: Path, text: str) -> None:
 def plan_text(
     model: Mapping[str, str],
     chosen: Mapping[str, Any],
-    layers: Mapping[str, Iterable[tuple[str, Mapping[str, int], str]]],
+    layers: Mapping[str, Iterable[tuple[str, Mapping[str, int | list[int]], str]]],
 ) -> str:
     """The file's text. chosen: what the plan was chosen by and comes to, for the reader. layers: component -> (layer,
-    {"weights": bits, "acts": bits} or one of them, comment)."""
+    {"weights": bits, "acts": bits} or one of them, comment); acts may be a list by groups of steps."""
     parts = [HEAD, _yaml({"format": FORMAT, "model": dict(model), "chosen": dict(chosen)}), "layers:\n"]
     for component, rows in layers.items():
         parts.append(f"  {component}:\n")

@@ -14,6 +14,7 @@ from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import Streams
 
 Sensitivity = dict[str, dict[int, float]]  # layer -> bits -> error
+Measure = Callable[[Callable[[Any], Streams], Sequence[Any], Sequence[Streams]], Any]
 
 
 def block_sensitivity(
@@ -28,19 +29,21 @@ def block_sensitivity(
     weights: bool = True,
     acts: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> Sensitivity:
+    measure: Measure = mean_relative_error,
+) -> dict[str, dict[int, Any]]:
     """Squared error of the block's output relative to the block's own update, for every layer and width.
 
     One layer at a time is quantized: its activations as planned (`acts`; else they stay), its weights rounded to
     nearest (`weights`), transforms and clipping where they start; nothing is learned. The module is left as it was, but
     for convolutions, which are opened.
     options: dotted name below `module` -> bits -> plan. run, calls, targets, seed: as in `quantize_block`.
-    progress: called with (layers and widths done, all of them).
+    progress: called with (layers and widths done, all of them). measure: what is kept of the errors of all samples;
+    their mean by default.
     """
     open_planned(module, {name: next(iter(plans.values())) for name, plans in options.items()})
     linears: dict[str, Any] = {name: module.get_submodule(name) for name in options}
     widths = sorted({bits for plans in options.values() for bits in plans})
-    errors: Sensitivity = {name: {} for name in options}
+    errors: dict[str, dict[int, Any]] = {name: {} for name in options}
     done, total = 0, sum(map(len, options.values()))
     for bits in widths:
         plans = {name: plans[bits] for name, plans in options.items() if bits in plans}
@@ -50,7 +53,7 @@ def block_sensitivity(
             replace_module(module, name, linears[name])
         for name, layer in layers.items():
             replace_module(module, name, layer)
-            errors[name][bits] = mean_relative_error(run, calls, targets)
+            errors[name][bits] = measure(run, calls, targets)
             replace_module(module, name, linears[name])
             done += 1
             if progress is not None:
@@ -69,13 +72,14 @@ def together(
     seed: str = "0",
     weights: bool = True,
     acts: bool = True,
-) -> float:
+    measure: Measure = mean_relative_error,
+) -> Any:
     """The same error with all layers quantized at once, which stay so."""
     open_planned(module, plans)
     linears = {name: module.get_submodule(name) for name in plans}
     layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
     set_quantizers(list(layers.values()), weights, acts)
-    return mean_relative_error(run, calls, targets)
+    return measure(run, calls, targets)
 
 
 def multiplications(
