@@ -82,21 +82,14 @@ def act_layers_of(
             if row[0].skipped or row[0].act_bits is None or name not in measured[component][0]:
                 continue
             for group, (errors, count) in enumerate(zip(measured[component], steps[component], strict=True)):
-                asked = {}  # of a layer whose bits the recipe names, these alone
+                asked = {}
                 for bits, p in zip(options, row, strict=True):
-                    own = p.act_bits if p.act_groups is None else p.act_groups[group]
-                    asked[bits] = Candidate(own or 0, 0, errors[name][p.act_bits or 0])
+                    chosen = p.act_bits if p.act_groups is None else p.act_groups[group]
+                    asked[bits] = Candidate(chosen or 0, 0, errors[name][p.act_bits or 0])
+                # one alone for a layer whose bits the recipe names
                 at = {candidate.bits: candidate for candidate in asked.values()}
-                found.append(
-                    Layer(
-                        f"{component}.{name}",
-                        multiplications[component][name] * count,
-                        0,
-                        asked[recipe.mean_acts],
-                        tuple(at[bits] for bits in sorted(at)),
-                        group,
-                    )
-                )
+                weight, own = multiplications[component][name] * count, asked[recipe.mean_acts]
+                found.append(Layer(f"{component}.{name}", weight, 0, own, tuple(at[b] for b in sorted(at))))
     return found
 
 

@@ -24,6 +24,7 @@ from attar.models.source import Source, load_pipeline
 from attar.models.zoo.clips import Scene, split_scenes
 from attar.models.zoo.judges import DigitReader, judge
 from attar.quantize.batching import concatenate_calls
+from attar.runtime.step_groups import choose_group, step_groups_of
 from benchmarks.outliers import plant_outliers
 
 ATTRIBUTES = ("digit", "colour", "direction", "speed")
@@ -71,6 +72,7 @@ class HeldOut:
     calls: list[list[BlockCall]]  # by block
     targets: list[list[dict[str, Tensor]]]
     masses: list[list[dict[str, Tensor]]]  # the attention that each token receives, stream -> (B, N)
+    timesteps: list[Tensor]  # of the samples
 
 
 @dataclass
@@ -134,7 +136,7 @@ class Bench:
             for p in range(HELD_OUT_PROMPTS)
             for k in range(HELD_OUT_STEPS)
         ]
-        found = HeldOut([], [], [])
+        found = HeldOut([], [], [], [branches[0]["timestep"] for branches in chosen])
         calls: list[BlockCall] = []
         for branches in chosen:
             calls.append(concatenate_calls(catch_block_calls(transformer, adapter, 0, branches)))
@@ -178,10 +180,13 @@ class Bench:
         """
         names = ("block_errors", "most_attended", "least_attended", "temporal")
         found: dict[str, list[float]] = {name: [] for name in names}
-        held = self.held_out
+        held, groups = self.held_out, step_groups_of(transformer)
         for k, block in enumerate(ModelAdapter.of(transformer).blocks):
             rows = []
-            for call, target, mass in zip(held.calls[k], held.targets[k], held.masses[k], strict=True):
+            samples = zip(held.calls[k], held.targets[k], held.masses[k], held.timesteps, strict=True)
+            for call, target, mass, timestep in samples:
+                if groups is not None:
+                    choose_group(block.module, groups.group(timestep))
                 made = run_block(block.module, call, self.outputs[k])
                 error, update = (_by_token(made, target), _by_token(call.streams, target))  # (B, N)
                 order = torch.cat([mass[name] for name in target], dim=1).argsort(dim=1, descending=True)

@@ -12,7 +12,6 @@ from support.block_case import Case
 from support.commands import contents
 
 import attar
-from attar.errors import AttarError
 from attar.models.block import run_block
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
@@ -69,6 +68,11 @@ def test_equal_bits_in_all_groups_are_no_groups(recipe):
 RUNS = {
     "no data": ("wan", "rtn", {}),
     "learned, gptq, shifts": ("wan", "attar", {}),
+    "weights under a budget": (
+        "wan",
+        "attar",
+        {"allocate": {"budget": "same", "objective": "latents", "samples": 3}},
+    ),
     "learned codes": ("wan", "attar-ptq", {"rounding.epochs": 1}),
     "behind quantized blocks": ("hunyuan", "attar-ptq", {"reconstruct.propagate": "quant"}),
     "two experts": ("wan22", "hadamard", {}),
@@ -173,6 +177,19 @@ def test_what_cannot_be_done_is_one_line(cli, wan_folder, tmp_path):
     budget = ("--budget", "3bits", "--set", "allocate.acts=true")
     assert "set quantize.acts to their mean" in refused(*GROUPS, *budget, "--set", LIST)
     assert "less than one for each of 2 groups" in refused(*GROUPS, *budget, "--set", "allocate.samples=1")
+
+
+def test_dry_run_and_benchmark_know_the_groups(cli, wan_folder, tmp_path):
+    options = ("--recipe", "hadamard", *GROUPS, "--set", LIST)
+    done = cli("compress", wan_folder, *options, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    rows = {row["name"]: row for row in json.loads(done.out)["layers"]}
+    assert rows["blocks.0.ffn.net.2"]["bits"] == "W4A8/5" and rows["blocks.0.ffn.net.2"]["acts"] == 8
+    assert cli("compress", wan_folder, "-o", tmp_path / "small", *options).code == 0
+    assert "W4A8/5" in (tmp_path / "small" / "README.md").read_text()
+    for model in (wan_folder, tmp_path / "small"):
+        done = cli("bench", model, "--tokens", "8", *(options if model == wan_folder else ()))
+        assert done.code == 0, done.err
 
 
 def test_recipes_without_groups_are_as_before():

@@ -24,8 +24,7 @@ class Candidate:
 class Layer:
     """A quantized layer. weights: how many. dense: bytes in bfloat16. uniform: at the recipe's own bits.
 
-    candidates: what may be chosen; one alone for a layer whose bits the recipe names. group: of denoising steps, in
-    which activations have bits of their own.
+    candidates: what may be chosen; one alone for a layer whose bits the recipe names.
     """
 
     name: str
@@ -33,7 +32,6 @@ class Layer:
     dense: int
     uniform: Candidate
     candidates: tuple[Candidate, ...]
-    group: int = 0
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,11 @@ def _kinds(
 
 
 def _planned(block: Block, plan: list[LayerPlan]) -> dict[str, LayerPlan]:
-    """The plans of the block's linears by their names in it, without those that are kept."""
+    """The plans of the block's linears by their names in it, without those that are kept; of groups of steps the widest
+    bits, which cost what others do."""
     prefix = f"{block.name}."
-    return {p.name.removeprefix(prefix): p for p in plan if p.name.startswith(prefix) and not p.skipped}
+    own = [p for p in plan if p.name.startswith(prefix) and not p.skipped]
+    return {p.name.removeprefix(prefix): dataclasses.replace(p, act_groups=None) for p in own}
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ def test_what_is_written_is_read(tmp_path):
         "transformer": [
             ("blocks.0.q", {"weights": 3}, "self_attn.q: ü # 4"),
             ("blocks.0.k", {"weights": 8, "acts": 6}, ""),
+            ("blocks.0.v", {"weights": 8, "acts": [8, 6]}, "by groups of steps"),
         ],
         "transformer_2": [("a", {"acts": 2}, "x")],
     }
@@ -28,6 +29,7 @@ def test_what_is_written_is_read(tmp_path):
     assert plan.overrides() == {
         "transformer.blocks.0.q": {"weights": 3},
         "transformer.blocks.0.k": {"weights": 8, "acts": 6},
+        "transformer.blocks.0.v": {"weights": 8, "acts": [8, 6]},
         "transformer_2.a": {"acts": 2},
     }
     plan.check({"transformer": "Wan 12", "transformer_2": "Wan 34"})

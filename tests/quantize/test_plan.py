@@ -99,6 +99,26 @@ def test_groups_are_for_floating_point_activations():
         groups(acts=6, group_size=16, overrides={"modulation": {"skip": True}})
 
 
+def test_activation_bits_by_groups_of_steps():
+    overrides = {"ffn.up": {"acts": [4, 4]}, "blocks.1.ffn.0": {"acts": 7}, "cross_attn.k": {"acts": (5, 6)}}
+    plans = plan_layers(*make_model(), 4, [8, 6], overrides, step_groups=2)
+    found = {p.name: (p.act_bits, p.act_groups, p.bits) for p in plans}
+    assert found["blocks.0.attn1.to_q"] == (8, (8, 6), "W4A8/6")
+    assert found["blocks.0.ffn.0"] == (4, None, "W4A4") and found["blocks.1.ffn.0"] == (7, None, "W4A7")
+    assert found["blocks.0.attn2.to_k"] == (6, (5, 6), "W4A5/6")
+    assert found["blocks.0.norm.linear"][:2] == (None, None)
+    for acts, groups, says in (
+        ([8, 6], 1, "for one group of steps"),
+        ([8, 6], 3, "for 3 groups of steps"),
+        ([8, 16], 2, "16 bits in a group"),
+        ([8, True], 2, "True bits in a group"),
+    ):
+        with pytest.raises(AttarError, match=says):
+            plan_layers(*make_model(), 4, acts, step_groups=groups)
+    with pytest.raises(AttarError, match="fp8"):  # which has eight bits alone
+        plan_layers(*make_model(), 4, [8, 6], act_format="fp8", step_groups=2)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
