@@ -14,9 +14,9 @@ namespace attar {
 namespace {
 
 constexpr int ROWS = 2 * SIDE, STRIP = 2 * SIDE;
-constexpr int64_t RUN = 64;  // k of a register
-constexpr int PANEL = 1 << 20;
-constexpr int DEPTH = 640;   // k of a tile: its rows stay in the L1 cache while strips go by
+constexpr int64_t RUN = 64;     // k of a register
+constexpr int DEPTH = 640;      // k of a tile: its rows stay in the L1 cache while strips go by
+constexpr int PANEL = 1 << 20;  // these processors have 2 MB of L2 cache
 
 // A tile whose sums are complete. Its outputs are computed between the instructions of the next tile, since matrices
 // and vectors are multiplied by different units.
@@ -131,8 +131,22 @@ void tile(int rows, const Tile& t) {
 
 }  // namespace
 
-const Kernels amx_kernels = {"amx-int8", STRIP, ROWS, DEPTH, PANEL, enter, leave, quantize_lines, unpack<STRIP>, tile, dequantize,
-                             fake_quantize, fake_quantize_backward, kronecker, kronecker_backward, cayley,
+const Kernels amx_kernels = {"amx-int8",
+                             STRIP,
+                             ROWS,
+                             DEPTH,
+                             PANEL,
+                             enter,
+                             leave,
+                             quantize_lines,
+                             unpack<STRIP>,
+                             tile,
+                             dequantize,
+                             fake_quantize,
+                             fake_quantize_backward,
+                             kronecker,
+                             kronecker_backward,
+                             cayley,
                              cayley_backward};
 
 }  // namespace attar

@@ -100,7 +100,8 @@ INLINE Floats fused(Floats, Floats, Floats c) { return c; }
 struct Divisor {
     Floats step, inverse;
     bool plain;
-    INLINE explicit Divisor(float s) : step(Floats{} + s), inverse(Floats{} + 1.0f / s), plain(!FUSED || !(__builtin_fabsf(s) < 1e37f)) {}
+    INLINE explicit Divisor(float s)
+        : step(Floats{} + s), inverse(Floats{} + 1.0f / s), plain(!FUSED || !(__builtin_fabsf(s) < 1e37f)) {}
     INLINE Floats under(Floats v) const {
         if (plain) return v / step;
         Floats q = v * inverse;
