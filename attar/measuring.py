@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +22,7 @@ from torch import Tensor, nn
 
 from attar import ranks
 from attar.budget.influence import Step, accumulated, standing_in
-from attar.budget.sensitivity import (
-    Measure,
-    Sensitivity,
-    block_sensitivity,
-    multiplications,
-    together,
-)
+from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
@@ -129,34 +122,27 @@ class Measuring:
     def act_sensitivity(self) -> list[Sensitivity]:
         """The same for the bits of activations, in each group of steps; [] where these are not chosen.
 
-        Errors are those of a trajectory: the group's mean times its share of the steps, or what they come to in the
-        final latents.
+        Errors are the group's mean times its share of the steps, so those of all groups add up to that of a trajectory.
+        What a block's errors come to in the final latents is known of all steps together: that of a group would leave
+        out what later steps make of it, which is another thing for each group.
         """
         if not self.act_options:
             return []
         if self.groups is None:
             followed = ACTS if self.followed else None
             return [self._named(lambda block: self._stored(ACTS, block)["errors"], followed)]
+        reach, whole = self.influence(ACTS), sum(self.steps)
         stored = [(b.name, self._stored(ACTS, b)["errors"]) for b in self.adapter.blocks]
-        factors = self._factors_by_group()
         return [
             {
                 f"{block}.{path}": {
-                    int(bits): e[group] * factors[block][group] for bits, e in of_bits.items()
+                    int(bits): e[group] * reach.get(block, 1.0) * steps / whole for bits, e in of_bits.items()
                 }
                 for block, errors in stored
                 for path, of_bits in errors.items()
             }
-            for group in range(self.groups.count)
+            for group, steps in enumerate(self.steps)
         ]
-
-    def _factors_by_group(self) -> dict[str, list[float]]:
-        """Block -> what the error of its activations is multiplied with in each group of steps."""
-        if not self.followed:
-            return {b.name: [steps / sum(self.steps) for steps in self.steps] for b in self.adapter.blocks}
-        file = next(name for name, kind in REACH.items() if kind == ACTS)
-        known = {b.name: self._stored(file, b)["groups"] for b in self.adapter.blocks}
-        return {name: list(map(_factor, groups)) for name, groups in known.items()}
 
     def multiplications(self) -> dict[str, int]:
         """Layer -> how many there are in all samples; {} where bits of activations are not chosen."""
@@ -174,7 +160,7 @@ class Measuring:
             return {}
         file = next(name for name, other in REACH.items() if other == kind)
         known = {block.name: self._stored(file, block) for block in self.adapter.blocks}
-        return {name: _factor(e) for name, e in known.items()}
+        return {name: e["latents"] / e["block"] if e["block"] else 0.0 for name, e in known.items()}
 
     def together(self, plans: list[LayerPlan], progress: Progress) -> list[tuple[str, float]]:
         """(block, error) with all its layers quantized, of every block."""
@@ -188,29 +174,12 @@ class Measuring:
                     kind: one.module if kind == kinds[-1] else copy.deepcopy(one.module) for kind in kinds
                 }
                 errors = [
-                    self._whole_error(one, modules[kind], planned, kind, reach[kind])
+                    self._together(one, modules[kind], planned, kind) * reach[kind].get(one.block.name, 1.0)
                     for kind in (kinds if planned else [])
-                ]
+                ]  # fmt: skip
                 found.append((one.block.name, math.fsum(errors)))
                 advance(one.block.index + 1, one.block.name)
         return found
-
-    def _whole_error(
-        self,
-        one: _Open,
-        module: nn.Module,
-        planned: Mapping[str, LayerPlan],
-        kind: str,
-        reach: dict[str, float],
-    ) -> float:
-        """What the error of a block comes to with all its layers quantized. reach: of that kind, by block."""
-        if kind == ACTS and self.groups is not None:
-            errors = self._together(one, module, planned, kind, self._by_group())
-            return math.fsum(map(operator.mul, errors, self._factors_by_group()[one.block.name]))
-        return self._together(one, module, planned, kind) * reach.get(one.block.name, 1.0)
-
-    def _by_group(self) -> Measure:
-        return partial(errors_by_group, groups=len(self.steps))
 
     def _measured(self, kind: str, one: _Open, progress: Callable[[int, int], None]) -> Any:
         if kind in REACH:
@@ -222,10 +191,11 @@ class Measuring:
                 if bits is not None:
                     planned.setdefault(path, {})[bits] = plan
         weights, acts = QUANTIZED[kind]
+        by_group = partial(errors_by_group, groups=len(self.steps))
         errors = block_sensitivity(
             one.module, planned, one.run, one.calls, one.targets, self.settings, seed=self._seed(one.block),
             weights=weights, acts=acts, progress=progress,
-            measure=self._by_group() if kind == ACTS and self.groups is not None else mean_relative_error,
+            measure=mean_relative_error if kind != ACTS or self.groups is None else by_group,
         )  # fmt: skip
         self._check(one.block, errors)
         if kind != ACTS:
@@ -233,14 +203,11 @@ class Measuring:
         counts = multiplications(one.module, list(planned), one.run, one.calls)
         return {"errors": errors, "multiplications": counts}
 
-    def _reach(self, one: _Open, kind: str) -> dict[str, Any]:
-        """With the recipe's own bits, the error of the block, and that of the final latents by it; of activations also
-        in each group of steps, where there are several."""
-        grouped = self.groups is not None and kind == ACTS
+    def _reach(self, one: _Open, kind: str) -> dict[str, float]:
+        """With the recipe's own bits, the error of the block, and that of the final latents by it."""
         planned = _inside(one.block, self.own)
         if not planned:
-            nothing = {"block": 0.0, "latents": 0.0}
-            return {**nothing, "groups": [nothing] * len(self.steps)} if grouped else nothing
+            return {"block": 0.0, "latents": 0.0}
         module = copy.deepcopy(one.module)
         alone = self._together(one, module, planned, kind)
         if not self._steps:
@@ -256,31 +223,12 @@ class Measuring:
                 fix="Check the model and its calibration inputs, or set allocate.objective to block",
             )
         # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
-        found: dict[str, Any] = {"block": alone, "latents": float(f"{error:.9g}")}
-        if grouped:
-            with torch.no_grad():
-                apart = self._by_group()(partial(self._run, one.block, module), one.calls, one.targets)
-            members = [
-                int(g) for g in ranks.collected([torch.tensor(self._group(s.sample)) for s in self._steps])
-            ]
-            reached = [
-                accumulated([c for c, g in zip(changes, members, strict=True) if g == group], steps)
-                / self._whole
-                for group, steps in enumerate(self.steps)
-            ]
-            found["groups"] = [
-                {"block": own, "latents": float(f"{e:.9g}")} for own, e in zip(apart, reached, strict=True)
-            ]
-        return found
+        return {"block": alone, "latents": float(f"{error:.9g}")}
 
     def _change(self, step: Step, module: nn.Module) -> Tensor:
         if self.groups is not None:
-            choose_group(module, self._group(step.sample))
+            choose_group(module, self.groups.group(step.sample[0].get(ARGUMENT)))
         return step.change(self.transformer)
-
-    def _group(self, sample: Sequence[Mapping[str, Any]]) -> int:
-        assert self.groups is not None
-        return self.groups.group(sample[0].get(ARGUMENT))
 
     def _together(
         self,
@@ -288,12 +236,11 @@ class Measuring:
         module: nn.Module,
         planned: Mapping[str, LayerPlan],
         kind: str,
-        measure: Measure = mean_relative_error,
-    ) -> Any:
+    ) -> float:
         weights, acts = QUANTIZED[kind]
         return together(
             module, planned, partial(self._run, one.block, module), one.calls, one.targets, self.settings,
-            seed=self._seed(one.block), weights=weights, acts=acts, measure=measure,
+            seed=self._seed(one.block), weights=weights, acts=acts,
         )  # fmt: skip
 
     def _latents(self, number: int) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
@@ -362,11 +309,6 @@ class Measuring:
 
     def _file(self, kind: str, block: Block) -> str:
         return f"{self.name}/{kind}-{block.index:03d}.json"
-
-
-def _factor(known: Mapping[str, float]) -> float:
-    """What a block's error is multiplied with."""
-    return known["latents"] / known["block"] if known["block"] else 0.0
 
 
 def _places(

@@ -72,14 +72,13 @@ def together(
     seed: str = "0",
     weights: bool = True,
     acts: bool = True,
-    measure: Measure = mean_relative_error,
-) -> Any:
+) -> float:
     """The same error with all layers quantized at once, which stay so."""
     open_planned(module, plans)
     linears = {name: module.get_submodule(name) for name in plans}
     layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
     set_quantizers(list(layers.values()), weights, acts)
-    return measure(run, calls, targets)
+    return mean_relative_error(run, calls, targets)
 
 
 def multiplications(
