@@ -9,7 +9,7 @@ import torch
 
 from attar.models.source import find_source, load_pipeline
 from attar.recipe import load_recipe
-from benchmarks import budget, forecast, streaming
+from benchmarks import budget, forecast, step_groups, streaming
 from benchmarks.cells import LATER, STUDIES, digest
 from benchmarks.outliers import CHANNELS, FACTOR, plant_outliers
 from benchmarks.tables import write_tables
@@ -112,6 +112,12 @@ def test_the_forecasts_in_the_docs_are_the_measured_ones_and_came_true():
     assert forecast.table(content) in page
     ratios = [row["ratio"] for rows in content["blocks"].values() for row in rows.values()]
     assert len(ratios) >= 6 and all(abs(ratio - 1) <= forecast.TOLERANCE for ratio in ratios)
+
+
+def test_the_figures_of_groups_of_steps_in_the_docs_are_the_measured_ones():
+    content = json.loads(step_groups.RESULTS.read_text())
+    page = (Path(__file__).parents[1] / "docs" / "budget.md").read_text(encoding="utf-8")
+    assert step_groups.table(content["cells"]) in page
 
 
 def test_budgets_table_pairs_plans_over_seeds():
