@@ -33,7 +33,7 @@ def act_options(components: Mapping[str, nn.Module], recipe: Recipe) -> dict[int
     assert recipe.allocate is not None
     if not recipe.chooses_acts:
         return {}
-    widths = sorted({*recipe.allocate.bits, recipe.mean_acts})
+    widths = sorted({*recipe.allocate.act_widths, recipe.mean_acts})
     return {bits: plan_components(components, with_act_widths(recipe, bits)) for bits in widths}
 
 

@@ -210,7 +210,7 @@ class Recipe(Stage):
     def chooses_acts(self) -> bool:
         """Whether the bits of activations are chosen too: not where all have the widest."""
         chosen = self.allocate
-        return chosen is not None and chosen.acts and self.quantize.acts != max(chosen.bits)
+        return chosen is not None and chosen.acts and self.quantize.acts != max(chosen.act_widths)
 
     @property
     def mean_acts(self) -> int:

@@ -279,6 +279,11 @@ class Allocate(Stage):
     bits: list[int] = Field(
         default=[2, 3, 4, 5, 6, 8], min_length=1, description="widths that a layer may get, 2 to 8"
     )
+    act_bits: list[int] | None = Field(
+        default=None,
+        min_length=1,
+        description="widths that its activations may get, with acts; null for those of its weights",
+    )
     samples: int = Field(default=8, ge=1, description="denoising steps that the layers are measured on")
     prompts: int = Field(default=2, ge=1, description="traced for it where the recipe itself needs no data")
 
@@ -291,9 +296,16 @@ class Allocate(Stage):
             raise ValueError(f"{error.what}; {error.fix}") from error
         return value
 
-    @field_validator("bits")
+    @property
+    def act_widths(self) -> list[int]:
+        """Of what activations may get."""
+        return self.bits if self.act_bits is None else self.act_bits
+
+    @field_validator("bits", "act_bits")
     @classmethod
-    def _possible_widths(cls, value: list[int]) -> list[int]:
+    def _possible_widths(cls, value: list[int] | None) -> list[int] | None:
+        if value is None:
+            return None
         if not all(2 <= bits <= 8 for bits in value) or len(set(value)) != len(value):
             raise ValueError("name different widths from 2 to 8")
         return sorted(value)

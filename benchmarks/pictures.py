@@ -46,7 +46,7 @@ AS_LARGE = "attar, as large as svdquant"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
     AS_LARGE: ("attar", {}),
     "attar, all blocks alike": ("attar", {"allocate.objective": "block"}),
-    "attar, acts by layer": ("attar", {"allocate.acts": True, "allocate.bits": [3, 4, 5, 6, 8]}),
+    "attar, acts by layer": ("attar", {"allocate.acts": True, "allocate.act_bits": [3, 4, 5, 6, 8]}),
     "attar, without shifts": ("attar", {"quantize.shift": False}),
     "attar, all codes of weights": ("attar", {"quantize.weight_format": "full_range"}),
 }

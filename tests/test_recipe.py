@@ -117,6 +117,10 @@ def test_a_budget_that_leaves_no_choice_is_none():
     assert load_recipe(
         "attar", {"quantize.weights": 8, "quantize.acts": 6, "allocate.acts": True}
     ).chooses_acts
+    narrow = load_recipe("attar", {"quantize.acts": 8, "allocate.acts": True, "allocate.act_bits": [6, 4]})
+    assert narrow.chooses_acts and narrow.allocate is not None and narrow.allocate.act_widths == [4, 6]
+    with pytest.raises(AttarError, match="different widths from 2 to 8"):
+        load_recipe("attar", {"allocate.act_bits": [4, 4]})
     assert not load_recipe("attar", {"quantize.acts": 8, "allocate.acts": True}).chooses_acts
     assert load_recipe("attar", {"quantize.weights": 8, "allocate.bits": [2, 4]}).allocate is not None
     assert load_recipe("attar", {"quantize.weights": 6}).allocate is not None

@@ -84,7 +84,7 @@ def allocation_seconds(
     activations, where errors are followed into the latents."""
     if recipe.allocate is None:
         return 0.0
-    widths = len(recipe.widths) + (len(recipe.allocate.bits) if recipe.chooses_acts else 0)
+    widths = len(recipe.widths) + (len(recipe.allocate.act_widths) if recipe.chooses_acts else 0)
     followed = (1 + recipe.chooses_acts) if recipe.allocate.objective == "latents" else 0
     passes = widths * (len(planned) + 1) + 2 + followed
     return recipe.allocate.samples * (passes * block.forward + followed * step_seconds)
