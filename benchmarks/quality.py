@@ -57,8 +57,10 @@ class Calibrated(Protocol):
 def choose_bits(bench: Calibrated, recipe: Recipe) -> Allocation:
     """Of a recipe with a budget. The bench's traces are the calibration data; sensitivities are kept beside them,
     whatever the budget."""
+    assert recipe.allocate is not None
     measured = recipe.model_copy(update={"allocate": None})
-    workspace = Workspace(bench.folder / "budget" / digest(measured, "rounding", "reconstruct"))
+    widths = "-".join("".join(map(str, some)) for some in (recipe.allocate.bits, recipe.allocate.act_widths))
+    workspace = Workspace(bench.folder / "budget" / f"{digest(measured, 'rounding', 'reconstruct')}-{widths}")
     workspace.remove(RESULT)
     components, prompts = transformer_components(bench.load()), len(bench.prompts)
     return allocate(components, recipe, workspace, bench.store, prompts, bench.seed, SilentProgress())
