@@ -443,6 +443,9 @@ LEADERBOARD = Study(
         Method("attar-ptq", "attar-ptq"),
         Method("attar-mixed", "attar-mixed"),
         Method("attar", "attar"),
+        Method(
+            "attar, acts by layer", "attar", {"allocate.acts": True, "allocate.act_bits": [3, 4, 5, 6, 8]}
+        ),
     ),
 )
 
