@@ -80,22 +80,11 @@ void quantize_lines(const Linear& call, int64_t row, int64_t count, int64_t padd
     if (rotate.step >= 0) end_matrices();
 }
 
-// Registers 0 to 3: sums of (first, second) rows by (first, second) outputs; 4, 5: rows; 6, 7: outputs.
+// Registers 4, 5: rows; 6, 7: outputs.
 template <bool TWO>
 INLINE void accumulate(const Tile& t, int32_t* sums, Pending& last) {
     constexpr int STRIDE = STRIP * 4;
-    int32_t* second = sums + SIDE * STRIP;
-    if (t.begin) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, STRIDE);
-        _tile_loadd(1, sums + SIDE, STRIDE);
-        _tile_loadd(2, second, STRIDE);
-        _tile_loadd(3, second + SIDE, STRIDE);
-    }
+    begin_sums(t.begin, sums, STRIDE);
     const int8_t* x = t.x;
     const uint8_t* strip = t.strip;
     const int steps = int((t.depth + RUN / 4 - 1) / (RUN / 4));
@@ -113,10 +102,7 @@ INLINE void accumulate(const Tile& t, int32_t* sums, Pending& last) {
         }
         last.finish(each);
     }
-    _tile_stored(0, sums, STRIDE);
-    _tile_stored(1, sums + SIDE, STRIDE);
-    _tile_stored(2, second, STRIDE);
-    _tile_stored(3, second + SIDE, STRIDE);
+    store_sums(sums, STRIDE);
 }
 
 void tile(int rows, const Tile& t) {

@@ -39,22 +39,11 @@ int64_t scratch_bytes(const Attention& call) {
 }
 
 // rows (ROWS, stride) times a strip (steps · DEPTH / 2, STRIP_WIDTH, 2), added to what is in out (ROWS, out_stride).
-// Registers 0 to 3: sums of (first, second) rows by (first, second) columns; 4, 5: rows; 6, 7: columns.
+// Registers 4, 5: rows; 6, 7: columns.
 INLINE void multiply(const uint16_t* rows, int64_t stride, const uint16_t* strip, int64_t steps, bool begin, float* out,
                      int64_t out_stride) {
-    float* second = out + SIDE * out_stride;
     stride *= 2, out_stride *= 4;
-    if (begin) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, out, out_stride);
-        _tile_loadd(1, out + SIDE, out_stride);
-        _tile_loadd(2, second, out_stride);
-        _tile_loadd(3, second + SIDE, out_stride);
-    }
+    begin_sums(begin, out, out_stride);
     const uint16_t* below = rows + SIDE * stride / 2;
     for (int64_t i = 0; i < steps; ++i, rows += DEPTH, below += DEPTH, strip += DEPTH * STRIP_WIDTH) {
         _tile_loadd(4, rows, stride);
@@ -66,10 +55,7 @@ INLINE void multiply(const uint16_t* rows, int64_t stride, const uint16_t* strip
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, out, out_stride);
-    _tile_stored(1, out + SIDE, out_stride);
-    _tile_stored(2, second, out_stride);
-    _tile_stored(3, second + SIDE, out_stride);
+    store_sums(out, out_stride);
 }
 
 // Rows of outputs times what is kept of them, where that is not everything.
