@@ -105,10 +105,10 @@ class Recipe(Stage):
 
     @model_validator(mode="after")
     def _activations_have_widths(self) -> Recipe:
-        chosen, integers = self.allocate, self.quantize.integer_acts
-        if chosen is not None and chosen.acts and not integers:
+        chosen, q = self.allocate, self.quantize
+        if chosen is not None and chosen.acts and q.acts != 16 and not q.integer_acts:
             raise ValueError(
-                "allocate.acts chooses bits of integers: set it to false, or quantize.acts to 2 to 8"
+                "allocate.acts chooses bits of integers: set it to false, or quantize.act_format to one of integers"
             )
         return self
 
@@ -208,9 +208,9 @@ class Recipe(Stage):
 
     @property
     def chooses_acts(self) -> bool:
-        """Whether the bits of activations are chosen too: not where all have the widest."""
-        chosen = self.allocate
-        return chosen is not None and chosen.acts and self.quantize.acts != max(chosen.act_widths)
+        """Whether the bits of activations are chosen too: not where all have the widest, or stay floating point."""
+        chosen, acts = self.allocate, self.quantize.acts
+        return chosen is not None and chosen.acts and acts not in (16, max(chosen.act_widths))
 
     @property
     def mean_acts(self) -> int:

@@ -354,6 +354,7 @@ SYSTEMS = Study(
 )
 
 UNIFORM = {"allocate": None}
+ACTS_ALIKE = {"allocate.acts": False, "allocate.act_bits": None}
 WITH_NEAREST = {"reconstruct.round_weights": True}
 OWN = Study(
     "own",
@@ -372,9 +373,10 @@ OWN = Study(
         Method("weights rounded while learning", "attar", {**UNIFORM, **WITH_NEAREST}),
         Method("nearest rounding", "attar", {**UNIFORM, "rounding.method": "nearest"}),
         Method("codes learned behind GPTQ", "attar", {**UNIFORM, "rounding.epochs": 5}),
+        Method("attar, activations alike", "attar", ACTS_ALIKE),
+        Method("attar, activations and blocks alike", "attar", {**ACTS_ALIKE, "allocate.objective": "block"}),
         Method("attar", "attar"),
-        Method("all blocks alike", "attar", {"allocate.objective": "block"}),
-        Method("bits of activations too", "attar", {"allocate.acts": True}),
+        Method("activations down to two bits", "attar", {"allocate.act_bits": None}),
     ),
     prompts=0,
 )
@@ -443,9 +445,7 @@ LEADERBOARD = Study(
         Method("attar-ptq", "attar-ptq"),
         Method("attar-mixed", "attar-mixed"),
         Method("attar", "attar"),
-        Method(
-            "attar, acts by layer", "attar", {"allocate.acts": True, "allocate.act_bits": [3, 4, 5, 6, 8]}
-        ),
+        Method("attar, activations alike", "attar", ACTS_ALIKE),
     ),
 )
 

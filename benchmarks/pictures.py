@@ -30,7 +30,7 @@ from attar.recipe import Recipe, load_recipe
 from attar.runtime.layers import packed_layers
 from attar.runtime.patches import dense_biases
 from benchmarks import quality
-from benchmarks.cells import digest
+from benchmarks.cells import ACTS_ALIKE, digest
 from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load, save
 from benchmarks.tables import mean_text
@@ -42,13 +42,13 @@ SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
-AS_LARGE = "attar, as large as svdquant"
+AS_LARGE, ALIKE = "attar, as large as svdquant", "attar, activations alike"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
     AS_LARGE: ("attar", {}),
-    "attar, all blocks alike": ("attar", {"allocate.objective": "block"}),
-    "attar, acts by layer": ("attar", {"allocate.acts": True, "allocate.act_bits": [3, 4, 5, 6, 8]}),
-    "attar, without shifts": ("attar", {"quantize.shift": False}),
-    "attar, all codes of weights": ("attar", {"quantize.weight_format": "full_range"}),
+    ALIKE: ("attar", ACTS_ALIKE),
+    f"{ALIKE}, blocks too": ("attar", {**ACTS_ALIKE, "allocate.objective": "block"}),
+    f"{ALIKE}, without shifts": ("attar", {**ACTS_ALIKE, "quantize.shift": False}),
+    f"{ALIKE}, all codes of weights": ("attar", {**ACTS_ALIKE, "quantize.weight_format": "full_range"}),
 }
 TRAINED = ("efficientdm", "quest", "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2")  # whole models
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
