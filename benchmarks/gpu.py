@@ -6,9 +6,9 @@
     python -m benchmarks.gpu --table                         # what was measured, without a GPU
 
 Every linear of a block by itself, its calls captured in a CUDA graph, so that a rate is the device's and not Python's;
-and a whole block, as it is called. All competitors run in turns, so that the clock of the GPU touches all alike; those
-of a later run with --only are compared with that run's own bf16, and the first one's is kept. The
-results lie in benchmarks/results/gpu-<device>.json, with the versions of everything.
+and a whole block, as it is called, and in a CUDA graph too. All competitors run in turns, so that the clock of the GPU
+touches all alike; those of a later run with --only are compared with that run's own bf16, and the first one's is kept.
+The results lie in benchmarks/results/gpu-<device>.json, with the versions of everything.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from benchmarks.store import FOLDER, failure, load, save
 SHAPES = ("wan-1.3b", "wan-14b", "hunyuan")
 TOKENS = (8192, 32768)
 REPEATS = 10  # calls in one CUDA graph
+TITLES = {"block": "whole block", "graph": "whole block, CUDA graph"}
+PARTS = ("linears", *TITLES)
 FP8 = torchao(lambda q: q.Float8DynamicActivationFloat8WeightConfig())
 COMPETITORS = (
     Competitor("bf16", "torch", plain, BF16),
@@ -151,6 +153,19 @@ def captured(run: Callable[[], object], device: str) -> Callable[[], object]:
     return replay
 
 
+def measure_block(
+    part: str, competitors: tuple[Competitor, ...], shape: str, tokens: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds of a whole block, times faster than bf16, bytes of its linears; or the error. part: of TITLES."""
+    if part == "block":
+        return measure_speed(competitors, shape, tokens, rounds, "cuda")
+    found = measure_speed(competitors, shape, tokens, rounds, "cuda", lambda run: captured(run, "cuda"))
+    for row in found.values():
+        if "seconds" in row:
+            row["seconds"] /= REPEATS
+    return found
+
+
 def wanted(names: list[str] | None, part: str) -> tuple[Competitor, ...]:
     """The competitors whose name holds one of `names`, all for None, and bf16. Linears: as they are called alone."""
     found = [
@@ -167,7 +182,8 @@ def table(content: dict[str, Any]) -> str:
     for title, study in content["studies"].items():
         lines += ["", f"## {title}", "", "| | what | ms | T operations/s | times faster than bf16 | bytes |"]
         lines.append("|---|---|---|---|---|---|")
-        for part, rows in {**study["linears"], "whole block": study["block"]}.items():
+        blocks = {text: study.get(part, {}) for part, text in TITLES.items()}
+        for part, rows in {**study["linears"], **blocks}.items():
             whole = rows.get("bf16", {}).get("bytes")
             order = [c.name for c in COMPETITORS if c.name in rows]
             order += [name for name in rows if name not in order]
@@ -209,7 +225,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--parts", nargs="+", choices=("linears", "block"), default=["linears", "block"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="+", metavar="WORD", help="competitors whose names hold one of these")
     parser.add_argument(
         "--table", action="store_true", help="only print what was measured before, on any device"
@@ -227,14 +243,14 @@ def main() -> None:
     for part in arguments.parts:
         competitors = wanted(arguments.only, part)
         for shape in arguments.shapes:
-            sizes = {"whole block": None} if part == "block" else linear_shapes(shape)
+            sizes = linear_shapes(shape) if part == "linears" else {TITLES[part]: None}
             for (unit, size), tokens in itertools.product(sizes.items(), arguments.tokens):
                 started = time.perf_counter()
                 title = f"{shape}, {tokens} tokens"
-                study = content["studies"].setdefault(title, {"linears": {}, "block": {}})
+                study = content["studies"].setdefault(title, {"linears": {}})
                 if size is None:
-                    kept = study["block"]
-                    found = measure_speed(competitors, shape, tokens, arguments.rounds, "cuda")
+                    kept = study.setdefault(part, {})
+                    found = measure_block(part, competitors, shape, tokens, arguments.rounds)
                 else:
                     kept = study["linears"].setdefault(unit, {})
                     found = measure_linear(competitors, size, tokens, arguments.rounds, "cuda")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -51,10 +53,12 @@ def measure_speed(
     tokens: int,
     rounds: int,
     device: torch.device | str = "cpu",
+    instead: Callable[[Callable[[], object]], Callable[[], object]] = lambda run: run,
 ) -> dict[str, dict[str, Any]]:
     """Seconds of a block, times faster than bf16 with its spread, and bytes of the linears; or the error.
 
-    Libraries that only simulate are left out. Raises AttarError for an unknown shape.
+    Libraries that only simulate are left out. instead: what is timed in the place of a call, made of the call.
+    Raises AttarError for an unknown shape.
     """
     ready: dict[str, Ready] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -63,12 +67,21 @@ def measure_speed(
         if competitor.simulated:
             found[competitor.name] = {"error": "simulated in floating point: its speed here says nothing"}
             continue
+        started = time.perf_counter()
         try:
             if competitor.dtype not in blocks:
                 blocks[competitor.dtype] = _block(shape, tokens, competitor.dtype, device)
-            ready[competitor.name] = _prepare(competitor, blocks[competitor.dtype])
+            prepared = _prepare(competitor, blocks[competitor.dtype])
+            with torch.no_grad():
+                ready[competitor.name] = Ready(instead(prepared.run), prepared.bytes)
         except Exception as error:  # a failure is a result too
             found[competitor.name] = failure(error)
+        seconds = time.perf_counter() - started
+        print(
+            f"{shape}, {tokens} tokens, {competitor.name}: ready in {seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     found |= in_turns(ready, rounds, device)
     return {c.name: found[c.name] for c in competitors}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from dataclasses import astuple
 
 import pytest
@@ -123,3 +124,25 @@ def test_nothing_is_measured_in_a_capture_or_when_tuning_is_off(path, monkeypatc
 
 def test_rows_are_counted_in_powers_of_two():
     assert [tune.bucket(rows) for rows in (1, 16, 17, 4096, 4097)] == [16, 16, 32, 4096, 8192]
+
+
+def test_candidates_are_compiled_side_by_side_and_measured_in_turns(path):
+    """What fails while compiling fails again where it is measured, and is said there."""
+    together, alone = threading.Barrier(len(CANDIDATES)), []
+
+    def run(config):
+        if threading.current_thread() is threading.main_thread():
+            alone.append(config)
+        else:
+            together.wait(timeout=60)
+        if config is CANDIDATES[2]:
+            raise ValueError("no kernel")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: len(CANDIDATES))
+        tuner = Tuner("GPU 1", path)
+        with pytest.raises(ValueError, match="no kernel"):
+            tuner.choose(PROBLEM, CANDIDATES, run, Clock())
+        assert alone == list(CANDIDATES)
+        together.reset()
+        assert tuner.choose(PROBLEM, CANDIDATES[:1], lambda config: None, Clock()) == CANDIDATES[0]

@@ -67,8 +67,10 @@ def packed_product(
     gelu: str | None, number: str,
 ) -> None:  # fmt: skip
     """Activation codes (m, planes of `bits`, columns), packed weights (n, row bytes) -> y (m, n)."""
-    if number == "fp8" and gelu is None and _cublas_takes(y, width):
+    if number == "fp8" and _cublas_takes(y, width):
         _scaled_matmul(x[:, 0, :width], codes.contiguous(), step, scale, bias, y)
+        if gelu is not None:  # of sums rounded to y's type, as in the uncompressed model
+            torch.ops.aten.gelu_(y, approximate=gelu)
         return
     kernel = float8_matmul if number == "fp8" else integer_matmul
     tensors = (x, step, codes.contiguous(), float32(scale), contiguous(bias), y)

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def _milliseconds(run: Run, config: Config) -> float:
 
 def _fastest(candidates: Sequence[Config], run: Run, measure: Callable[[Run, Config], float]) -> Config:
     times: dict[Config, float] = {}
+    _compile(candidates, run)
     for config in candidates:
         with contextlib.suppress(OutOfResources):
             times[config] = measure(run, config)
@@ -162,6 +164,21 @@ def _fastest(candidates: Sequence[Config], run: Run, measure: Callable[[Run, Con
             "no configuration of the triton kernels fits this device", fix="Use the backend 'reference'"
         )
     return min(times, key=lambda config: times[config])
+
+
+def _compile(candidates: Sequence[Config], run: Run) -> None:
+    """One run of each, side by side, since compiling takes far longer than measuring. What fails will fail again, in
+    the thread that asked, when it is measured."""
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+
+    def once(config: Config) -> None:
+        with torch.cuda.stream(stream), contextlib.suppress(Exception):
+            if stream is not None:
+                stream.synchronize()  # gives the thread the device's context, which descriptors of tensors need
+            run(config)
+
+    with ThreadPoolExecutor(min(len(candidates), os.cpu_count() or 1)) as pool:
+        list(pool.map(once, candidates))
 
 
 def _capturing() -> bool:
