@@ -353,6 +353,18 @@ SYSTEMS = Study(
     needs="temporal",
 )
 
+SVDQUANT = Study(
+    "svdquant",
+    "What do the branch and the channel scales of SVDQuant give?",
+    ((4, 6), (4, 4), (3, 6)),
+    (
+        Method("SVDQuant without branch", "svdquant", {"quantize.low_rank": None}),
+        Method("SVDQuant without scale", "svdquant", {"quantize.scale": False}),
+        Method("SVDQuant", "svdquant"),
+    ),
+    prompts=0,
+)
+
 UNIFORM = {"allocate": None}
 ACTS_ALIKE = {"allocate.acts": False, "allocate.act_bits": None}
 WITH_NEAREST = {"reconstruct.round_weights": True}
@@ -453,6 +465,18 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, *FORMATS, ROWS, OWN, TRAINING, LEADERBOARD),
+        *(
+            SELECTION,
+            DISTILLATION,
+            LEARNING,
+            SYSTEMS,
+            LRQ_DIT,
+            SVDQUANT,
+            *FORMATS,
+            ROWS,
+            OWN,
+            TRAINING,
+            LEADERBOARD,
+        ),
     )
 }

@@ -6,7 +6,8 @@
 
 Rows are cells of the study "leaderboard" of `python -m benchmarks.quality`, with which it shares its results file: what
 another study has measured already is not measured again. docs/leaderboard.md has the tables, docs/leaderboard.html the
-same beside the plot of quality against size, with the peers of `python -m benchmarks.peers`.
+same beside the plot of quality against size. The peers of `python -m benchmarks.peers` are among them, and what the
+parts of the systems give (`benchmarks.ablations`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from attar.models.source import find_source, load_pipeline
-from benchmarks import latency, quality
+from benchmarks import ablations, latency, quality
 from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
@@ -145,28 +146,43 @@ def plot(rows: list[Row], others: list[Peer]) -> str:
     return scatter(points, "Quality against size", "linears against bfloat16", "PSNR, dB")
 
 
-def sections(rows: list[Row], others: list[Peer]) -> list[tuple[str, list[list[str]]]]:
-    """(title, rows of figures) of every table."""
+@dataclass(frozen=True)
+class Section:
+    """A table with its title. said: what stands above it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    said: str = ""
+
+
+def sections(rows: list[Row], others: list[Peer], parts: list[list[str]]) -> list[Section]:
+    """All tables. parts: rows of `benchmarks.ablations`."""
     found = [
-        (bits, [row.figures() for row in rows if row.bits == bits])
+        Section(bits, COLUMNS, [row.figures() for row in rows if row.bits == bits])
         for bits in dict.fromkeys(row.bits for row in rows)
     ]
     if others:
-        found.append(("Other libraries, at their own formats", [peer.figures() for peer in others]))
+        found.append(
+            Section("Other libraries, at their own formats", COLUMNS, [peer.figures() for peer in others])
+        )
+    if parts:
+        found.append(Section("What the parts of the systems give", ablations.COLUMNS, parts, ablations.INTRO))
     return found
 
 
-def markdown(rows: list[Row], others: list[Peer]) -> str:
+def markdown(tables: list[Section]) -> str:
     """The page for reading."""
     lines = ["# Leaderboard: digits-video", "", INTRO, "![Quality against size](images/leaderboard.svg)", ""]
-    for title, table in sections(rows, others):
-        lines += [f"## {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        lines += [f"| {' | '.join(figures)} |" for figures in table]
+    for table in tables:
+        lines += [f"## {table.title}", "", *([table.said] if table.said else [])]
+        lines += [f"| {' | '.join(table.columns)} |", "|---" * len(table.columns) + "|"]
+        lines += [f"| {' | '.join(figures)} |" for figures in table.rows]
         lines.append("")
     return "\n".join(lines)
 
 
-def page(rows: list[Row], others: list[Peer], picture: str) -> str:
+def page(tables: list[Section], picture: str) -> str:
     """The same as one self-contained HTML page."""
     said, _, meanings = INTRO.replace("`", "").partition("\n\n")
     items = (item.replace("\n", " ") for item in meanings.strip().removeprefix("- ").split("\n- "))
@@ -179,10 +195,13 @@ def page(rows: list[Row], others: list[Peer], picture: str) -> str:
         "svg{max-width:100%;height:auto}</style>",
         f"<h1>Leaderboard: digits-video</h1><p>{escape(said)}</p><ul>{legend}</ul>{picture}",
     ]
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-    for title, table in sections(rows, others):
-        parts.append(f"<h2>{escape(title)}</h2><table><tr>{head}</tr>")
-        parts += ["<tr>" + "".join(f"<td>{escape(f)}</td>" for f in figures) + "</tr>" for figures in table]
+    for table in tables:
+        head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+        said = f"<p>{escape(table.said)}</p>" if table.said else ""
+        parts.append(f"<h2>{escape(table.title)}</h2>{said}<table><tr>{head}</tr>")
+        parts += [
+            "<tr>" + "".join(f"<td>{escape(f)}</td>" for f in figures) + "</tr>" for figures in table.rows
+        ]
         parts.append("</table>")
     return "".join(parts) + "</html>\n"
 
@@ -191,13 +210,16 @@ def _bold(text: str) -> str:
     return re.sub(r"[*][*](.+?)[*][*]", r"<b>\1</b>", text)
 
 
-def write_pages(rows: list[Row], others: list[Peer], folder: Path = DOCS) -> str:
-    """docs/leaderboard.md, .html and the picture; returns the first. Raises ValueError when there is no row."""
-    picture = plot(rows, others)
+def write_pages(rows: list[Row], others: list[Peer], parts: list[list[str]], folder: Path = DOCS) -> str:
+    """docs/leaderboard.md, .html and the picture; returns the first. parts: rows of `benchmarks.ablations`.
+
+    Raises ValueError when there is no row.
+    """
+    picture, tables = plot(rows, others), sections(rows, others, parts)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "images" / "leaderboard.svg").write_text(picture, encoding="utf-8")
-    (folder / "leaderboard.html").write_text(page(rows, others, picture), encoding="utf-8")
-    text = markdown(rows, others)
+    (folder / "leaderboard.html").write_text(page(tables, picture), encoding="utf-8")
+    text = markdown(tables)
     (folder / "leaderboard.md").write_text(text, encoding="utf-8")
     return text
 
@@ -219,7 +241,8 @@ def main() -> None:
         args.studies = [LEADERBOARD.name]
         quality.run(args)
     speeds = load(latency.RESULTS, "rows")["rows"]
-    print(write_pages(rows_of(load(args.results, "cells")["cells"], speeds), peers()))
+    cells = load(args.results, "cells")["cells"]
+    print(write_pages(rows_of(cells, speeds), peers(), ablations.rows(cells)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import leaderboard
-from benchmarks.cells import LEADERBOARD, digest, key
+from benchmarks import ablations, leaderboard
+from benchmarks.cells import LEADERBOARD, MAIN, STUDIES, digest, key
 from benchmarks.leaderboard import Peer, peers, rows_of, write_pages
 
 
@@ -14,8 +14,8 @@ def cell(method, bits, psnr, **more):
     return {
         "recipe": digest(method.resolve(bits)), "block_errors": [0.25, 0.75], "psnr": [psnr, psnr + 2], "ssim": [0.5],
         "latent_error": [0.1, 0.2, 0.9], "accuracy": accuracy, "reference_accuracy": accuracy,
-        "prompts": LEADERBOARD.prompts, **more,
-    }  # fmt: skip
+        "prompts": LEADERBOARD.prompts,
+    } | more  # fmt: skip
 
 
 @pytest.fixture
@@ -47,11 +47,37 @@ def test_pages_stand_alone_and_say_the_same(rows, tmp_path):
         "reference_accuracy": {"all": 1},
     }
     row["seconds_to_quantize"] = 3
-    text = write_pages(rows, [Peer("other <int8>", 0.5, row), Peer("told", None, row)], tmp_path)
+    parts = [["attar", "shifts <x>", "W4A4", "1", "-21.6", "–"]]
+    text = write_pages(rows, [Peer("other <int8>", 0.5, row), Peer("told", None, row)], parts, tmp_path)
     html = (tmp_path / "leaderboard.html").read_text()
     assert "| svdquant | 1 |" in text and "<td>svdquant</td>" in html and "<svg" in html
     assert "other &lt;int8&gt;" in html and "<b>linears</b>" in html and "src=" not in html
+    assert "| attar | shifts <x> | W4A4 | 1 |" in text and "<td>shifts &lt;x&gt;</td>" in html
     assert "simulated" in text and (tmp_path / "images" / "leaderboard.svg").is_file()
+
+
+def test_parts_are_paired():
+    """Over seeds, over prompts where there is one, and only where both sides were measured as they are now."""
+    without, having = (next(m for m in MAIN.methods if m.name == n) for n in ("learned base", "base + SDS"))
+    cells = {}
+    for seed, (before, after) in enumerate(((20.0, 21.0), (22.0, 24.0))):
+        cells[key("main", without.name, (4, 6), seed)] = cell(without, (4, 6), before)
+        cells[key("main", having.name, (4, 6), seed)] = cell(having, (4, 6), after, block_errors=[0.3, 0.6])
+    cells[key("main", without.name, (4, 4), 0)] = cell(without, (4, 4), 20.0)
+    cells[key("main", having.name, (4, 4), 0)] = {**cell(having, (4, 4), 0.0), "psnr": [21.0, 25.0]}
+    cells[key("main", without.name, (3, 6), 0)] = cell(without, (3, 6), 20.0)
+    cells[key("main", having.name, (3, 6), 0)] = cell(having, (3, 6), 20.0, recipe="another")
+    first, second = ablations.rows(cells)
+    assert first == ["S²Q-VDiT", "salient samples (SDS)", "W4A6", "2", "-10.0 ± 0.0", "+1.50 ± 6.35"]
+    assert second[2:5] == ["W4A4", "1", "+0.0"] and second[5] == "+2.00 ± 12.71"
+
+
+def test_every_part_is_in_its_study():
+    for part in ablations.PARTS:
+        methods = {method.name: method for method in STUDIES[part.study].methods}
+        for bits in {*STUDIES[part.study].bits} & {*ablations.BITS}:
+            sides = {digest(methods[name].resolve(bits)) for name in (part.without, part.having)}
+            assert len(sides) == 2, part
 
 
 def test_peers_are_other_libraries_that_ran(tmp_path):

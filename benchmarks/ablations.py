@@ -1,0 +1,113 @@
+"""What the parts of each system give: the system with a part beside the system without it, paired.
+
+The cells are those of the studies of `python -m benchmarks.quality`, on digits-video; the table stands on the page of
+`python -m benchmarks.leaderboard`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attar.evaluate.statistics import Estimate, paired_difference
+from benchmarks.cells import STUDIES, block_error, find_cell, seeds_of
+
+BITS = ((4, 6), (4, 4), (3, 6))
+COLUMNS = ("system", "part", "bits", "seeds", "block error, %", "PSNR, dB")
+INTRO = """Change by one part of a system, everything else the same: of the held-out block error (less is better) and of
+the videos' PSNR (more is better; a dash where only blocks were measured), with the 95 % t-interval of the mean, paired
+over seeds, or over prompts where there is one seed. An interval that holds 0 says that the part gave nothing that these
+seeds can show. Block errors of one seed have no interval.
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a system, and the methods of a study that are the system without and with it."""
+
+    system: str
+    name: str
+    study: str
+    without: str
+    having: str
+
+
+PARTS = (
+    Part("S²Q-VDiT", "salient samples (SDS)", "main", "learned base", "base + SDS"),
+    Part("S²Q-VDiT", "token weights (STD)", "main", "learned base", "base + STD"),
+    Part("S²Q-VDiT", "GPTQ", "main", "S²Q-VDiT without GPTQ", "S²Q-VDiT (with GPTQ)"),
+    Part(
+        "S²Q-VDiT",
+        "both, against random samples and plain error",
+        "main",
+        "learned base + GPTQ",
+        "S²Q-VDiT (with GPTQ)",
+    ),
+    Part("ViDiT-Q", "channel scale", "systems", "ViDiT-Q without scale", "ViDiT-Q"),
+    Part("ViDiT-Q", "rotation", "systems", "ViDiT-Q without rotation", "ViDiT-Q"),
+    Part("Q-VDiT", "quantization estimator (TQE)", "systems", "Q-VDiT without TQE", "Q-VDiT"),
+    Part("Q-VDiT", "temporal distillation (TMD)", "systems", "Q-VDiT without TMD", "Q-VDiT"),
+    Part("LRQ-DiT", "twin-log weights", "lrq-dit", "+ adaptive rotation", "LRQ-DiT (both)"),
+    Part("LRQ-DiT", "adaptive rotation", "lrq-dit", "+ twin-log weights", "LRQ-DiT (both)"),
+    Part("SVDQuant", "low-rank branch", "svdquant", "SVDQuant without branch", "SVDQuant"),
+    Part("SVDQuant", "channel scale", "svdquant", "SVDQuant without scale", "SVDQuant"),
+    Part("MPQ-DM", "rows by kurtosis, plain rounding", "rows", "rtn", "rtn, rows by kurtosis"),
+    Part(
+        "MPQ-DMv2",
+        "residual codes in these rows",
+        "rows",
+        "rtn, rows by kurtosis",
+        "rtn, rows by kurtosis, residual",
+    ),
+    Part("QVGen", "rank decay", "training", "QVGen, branches removed at once", "QVGen"),
+    Part("attar-mixed", "bits by layer", "leaderboard", "attar-ptq", "attar-mixed"),
+    Part("attar", "bits of activations by layer", "leaderboard", "attar, activations alike", "attar"),
+    Part("attar", "bits of weights by layer", "own", "attar, same bits", "attar, activations alike"),
+    Part("attar", "shifts", "own", "without shifts", "attar, same bits"),
+    Part("attar", "all codes of activations", "own", "activations without the last code", "attar, same bits"),
+    Part("attar", "searched clipping", "own", "without clip search", "attar, same bits"),
+    Part("attar", "GPTQ of the whole weight", "own", "GPTQ of the clipped weight", "attar, same bits"),
+    Part("attar", "largest inputs first", "own", "columns in their own order", "attar, same bits"),
+    Part("attar", "learned transforms", "own", "without learning", "attar, same bits"),
+)
+
+
+def rows(cells: dict[str, Any]) -> list[list[str]]:
+    """Figures in the order of COLUMNS, a row for each part and width that both sides were measured at."""
+    found = []
+    for part in PARTS:
+        study = STUDIES[part.study]
+        methods = {method.name: method for method in study.methods}
+        for bits in sorted({*study.bits} & {*BITS}, key=BITS.index):
+            sides = (methods[part.without], methods[part.having])
+            pairs = [tuple(find_cell(cells, study, m, bits, seed) for m in sides) for seed in seeds_of(cells)]
+            kept = [(a, b) for a, b in pairs if a is not None and b is not None]
+            if kept:
+                width = f"W{bits[0]}A{bits[1]}"
+                found.append([part.system, part.name, width, str(len(kept)), _percent(kept), _decibels(kept)])
+    return found
+
+
+Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def _percent(pairs: Pairs) -> str:
+    after = [100 * block_error(b) / block_error(a) for a, b in pairs]
+    return _text(paired_difference([100.0] * len(after), after), 1)
+
+
+def _decibels(pairs: Pairs) -> str:
+    """Over seeds, or over prompts where there is one seed."""
+    if not all("psnr" in cell for pair in pairs for cell in pair):
+        return "–"
+    if len(pairs) == 1:
+        return _text(paired_difference(*(cell["psnr"] for cell in pairs[0])), 2)
+    before, after = (
+        [sum(cell["psnr"]) / len(cell["psnr"]) for cell in side] for side in zip(*pairs, strict=True)
+    )
+    return _text(paired_difference(before, after), 2)
+
+
+def _text(change: Estimate, digits: int) -> str:
+    half = "" if change.high is None else f" ± {change.high - change.mean:.{digits}f}"
+    return f"{change.mean:+.{digits}f}{half}"
