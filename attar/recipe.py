@@ -129,7 +129,8 @@ class Recipe(Stage):
         if chosen is not None and chosen.acts:
             if isinstance(self.quantize.acts, list):
                 raise ValueError(
-                    "allocate.acts chooses the bits of each group of steps: set quantize.acts to their mean"
+                    "allocate.acts chooses the bits of each group of steps: set quantize.acts to their mean, or "
+                    "allocate.acts to false"
                 )
             if chosen.samples < groups:
                 raise ValueError(f"allocate.samples is less than one for each of {groups} groups of steps")

@@ -6,8 +6,8 @@
 
 Rows are cells of the study "leaderboard" of `python -m benchmarks.quality`, with which it shares its results file: what
 another study has measured already is not measured again. docs/leaderboard.md has the tables, docs/leaderboard.html the
-same beside the plot of quality against size. The peers of `python -m benchmarks.peers` are among them, and what the
-parts of the systems give (`benchmarks.ablations`).
+same beside the plot of quality against size, and the models of `python -m benchmarks.pictures` too. The peers of
+`python -m benchmarks.peers` are among them, and what the parts of the systems give (`benchmarks.ablations`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from attar.models.source import find_source, load_pipeline
-from benchmarks import ablations, latency, quality
+from benchmarks import ablations, latency, pictures, quality
 from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
@@ -47,6 +47,10 @@ held-out prompts with the same noise as full precision, 50 steps. Printed by `py
 - **block speed**: one block of Wan 1.3B at 2,048 tokens on one core, times faster than bfloat16 in the same run, with
   the quartiles over rounds (`python -m benchmarks.latency`); tables of numbers have no kernels on CPUs
 - ± is the half width of the 95 % t-interval over seeds; rows of one seed are no more than a hint
+"""
+
+
+OTHERS = """The models of pictures have [tables of their own](pictures.md); [one page](leaderboard.html) has all models.
 """
 
 
@@ -173,7 +177,14 @@ def sections(rows: list[Row], others: list[Peer], parts: list[list[str]]) -> lis
 
 def markdown(tables: list[Section]) -> str:
     """The page for reading."""
-    lines = ["# Leaderboard: digits-video", "", INTRO, "![Quality against size](images/leaderboard.svg)", ""]
+    lines = [
+        "# Leaderboard: digits-video",
+        "",
+        INTRO,
+        OTHERS,
+        "![Quality against size](images/leaderboard.svg)",
+        "",
+    ]
     for table in tables:
         lines += [f"## {table.title}", "", *([table.said] if table.said else [])]
         lines += [f"| {' | '.join(table.columns)} |", "|---" * len(table.columns) + "|"]
@@ -182,43 +193,81 @@ def markdown(tables: list[Section]) -> str:
     return "\n".join(lines)
 
 
-def page(tables: list[Section], picture: str) -> str:
-    """The same as one self-contained HTML page."""
-    said, _, meanings = INTRO.replace("`", "").partition("\n\n")
-    items = (item.replace("\n", " ") for item in meanings.strip().removeprefix("- ").split("\n- "))
-    legend = "".join(f"<li>{_bold(escape(item))}</li>" for item in items)
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>attar leaderboard</title>",
+@dataclass(frozen=True)
+class Chapter:
+    """A model's part of the HTML page. said: its introduction, paragraphs and lists as in Markdown. picture: an SVG."""
+
+    title: str
+    said: str
+    picture: str
+    tables: list[Section]
+
+    def html(self) -> str:
+        """The part."""
+        said, _, meanings = self.said.replace("`", "").partition("\n\n- ")
+        items = (item.replace("\n", " ") for item in meanings.strip().split("\n- ") if item)
+        legend = "".join(f"<li>{_bold(escape(item))}</li>" for item in items)
+        parts = [f"<h1>{escape(self.title)}</h1><p>{_bold(escape(said))}</p><ul>{legend}</ul>{self.picture}"]
+        for table in self.tables:
+            head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+            said = f"<p>{escape(table.said)}</p>" if table.said else ""
+            parts.append(f"<h2>{escape(table.title)}</h2>{said}<table><tr>{head}</tr>")
+            parts += [
+                "<tr>" + "".join(f"<td>{escape(f)}</td>" for f in figures) + "</tr>" for figures in table.rows
+            ]
+            parts.append("</table>")
+        return "".join(parts)
+
+
+def pictured(rows: list[pictures.Row]) -> list[Chapter]:
+    """The models of pictures."""
+    return [
+        Chapter(
+            f"Leaderboard: {model}", pictures.INTRO, pictures.plot(rows, model),
+            [
+                Section(bits, pictures.COLUMNS, [r.figures() for r in rows if (r.model, r.bits) == (model, bits)])
+                for bits in dict.fromkeys(row.bits for row in rows if row.model == model)
+            ],
+        )
+        for model in dict.fromkeys(row.model for row in rows)
+    ]  # fmt: skip
+
+
+def page(chapters: list[Chapter]) -> str:
+    """All models on one self-contained HTML page."""
+    style = (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>attar leaderboard</title>"
         "<style>body{font:15px system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}"
         "table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .7em;text-align:right;"
         "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
-        "svg{max-width:100%;height:auto}</style>",
-        f"<h1>Leaderboard: digits-video</h1><p>{escape(said)}</p><ul>{legend}</ul>{picture}",
-    ]
-    for table in tables:
-        head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-        said = f"<p>{escape(table.said)}</p>" if table.said else ""
-        parts.append(f"<h2>{escape(table.title)}</h2>{said}<table><tr>{head}</tr>")
-        parts += [
-            "<tr>" + "".join(f"<td>{escape(f)}</td>" for f in figures) + "</tr>" for figures in table.rows
-        ]
-        parts.append("</table>")
-    return "".join(parts) + "</html>\n"
+        "svg{max-width:100%;height:auto}</style>"
+    )
+    return style + "".join(chapter.html() for chapter in chapters) + "</html>\n"
 
 
 def _bold(text: str) -> str:
     return re.sub(r"[*][*](.+?)[*][*]", r"<b>\1</b>", text)
 
 
-def write_pages(rows: list[Row], others: list[Peer], parts: list[list[str]], folder: Path = DOCS) -> str:
-    """docs/leaderboard.md, .html and the picture; returns the first. parts: rows of `benchmarks.ablations`.
+def write_pages(
+    rows: list[Row],
+    others: list[Peer],
+    parts: list[list[str]],
+    still: list[pictures.Row],
+    folder: Path = DOCS,
+) -> str:
+    """docs/leaderboard.md, .html and the picture; returns the first. parts: rows of `benchmarks.ablations`. still: of
+    the models of pictures, which stand on the HTML page too.
 
     Raises ValueError when there is no row.
     """
     picture, tables = plot(rows, others), sections(rows, others, parts)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "images" / "leaderboard.svg").write_text(picture, encoding="utf-8")
-    (folder / "leaderboard.html").write_text(page(tables, picture), encoding="utf-8")
+    (folder / "leaderboard.html").write_text(
+        page([Chapter("Leaderboard: digits-video", INTRO, picture, tables), *pictured(still)]),
+        encoding="utf-8",
+    )
     text = markdown(tables)
     (folder / "leaderboard.md").write_text(text, encoding="utf-8")
     return text
@@ -242,7 +291,8 @@ def main() -> None:
         quality.run(args)
     speeds = load(latency.RESULTS, "rows")["rows"]
     cells = load(args.results, "cells")["cells"]
-    print(write_pages(rows_of(cells, speeds), peers(), ablations.rows(cells)))
+    still = pictures.rows_of(load(pictures.RESULTS, "cells")["cells"])
+    print(write_pages(rows_of(cells, speeds), peers(), ablations.rows(cells), still))
 
 
 if __name__ == "__main__":

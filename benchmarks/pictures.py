@@ -12,7 +12,9 @@ full precision.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ from attar.runtime.layers import packed_layers
 from attar.runtime.patches import dense_biases
 from benchmarks import quality
 from benchmarks.cells import ACTS_ALIKE, digest
+from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load, save
 from benchmarks.tables import mean_text
 
-DOCS, RESULTS = Path(__file__).parent.parent / "docs" / "pictures.md", FOLDER / "pictures.json"
+DOCS, RESULTS = Path(__file__).parent.parent / "docs", FOLDER / "pictures.json"
 MODELS = ("digits-dit", "digits-image")
 BITS = ("W4A8", "W4A6", "W4A4", "W3A6")
 SYSTEMS = (
@@ -183,36 +186,75 @@ def recipe_of(system: str, weights: int, acts: int, components: Mapping[str, nn.
     return load_recipe(name, {**overrides, **bits})
 
 
-def table(cells: dict[str, Any]) -> str:
-    """Everything that was measured, by model and bits, the best PSNR first."""
+@dataclass(frozen=True)
+class Row:
+    """One system at some bits on one model. cells: by seed."""
+
+    model: str
+    bits: str
+    system: str
+    cells: tuple[dict[str, Any], ...]
+
+    @property
+    def psnr(self) -> float:
+        """Mean over seeds and prompts, dB."""
+        return _mean([_mean(cell["psnr"]) for cell in self.cells])
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the quantized layers against bfloat16."""
+        return _mean([cell["linears"] for cell in self.cells])
+
+    def figures(self) -> list[str]:
+        """In the order of COLUMNS."""
+        right, full = (_mean([c[key] for c in self.cells]) for key in ("right", "reference_right"))
+        seconds = [c["calibration_cpu_seconds"] for c in self.cells if "calibration_cpu_seconds" in c]
+        return [
+            self.system, str(len(self.cells)), f"{self.ratio:.3f}×",
+            mean_text([_mean(c["psnr"]) for c in self.cells], 2), mean_text([_mean(c["ssim"]) for c in self.cells], 4),
+            mean_text([c["frechet"] for c in self.cells], 4), f"{100 * right:.1f} ({100 * full:.1f})",
+            mean_text(seconds, 0),
+        ]  # fmt: skip
+
+
+def rows_of(cells: dict[str, Any]) -> list[Row]:
+    """What has been measured, by model and bits, the best PSNR first."""
+    found = []
+    for model, bits in itertools.product(MODELS, BITS):
+        some = []
+        for system in (*SYSTEMS, *VARIANTS):
+            kept = tuple(c for name, c in cells.items() if name.startswith(f"{model}|{system}|{bits}|"))
+            if kept:
+                some.append(Row(model, bits, system, kept))
+        found += sorted(some, key=lambda row: -row.psnr)
+    return found
+
+
+def plot(rows: list[Row], model: str) -> str:
+    """Quality against size on a model, as an SVG."""
+    points = [Point(r.ratio, r.psnr, f"{r.system} {r.bits}", r.system) for r in rows if r.model == model]
+    return scatter(points, f"{model}: quality against size", "linears against bfloat16", "PSNR, dB")
+
+
+def table(rows: list[Row]) -> str:
+    """The page for reading."""
     lines = ["# Pictures: digits-dit and digits-image", "", INTRO]
-    for model in MODELS:
-        for bits in BITS:
-            rows = []
-            for system in (*SYSTEMS, *VARIANTS):
-                some = [c for name, c in cells.items() if name.startswith(f"{model}|{system}|{bits}|")]
-                if some:
-                    rows.append((sum(_mean(c["psnr"]) for c in some) / len(some), _figures(system, some)))
-            if rows:
-                lines += [
-                    f"## {model}, {bits}",
-                    "",
-                    f"| {' | '.join(COLUMNS)} |",
-                    "|---" * len(COLUMNS) + "|",
-                ]
-                lines += [f"| {' | '.join(row)} |" for _, row in sorted(rows, reverse=True)] + [""]
+    for model in dict.fromkeys(row.model for row in rows):
+        lines += [f"![Quality against size](images/{model}.svg)", ""]
+        for bits in dict.fromkeys(row.bits for row in rows if row.model == model):
+            lines += [f"## {model}, {bits}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+            here = [row for row in rows if (row.model, row.bits) == (model, bits)]
+            lines += [f"| {' | '.join(row.figures())} |" for row in here] + [""]
     return "\n".join(lines)
 
 
-def _figures(system: str, cells: list[dict[str, Any]]) -> list[str]:
-    right, full = (_mean([c[key] for c in cells]) for key in ("right", "reference_right"))
-    seconds = [c["calibration_cpu_seconds"] for c in cells if "calibration_cpu_seconds" in c]
-    return [
-        system, str(len(cells)), f"{_mean([c['linears'] for c in cells]):.3f}×",
-        mean_text([_mean(c["psnr"]) for c in cells], 2), mean_text([_mean(c["ssim"]) for c in cells], 4),
-        mean_text([c["frechet"] for c in cells], 4), f"{100 * right:.1f} ({100 * full:.1f})",
-        mean_text(seconds, 0),
-    ]  # fmt: skip
+def write_page(rows: list[Row], folder: Path = DOCS) -> str:
+    """pictures.md and its plots; returns the first."""
+    for model in dict.fromkeys(row.model for row in rows):
+        (folder / "images" / f"{model}.svg").write_text(plot(rows, model), encoding="utf-8")
+    text = table(rows)
+    (folder / "pictures.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def _mean(values: list[float]) -> float:
@@ -235,9 +277,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if not args.table:
         run(args)
-    text = table(load(args.results, "cells")["cells"])
-    DOCS.write_text(text, encoding="utf-8")
-    print(text)
+    print(write_page(rows_of(load(args.results, "cells")["cells"])))
 
 
 if __name__ == "__main__":

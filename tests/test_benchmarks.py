@@ -151,7 +151,7 @@ def test_pictures_are_tabled_by_model_and_bits():
         "digits-image|rtn|W4A4|0": {**cell, "psnr": [20.0, 20.0], "linears": 0.25},
         "digits-image|rtn|W4A4|1": {**cell, "psnr": [22.0, 22.0], "linears": 0.25},
     }
-    text = pictures.table(cells)
+    text = pictures.table(pictures.rows_of(cells))
     assert "## digits-image, W4A4" in text and "digits-dit, " not in text
     rows = [line for line in text.splitlines() if line.startswith(("| quest", "| rtn"))]
     assert rows[0].startswith("| quest | 1 | 0.300× | 31.00 | 0.8500 | 0.5000 | 75.0 (100.0) | 60 |")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import ablations, leaderboard
+from benchmarks import ablations, leaderboard, pictures
 from benchmarks.cells import LEADERBOARD, MAIN, STUDIES, digest, key
 from benchmarks.leaderboard import Peer, peers, rows_of, write_pages
 
@@ -48,11 +48,23 @@ def test_pages_stand_alone_and_say_the_same(rows, tmp_path):
     }
     row["seconds_to_quantize"] = 3
     parts = [["attar", "shifts <x>", "W4A4", "1", "-21.6", "–"]]
-    text = write_pages(rows, [Peer("other <int8>", 0.5, row), Peer("told", None, row)], parts, tmp_path)
+    picture = {
+        "linears": 0.25,
+        "psnr": [40.0],
+        "ssim": [0.9],
+        "frechet": 0.5,
+        "right": 1,
+        "reference_right": 1,
+    }
+    still = pictures.rows_of({"digits-dit|svdquant|W4A4|0": picture, "digits-dit|unknown|W4A4|0": picture})
+    text = write_pages(
+        rows, [Peer("other <int8>", 0.5, row), Peer("told", None, row)], parts, still, tmp_path
+    )
     html = (tmp_path / "leaderboard.html").read_text()
     assert "| svdquant | 1 |" in text and "<td>svdquant</td>" in html and "<svg" in html
     assert "other &lt;int8&gt;" in html and "<b>linears</b>" in html and "src=" not in html
     assert "| attar | shifts <x> | W4A4 | 1 |" in text and "<td>shifts &lt;x&gt;</td>" in html
+    assert "<h1>Leaderboard: digits-dit</h1>" in html and html.count("<svg") == 2 and "unknown" not in html
     assert "simulated" in text and (tmp_path / "images" / "leaderboard.svg").is_file()
 
 

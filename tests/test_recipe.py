@@ -122,6 +122,10 @@ def test_a_budget_that_leaves_no_choice_is_none():
     with pytest.raises(AttarError, match="different widths from 2 to 8"):
         load_recipe("attar", {"allocate.act_bits": [4, 4]})
     assert not load_recipe("attar", {"quantize.acts": 8, "allocate.acts": True}).chooses_acts
+    assert not load_recipe("attar", {"quantize.acts": 16}).chooses_acts
+    assert load_recipe("attar", {"quantize.weights": 8, "quantize.acts": 16}).allocate is None
+    with pytest.raises(AttarError, match="chooses bits of integers"):
+        load_recipe("attar", {"quantize.act_format": "fp8", "quantize.acts": 8, "quantize.shift": False})
     assert load_recipe("attar", {"quantize.weights": 8, "allocate.bits": [2, 4]}).allocate is not None
     assert load_recipe("attar", {"quantize.weights": 6}).allocate is not None
     assert load_recipe("rtn", {"allocate.budget": "8bits"}).allocate is None
