@@ -49,6 +49,7 @@ AS_LARGE, ALIKE = "attar, as large as svdquant", "attar, activations alike"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
     AS_LARGE: ("attar", {}),
     ALIKE: ("attar", ACTS_ALIKE),
+    "attar, 160 samples": ("attar", {"select.count": 160}),
     f"{ALIKE}, blocks too": ("attar", {**ACTS_ALIKE, "allocate.objective": "block"}),
     f"{ALIKE}, without shifts": ("attar", {**ACTS_ALIKE, "quantize.shift": False}),
     f"{ALIKE}, all codes of weights": ("attar", {**ACTS_ALIKE, "quantize.weight_format": "full_range"}),
