@@ -453,7 +453,9 @@ def _like(name: str, value: Tensor, empty: Any, device: torch.device) -> Tensor:
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _usable(scale: Tensor) -> bool:

@@ -77,4 +77,6 @@ KERNELS = TritonKernels()
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, not on that of its arguments."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

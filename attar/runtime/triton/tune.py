@@ -6,6 +6,7 @@ Every configuration gives the same integers, so the choice changes nothing but t
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -140,11 +141,16 @@ def choose(problem: Problem, candidates: Sequence[Config], run: Run, device: tor
     """The configuration for a problem on a device; equal GPUs share what was measured on one of them."""
     if device.type != "cuda":  # in the interpreter time means nothing
         return candidates[0]
-    name = torch.cuda.get_device_name(device)
+    name = _name(device)
     if name not in _tuners:
         key = hashlib.sha256(f"{name}\0{triton.__version__}\0{_sources()}".encode()).hexdigest()[:24]
         _tuners[name] = Tuner(name, cache_folder() / f"triton-{key}.json")
     return _tuners[name].choose(problem, candidates, run, _milliseconds)
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _milliseconds(run: Run, config: Config) -> float:
