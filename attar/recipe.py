@@ -104,15 +104,6 @@ class Recipe(Stage):
         return self
 
     @model_validator(mode="after")
-    def _activations_have_widths(self) -> Recipe:
-        chosen, q = self.allocate, self.quantize
-        if chosen is not None and chosen.acts and q.acts != 16 and not q.integer_acts:
-            raise ValueError(
-                "allocate.acts chooses bits of integers: set it to false, or quantize.act_format to one of integers"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _groups_of_steps_can_be_calibrated(self) -> Recipe:
         groups, chosen = self.quantize.step_groups, self.allocate
         if groups == 1:
@@ -126,14 +117,8 @@ class Recipe(Stage):
                 "a batch may hold steps of several groups, which have other bits: set reconstruct.batch_size to 1, or "
                 "quantize.step_groups"
             )
-        if chosen is not None and chosen.acts:
-            if isinstance(self.quantize.acts, list):
-                raise ValueError(
-                    "allocate.acts chooses the bits of each group of steps: set quantize.acts to their mean, or "
-                    "allocate.acts to false"
-                )
-            if chosen.samples < groups:
-                raise ValueError(f"allocate.samples is less than one for each of {groups} groups of steps")
+        if chosen is not None and self.chooses_acts and chosen.samples < groups:
+            raise ValueError(f"allocate.samples is less than one for each of {groups} groups of steps")
         return self
 
     @model_validator(mode="after")
@@ -209,9 +194,12 @@ class Recipe(Stage):
 
     @property
     def chooses_acts(self) -> bool:
-        """Whether the bits of activations are chosen too: not where all have the widest, or stay floating point."""
+        """Whether the bits of activations are chosen too: not where these are no integers, groups of steps are given
+        theirs, or the mean leaves no choice."""
         chosen, acts = self.allocate, self.quantize.acts
-        return chosen is not None and chosen.acts and acts not in (16, max(chosen.act_widths))
+        if chosen is None or not chosen.acts or isinstance(acts, list) or not self.quantize.integer_acts:
+            return False
+        return min(chosen.act_widths) < acts < max(chosen.act_widths)
 
     @property
     def mean_acts(self) -> int:

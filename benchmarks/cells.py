@@ -370,7 +370,7 @@ ACTS_ALIKE = {"allocate.acts": False, "allocate.act_bits": None}
 WITH_NEAREST = {"reconstruct.round_weights": True}
 OWN = Study(
     "own",
-    "What do the parts of the recipe attar give, taken away one at a time? (the same bits in every layer)",
+    "What do the parts of the recipe attar give, taken away one at a time? (the same bits where a row does not say)",
     ((4, 4), (3, 6)),
     (
         Method("attar-ptq", "attar-ptq"),

@@ -79,7 +79,7 @@ def quantized_counts(
     its own transforms; plain ones have none. A low-rank branch is two more products, in the model's format.
     """
     known = {plan.name: plan for plan in plans if not plan.skipped}
-    products = "rotation" in hardware.efficiency
+    as_products = "rotation" in hardware.efficiency
     found: list[Operation] = []
     for operation in counts.operations:
         plan = known.get(operation.name) if operation.part == "linear" else None
@@ -102,7 +102,7 @@ def quantized_counts(
             found.append(
                 replace(
                     operation, part="transform", role="quantize", read=inputs, written=written, weights=0.0,
-                    flops=operation.rows * _rotation_flops(width, transforms.rotation, products),
+                    flops=operation.rows * _rotation_flops(width, transforms.rotation, as_products),
                 )
             )  # fmt: skip
             inputs = written
@@ -128,10 +128,10 @@ def _dense_bytes(plan: LayerPlan, operation: Operation) -> float:
     return size * (plan.in_features * plan.out_features + (plan.out_features if plan.bias else 0))
 
 
-def _rotation_flops(width: int, rotation: str, products: bool) -> float:
-    """Of one row; of an adaptive rotation those that are expected, as in `forecast` of plan.py. products: on hardware
-    that rotates with matrix products, where a Hadamard matrix comes apart in two factors."""
-    if rotation == "hadamard" and not products:
+def _rotation_flops(width: int, rotation: str, as_products: bool) -> float:
+    """Of one row; of an adaptive rotation those that are expected, as in `forecast` of plan.py. as_products: on
+    hardware that rotates with matrix products, where a Hadamard matrix comes apart in two factors."""
+    if rotation == "hadamard" and not as_products:
         return width * math.log2(width)
     if rotation in ("kronecker", "hadamard"):
         return 2.0 * width * sum(kronecker_factors(width))
@@ -139,7 +139,7 @@ def _rotation_flops(width: int, rotation: str, products: bool) -> float:
         return 2.0 * width * width
     if rotation == "adaptive":
         dual = 4.0 * width * block_width(width)
-        return SALIENT_SHARE * dual + (1 - SALIENT_SHARE) * _rotation_flops(width, "hadamard", products)
+        return SALIENT_SHARE * dual + (1 - SALIENT_SHARE) * _rotation_flops(width, "hadamard", as_products)
     return 0.0
 
 

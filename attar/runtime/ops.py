@@ -49,7 +49,8 @@ def packed_linear(
     codes uint8 (out, packed width); weight_scale float32 (out, 1), or (out, groups) with `act_bits` None; bias
     (out,); act_clip float32 (2,). `transforms` are kinds, and `operands` their tensors one after another
     (`Transform.operands`). `gelu`, "none" or "tanh" as torch names its approximations, asks for GELU of the output:
-    of the float32 sums before they are rounded to x.dtype, or with `act_bits` None of the product in x.dtype.
+    of the float32 sums before they are rounded to x.dtype, or of the product in x.dtype with `act_bits` None and for
+    many rows of float8 on Hopper.
     weight_format, act_format: of the codes (formats.py); levels: float16 (1 or out, 1 or groups, 2^bits), of the format
     "table". No gradient: `PackedLinear` has a straight-through one.
     Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved, and for another

@@ -144,5 +144,4 @@ def test_candidates_are_compiled_side_by_side_and_measured_in_turns(path):
         with pytest.raises(ValueError, match="no kernel"):
             tuner.choose(PROBLEM, CANDIDATES, run, Clock())
         assert alone == list(CANDIDATES)
-        together.reset()
         assert tuner.choose(PROBLEM, CANDIDATES[:1], lambda config: None, Clock()) == CANDIDATES[0]

@@ -141,7 +141,7 @@ def choose(problem: Problem, candidates: Sequence[Config], run: Run, device: tor
     """The configuration for a problem on a device; equal GPUs share what was measured on one of them."""
     if device.type != "cuda":  # in the interpreter time means nothing
         return candidates[0]
-    name = _name(device)
+    name = _device_name(device)
     if name not in _tuners:
         key = hashlib.sha256(f"{name}\0{triton.__version__}\0{_sources()}".encode()).hexdigest()[:24]
         _tuners[name] = Tuner(name, cache_folder() / f"triton-{key}.json")
@@ -149,7 +149,7 @@ def choose(problem: Problem, candidates: Sequence[Config], run: Run, device: tor
 
 
 @functools.cache
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
