@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attar.evaluate.statistics import Estimate, paired_difference
+from attar.evaluate.statistics import paired_difference
 from benchmarks.cells import STUDIES, block_error, find_cell, seeds_of
+from benchmarks.tables import estimate_text
 
 BITS = ((4, 6), (4, 4), (3, 6))
 COLUMNS = ("system", "part", "bits", "seeds", "block error, %", "PSNR, dB")
@@ -93,7 +94,7 @@ Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 def _percent(pairs: Pairs) -> str:
     after = [100 * block_error(b) / block_error(a) for a, b in pairs]
-    return _text(paired_difference([100.0] * len(after), after), 1)
+    return estimate_text(paired_difference([100.0] * len(after), after), 1, "+")
 
 
 def _decibels(pairs: Pairs) -> str:
@@ -101,13 +102,8 @@ def _decibels(pairs: Pairs) -> str:
     if not all("psnr" in cell for pair in pairs for cell in pair):
         return "–"
     if len(pairs) == 1:
-        return _text(paired_difference(*(cell["psnr"] for cell in pairs[0])), 2)
+        return estimate_text(paired_difference(*(cell["psnr"] for cell in pairs[0])), 2, "+")
     before, after = (
         [sum(cell["psnr"]) / len(cell["psnr"]) for cell in side] for side in zip(*pairs, strict=True)
     )
-    return _text(paired_difference(before, after), 2)
-
-
-def _text(change: Estimate, digits: int) -> str:
-    half = "" if change.high is None else f" ± {change.high - change.mean:.{digits}f}"
-    return f"{change.mean:+.{digits}f}{half}"
+    return estimate_text(paired_difference(before, after), 2, "+")

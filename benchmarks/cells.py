@@ -465,18 +465,7 @@ STUDIES = {
     study.name: study
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
-        *(
-            SELECTION,
-            DISTILLATION,
-            LEARNING,
-            SYSTEMS,
-            LRQ_DIT,
-            SVDQUANT,
-            *FORMATS,
-            ROWS,
-            OWN,
-            TRAINING,
-            LEADERBOARD,
-        ),
+        *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, SVDQUANT),
+        *(*FORMATS, ROWS, OWN, TRAINING, LEADERBOARD),
     )
 }

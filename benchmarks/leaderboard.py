@@ -28,7 +28,7 @@ from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load
-from benchmarks.tables import over_cells
+from benchmarks.tables import over_cells, table_lines
 
 DOCS = Path(__file__).parent.parent / "docs"
 PEERS = FOLDER / "peers.json"
@@ -187,9 +187,7 @@ def markdown(tables: list[Section]) -> str:
     ]
     for table in tables:
         lines += [f"## {table.title}", "", *([table.said] if table.said else [])]
-        lines += [f"| {' | '.join(table.columns)} |", "|---" * len(table.columns) + "|"]
-        lines += [f"| {' | '.join(figures)} |" for figures in table.rows]
-        lines.append("")
+        lines += [*table_lines(table.columns, table.rows), ""]
     return "\n".join(lines)
 
 

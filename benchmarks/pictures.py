@@ -36,7 +36,7 @@ from benchmarks.cells import ACTS_ALIKE, digest
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load, save
-from benchmarks.tables import mean_text
+from benchmarks.tables import mean_text, table_lines
 
 DOCS, RESULTS = Path(__file__).parent.parent / "docs", FOLDER / "pictures.json"
 MODELS = ("digits-dit", "digits-image")
@@ -243,9 +243,8 @@ def table(rows: list[Row]) -> str:
     for model in dict.fromkeys(row.model for row in rows):
         lines += [f"![Quality against size](images/{model}.svg)", ""]
         for bits in dict.fromkeys(row.bits for row in rows if row.model == model):
-            lines += [f"## {model}, {bits}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-            here = [row for row in rows if (row.model, row.bits) == (model, bits)]
-            lines += [f"| {' | '.join(row.figures())} |" for row in here] + [""]
+            here = [row.figures() for row in rows if (row.model, row.bits) == (model, bits)]
+            lines += [f"## {model}, {bits}", "", *table_lines(COLUMNS, here), ""]
     return "\n".join(lines)
 
 

@@ -95,11 +95,21 @@ def over_cells(cells: Sequence[dict[str, Any]], value: Any, digits: int) -> str:
 
 def mean_text(values: Sequence[float], digits: int) -> str:
     """As in 1.23 ± 0.04; without the interval for one value, a dash for none."""
-    return _estimate(mean_interval(values), digits) if values else "–"
+    return estimate_text(mean_interval(values), digits) if values else "–"
 
 
-def _estimate(e: Estimate, digits: int) -> str:
-    return f"{e.mean:.{digits}f}" + ("" if e.high is None else f" ± {e.high - e.mean:.{digits}f}")
+def estimate_text(e: Estimate, digits: int, sign: str = "") -> str:
+    """As in 1.23 ± 0.04; without the interval where there is none. sign: "+" for that of a change."""
+    return f"{e.mean:{sign}.{digits}f}" + ("" if e.high is None else f" ± {e.high - e.mean:.{digits}f}")
+
+
+def table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
 
 
 def _accuracy(cells: list[dict[str, Any]]) -> str:
@@ -162,7 +172,7 @@ def _change(pairs: list[tuple[dict[str, Any], dict[str, Any]]], tokens: str) -> 
     if not means:
         return "–"
     after = [100 * b / a for a, b in means]
-    return _estimate(paired_difference([100.0] * len(after), after), 1)
+    return estimate_text(paired_difference([100.0] * len(after), after), 1)
 
 
 def _chosen(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list[str]:
