@@ -17,7 +17,7 @@ from attar.job import Job
 from attar.losses import BlockLoss, TemporalTerm, joint_token_weights, mass_concentration, weight_percentiles
 from attar.models.adapter import Block, TokenGrid, evaluating
 from attar.models.attention_mass import attention_mass
-from attar.models.block import BlockCall, run_block
+from attar.models.block import BlockCall
 from attar.models.types import give_types, types_of
 from attar.models.weights import fill
 from attar.quantize.block import BlockSettings, quantize_block
@@ -192,7 +192,7 @@ class ComponentJob(Job):
         def runner(call: BlockCall) -> dict[str, Tensor]:
             if call.group is not None:
                 choose_group(module, call.group)
-            return run_block(module, call.to(self.device), block.outputs)
+            return self.arithmetic.run(module, call, block.outputs)
 
         targets, contexts, masses = self._targets(block, full)
 
@@ -249,13 +249,13 @@ class ComponentJob(Job):
         learned = self.recipe.reconstruct
         if learned is None or not learned.epochs or learned.loss != "token_weighted":
             with evaluating(block.module):
-                outputs = [_cpu(run_block(block.module, c.to(self.device), block.outputs)) for c in calls]
+                outputs = [_cpu(self.arithmetic.run(block.module, c, block.outputs)) for c in calls]
             return outputs, None, None
         targets, contexts, shares = [], [], []
         with evaluating(block.module):
             for call in calls:
                 with attention_mass(self.adapter, block) as mass:
-                    targets.append(_cpu(run_block(block.module, call.to(self.device), block.outputs)))
+                    targets.append(_cpu(self.arithmetic.run(block.module, call, block.outputs)))
                 found = mass.per_stream()
                 options = {
                     "low": learned.lambda_min,

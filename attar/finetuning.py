@@ -172,11 +172,12 @@ class _WholeModel(Job):
 
             hooks.append(last.register_forward_hook(keep_features))
         try:
-            output = as_outputs(self.transformer(**call.streams, **call.constants))[0]
+            with self.arithmetic():
+                output = as_outputs(self.transformer(**call.streams, **call.constants))[0]
         finally:
             for hook in hooks:
                 hook.remove()
-        return {OUTPUT: output, **found}
+        return {name: stream.float() for name, stream in {OUTPUT: output, **found}.items()}
 
     @torch.no_grad()
     def error(self, samples: TracedSteps) -> float:

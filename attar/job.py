@@ -6,6 +6,7 @@ from torch import nn
 
 from attar.calibration.store import TraceStore
 from attar.models.adapter import ModelAdapter
+from attar.models.arithmetic import Arithmetic
 from attar.models.weights import weights_of
 from attar.progress import Progress
 from attar.quantize.plan import LayerPlan
@@ -37,3 +38,4 @@ class Job:
         self.adapter = ModelAdapter.of(transformer)
         self.weights = weights_of(transformer)
         self.device = self.weights.device
+        self.arithmetic = Arithmetic.of(transformer, recipe.precision)

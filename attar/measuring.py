@@ -26,7 +26,8 @@ from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplicat
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
-from attar.models.block import BlockCall, run_block
+from attar.models.arithmetic import Arithmetic
+from attar.models.block import BlockCall
 from attar.models.weights import weights_of
 from attar.progress import Progress
 from attar.quantize.block import errors_by_group, mean_relative_error
@@ -88,6 +89,7 @@ class Measuring:
         self.adapter.observe(ranks.first(lambda: self.calls[0][0]))  # units come in the order of their calls
         self.settings = block_settings(recipe)
         self.weights = weights_of(transformer)
+        self.arithmetic = Arithmetic.of(transformer, recipe.precision)
         self.options, self.act_options = options, act_options
         self.own = options[recipe.quantize.weights]
         chosen = [WEIGHTS if self.followed else BOTH, *([ACTS] if act_options else [])]
@@ -213,7 +215,7 @@ class Measuring:
         if not self._steps:
             self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
             self._whole = self._final()
-        with standing_in(one.block.module, module):
+        with standing_in(one.block.module, self.arithmetic.bound(module)):
             changes = ranks.collected([self._change(step, module) for step in self._steps])
         error = accumulated(changes, self.trajectory) / self._whole
         if not math.isfinite(error):
@@ -286,7 +288,7 @@ class Measuring:
     def _run(self, block: Block, module: nn.Module, call: BlockCall) -> dict[str, Tensor]:
         if call.group is not None:
             choose_group(module, call.group)
-        outputs = run_block(module, call.to(self.weights.device), block.outputs)
+        outputs = self.arithmetic.run(module, call, block.outputs)
         return {name: stream.to("cpu") for name, stream in outputs.items()}
 
     def _first_unknown(self, count: int) -> int:

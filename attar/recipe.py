@@ -14,10 +14,10 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from attar.budget.amount import Budget
 from attar.defaults import DEFAULT_RECIPE as DEFAULT_RECIPE
@@ -53,6 +53,16 @@ class Recipe(Stage):
     rounding: Rounding = Rounding()
     finetune: Finetune | None = None
     text_encoder: TextEncoder | None = None
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="of products and attention while blocks are measured and learned; default: bfloat16 for a model "
+        "in 16 bits on a GPU, else float32",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # who does not ask for it has the digests, jobs and evidence of the time before
+        return {k: v for k, v in handler(self).items() if k != "precision" or v is not None}
 
     @model_validator(mode="after")
     def _levels_can_be_trained(self) -> Recipe:

@@ -142,6 +142,28 @@ def test_compressing_a_bfloat16_model(tmp_path):
     assert again.transformer.blocks[1].ffn.net[2].compute_dtype == torch.bfloat16
 
 
+def test_blocks_learned_in_bfloat16(small):
+    other = compressed(overrides={**FEW, "precision": "bfloat16"})
+    assert other.attar_compression.recipe["precision"] == "bfloat16"
+    assert "precision" not in small.attar_compression.recipe
+    blocks, others = (p.attar_compression.components["transformer"]["blocks"] for p in (small, other))
+    for ours, theirs in zip(blocks, others, strict=True):
+        assert theirs["error_after"] < theirs["error_before"]
+        assert theirs["error_before"] == pytest.approx(ours["error_before"], rel=0.1)
+        # three samples and one epoch leave much to chance, in either direction
+        assert theirs["error_after"] == pytest.approx(ours["error_after"], rel=0.4)
+    first, second = (layer_codes(p) for p in (small, other))
+    same = (first == second).double().mean().item()
+    assert 0.5 < same < 1, (
+        f"{same:.3f} of the codes are equal"
+    )  # AdamW takes steps whose size is not the gradient's
+    assert {p.dtype for p in other.transformer.parameters()} == {torch.float32}
+
+
+def layer_codes(pipe):
+    return torch.cat([layer.codes.flatten() for layer in packed_layers(pipe.transformer).values()])
+
+
 def test_two_experts_are_one_job(tmp_path):
     pipe = compressed("wan22")
     assert len(packed_layers(pipe.transformer)) == len(packed_layers(pipe.transformer_2)) == 30

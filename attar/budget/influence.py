@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,8 @@ Sample = Sequence[Mapping[str, Any]]  # the calls of the model in one denoising 
 
 
 @contextmanager
-def standing_in(block: nn.Module, other: nn.Module) -> Iterator[None]:
-    """Inside, calls of `block` give what `other` gives, which works in float32; the result has the block's types.
+def standing_in(block: nn.Module, other: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calls of `block` give what `other` gives, which gets and gives float32; the result has the block's types.
 
     The block runs too, so that whatever opens, closes or moves weights around its calls goes on as ever.
     """

@@ -12,17 +12,21 @@ from attar.forecast.counts import Counts
 from attar.forecast.hardware import Hardware
 from attar.forecast.latency import predict_latency
 from attar.models.adapter import ModelAdapter
+from attar.models.arithmetic import default_precision
 from attar.quantize.plan import LayerPlan
+from attar.quantize.recompute import PIECE
 from attar.recipe import Recipe
 from attar.settings import block_settings
 
 # Beside the epochs a sample passes a block for its target, statistics, errors, Hessians and propagation.
 PASSES = 6
-# Measured on Wan blocks of width 512 in float32 with learned Kronecker rotations, at 512 and 1,024 tokens:
-# a training step took 6.5 to 7.6 forwards (backward pass, fake quantization, transforms), and kept for its backward
-# pass 2.3 bytes for each that the plain forward writes and 7.2 for each of the weights.
-TRAINING_STEP = 7.0
-SAVED_WRITTEN, SAVED_WEIGHTS = 2.3, 7.2
+# Measured on Wan blocks of width 1536 with learned Kronecker rotations, at 512 to 4,096 tokens, in both precisions: a
+# training step took within 15 % of three forwards and, for transforms, fake quantization and their gradients, moving
+# 28 bytes for each that the plain forward writes, and 86 for each of the weights.
+STEP_FORWARDS, MOVED_WRITTEN, MOVED_WEIGHTS = 3.0, 28.0, 86.0
+# It keeps 0.7 bytes for each that the plain forward writes, and the rounded weights; what one layer computes anew in
+# its backward pass comes, with gradients, to about eight copies of its input, or of a piece of it, and of its weight.
+KEPT_WRITTEN, ANEW = 0.7, 8
 # GPTQ walks the columns of a weight one by one, with some twenty small kernels each; seconds a column, measured there.
 GPTQ_COLUMN = 3e-4
 
@@ -30,7 +34,7 @@ GPTQ_COLUMN = 3e-4
 @dataclass(frozen=True)
 class BlockCost:
     """Seconds of one block: done once, one forward of a sample, one training step of a sample; and the bytes that a
-    training step keeps for its backward pass."""
+    training step keeps for its backward pass, or computes anew in it."""
 
     once: float
     forward: float
@@ -116,17 +120,17 @@ def calibration_memory(
 
 
 def block_costs(
-    counts: Counts, plans: Mapping[str, LayerPlan], recipe: Recipe, hardware: Hardware
+    counts: Counts, plans: Mapping[str, LayerPlan], recipe: Recipe, hardware: Hardware, precision: str
 ) -> list[BlockCost]:
     """The cost of every block of a transformer on hardware, from the counts of one sample's forward.
 
-    Blocks are learned in float32, whatever the model is stored in. For each linear GPTQ inverts a matrix of the
-    input's width and walks its columns: about in³ + in²·out multiply-adds.
+    precision: of the blocks while they are learned (`Arithmetic`). For each linear GPTQ inverts a matrix of the
+    input's width and walks its columns: about in³ + in²·out multiply-adds, in float32.
     """
     learns = block_settings(recipe).epochs > 0 or recipe.finetune is not None
     costs = []
     for name in counts.blocks:
-        block = in_float32(counts.where(lambda o, name=name: o.block == name))
+        block = while_learned(counts.where(lambda o, name=name: o.block == name), precision)
         forward = predict_latency(block, hardware)["total"]
         planned = [(o, plans[o.name]) for o in block.operations if o.name in plans]
         calibrated = [p for _, p in planned if not p.plain]
@@ -135,24 +139,35 @@ def block_costs(
             work = sum(2.0 * p.in_features**2 * (p.in_features + p.out_features) for p in calibrated)
             once = work / (hardware.rate("fp32") * hardware.efficiency["gemm"])
             once += GPTQ_COLUMN * sum(p.in_features for p in calibrated)
-        saved = 0.0
+        epoch = saved = 0.0
         if learns:
-            weights = sum(4.0 * p.in_features * p.out_features for _, p in planned)
-            saved = SAVED_WRITTEN * sum(o.written for o in block.operations) + SAVED_WEIGHTS * weights
-        costs.append(BlockCost(once, forward, TRAINING_STEP * forward if learns else 0.0, saved))
+            written = sum(o.written for o in block.operations)
+            weights = sum(p.in_features * p.out_features for _, p in planned)
+            moved = MOVED_WRITTEN * written + MOVED_WEIGHTS * weights
+            epoch = STEP_FORWARDS * forward + moved / (hardware.bandwidth * hardware.efficiency["bandwidth"])
+            saved = KEPT_WRITTEN * written + 4.0 * weights
+            saved += max((computed_anew(p, o.rows) for o, p in planned), default=0.0)
+        costs.append(BlockCost(once, forward, epoch, saved))
     return costs
 
 
-def in_float32(counts: Counts) -> Counts:
-    """The same work with tensors and arithmetic in float32."""
-    wider = {"bf16": 2, "fp16": 2}
+def computed_anew(plan: LayerPlan, rows: int) -> float:
+    """Bytes that the backward pass of one layer computes anew, for that many rows of its input."""
+    numbers = min(rows * plan.in_features, PIECE) + plan.in_features * plan.out_features
+    return 4.0 * ANEW * numbers
+
+
+def while_learned(counts: Counts, precision: str) -> Counts:
+    """The same work as it is done while a block is learned: tensors and arithmetic in float32, or with products and
+    attention as they are."""
+    wider, kept = {"bf16": 2, "fp16": 2}, {"bfloat16": ("linear", "attention"), "float32": ()}[precision]
     return Counts(
         tuple(
             replace(
                 o, format="fp32", read=o.read * wider[o.format], written=o.written * wider[o.format],
                 weights=o.weights * wider[o.format],
             )
-            if o.format in wider
+            if o.format in wider and o.part not in kept
             else o
             for o in counts.operations
         ),
@@ -170,7 +185,8 @@ def forecast_calibration(
     step_seconds: float,
 ) -> dict[str, Any]:
     """Seconds of tracing, choosing bits and learning, and peak bytes, on hardware, for the samples that the recipe
-    asks for.
+    asks for, "streamed" with weights that are read block by block; and the precision that blocks are learned in, by
+    default that of a model in 16 bits.
 
     counts: of one sample, that is of all branches of one denoising step, by transformer. steps: of the model, where
     the recipe does not say. step_seconds: of one denoising step in full precision. Where two experts share the steps
@@ -181,13 +197,16 @@ def forecast_calibration(
     traced = recipe.traced
     if traced is None:
         memory = calibration_memory(model, transformers, recipe)
-        return {"trace_seconds": 0.0, "allocate_seconds": 0.0, "learn_seconds": 0.0, **vars(memory)}
+        nothing = dict.fromkeys(("trace_seconds", "allocate_seconds", "learn_seconds"), 0.0)
+        streamed = calibration_memory(0.0, transformers, recipe)
+        return {**nothing, "precision": None, **vars(memory), "streamed": streamed.device}
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
+    precision = recipe.precision or default_precision("cpu" if hardware.name == "cpu" else "gpu", True)
     learn = allocating = saved = whole = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}
-        costs = block_costs(counted, known, recipe, hardware)
+        costs = block_costs(counted, known, recipe, hardware, precision)
         if recipe.finetune is not None:
             learn += finetune_seconds(costs, traced.prompts * (traced.steps or steps), recipe)
             whole = max(whole, sum(c.saved for c in costs))
@@ -202,6 +221,9 @@ def forecast_calibration(
             constants = max(constants, 2.0 * max(0, traffic.inputs - traffic.outputs))
     held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
     memory = calibration_memory(model, transformers, recipe, held, streams, constants, saved)
+    streamed = (
+        memory.device - model if recipe.finetune is None else None
+    )  # a whole model is trained in memory
     if recipe.finetune is not None:
         trained = finetune_memory(model, transformers, recipe, whole)
         memory = CalibrationMemory(max(memory.device, trained.device), memory.host)
@@ -210,5 +232,7 @@ def forecast_calibration(
         "trace_seconds": trace,
         "allocate_seconds": allocating,
         "learn_seconds": learn,
+        "precision": precision,
         **vars(memory),
+        "streamed": streamed,
     }

@@ -21,6 +21,7 @@ from attar.forecast.calibration import (
     BlockCost,
     allocation_seconds,
     calibration_memory,
+    computed_anew,
     finetune_memory,
     finetune_seconds,
     learning_seconds,
@@ -28,7 +29,8 @@ from attar.forecast.calibration import (
 from attar.forecast.sizes import planned_sizes
 from attar.losses import mse
 from attar.models.adapter import Block, ModelAdapter, evaluating
-from attar.models.block import BlockCall, bind, run_block
+from attar.models.arithmetic import Arithmetic
+from attar.models.block import BlockCall, bind
 from attar.models.calls import conditioning, latents_only
 from attar.models.source import Source, stored_dtypes
 from attar.models.weights import weights_of
@@ -131,7 +133,8 @@ def _time_and_memory(
         samples = catch_samples(components[name], adapter, block, [branches])
         with weights_of(components[name]).opened(block.module):
             planned = _planned(block, plans[name])
-            cost = _measure_block(block, planned, samples[0], settings)
+            arithmetic = Arithmetic.of(components[name], recipe.precision)
+            cost = _measure_block(block, planned, samples[0], settings, arithmetic)
         costs += [cost] * (blocks * len(samples))
         if chosen:
             learn += learning_seconds([cost] * blocks, chosen * len(samples), epochs)
@@ -218,11 +221,14 @@ def _one_step(
 
 
 def _measure_block(
-    block: Block, plans: dict[str, LayerPlan], call: BlockCall, settings: BlockSettings
+    block: Block,
+    plans: dict[str, LayerPlan],
+    call: BlockCall,
+    settings: BlockSettings,
+    arithmetic: Arithmetic,
 ) -> BlockCost:
     """The block's cost, measured on one sample."""
-    device = next(block.module.parameters()).device
-    call = call.to(device)
+    call = call.to(arithmetic.device)
     saved = 0
 
     def note(tensor: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ def _measure_block(
         module = copy.deepcopy(block.module).float().requires_grad_(False)
 
         def run(given: BlockCall) -> dict[str, Tensor]:
-            return run_block(module, given, block.outputs)
+            return arithmetic.run(module, given, block.outputs)
 
         started = time.perf_counter()
         with evaluating(module):
@@ -252,7 +258,9 @@ def _measure_block(
     total(0)
     once, forward = total(0)
     epoch = max(0.0, total(2)[0] - total(1)[0]) if settings.epochs else 0.0
-    return BlockCost(once, forward, epoch, saved)
+    rows = max(stream.shape[:-1].numel() for stream in call.streams.values())
+    anew = max((computed_anew(plan, rows) for plan in plans.values()), default=0.0)
+    return BlockCost(once, forward, epoch, saved + anew if settings.epochs else 0.0)
 
 
 def _bytes(value: Any) -> int:

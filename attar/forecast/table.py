@@ -42,6 +42,7 @@ def print_plan(result: Mapping[str, Any]) -> None:
     if whole := learn + trace + choosing:
         time = f"calibration about {_duration(whole)}, of which {_duration(trace)} tracing"
         time += f" and {_duration(choosing)} choosing bits" if choosing else ""
+        time += f", blocks in {costs['precision']}"
     if result["budget"] is not None:
         time = f"bits by measured sensitivity, presumed here to keep to the budget {result['budget']}; {time}"
     console.print(

@@ -104,9 +104,15 @@ def _containers(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str |
 
 
 def _fit(result: Mapping[str, Any]) -> str | None:
-    memory, needed = result["hardware"]["memory"], result["calibration"]["device"]
+    costs, memory = result["calibration"], result["hardware"]["memory"]
+    needed, streamed = costs["device"], costs["streamed"]
     if memory is None or needed <= memory:
         return None
+    if streamed is not None and streamed <= memory:
+        return (
+            f"Calibration at this size needs about {format_bytes(needed)} with the whole pipeline on the device, which "
+            f"has {format_bytes(memory)}, and {format_bytes(streamed)} with --stream."
+        )
     return (
         f"Calibration at this size does not fit: about {format_bytes(needed)} on a device with {format_bytes(memory)}; "
         "calibrate at fewer frames or a lower resolution, or take a recipe without data."

@@ -71,7 +71,8 @@ class AttentionMass:
                 fix="Use a batch of one",
             )
         streams = self._streams_of(key.shape[-2])
-        mass = column_mass(query, key, attn_mask, is_causal, scale, self.budget)
+        with torch.autocast(query.device.type, enabled=False):
+            mass = column_mass(query, key, attn_mask, is_causal, scale, self.budget)
         for name, part in zip(streams, mass.split([self._lengths[n] for n in streams], dim=1), strict=True):
             self._mass[name] = self._mass[name] + part if name in self._mass else part
 

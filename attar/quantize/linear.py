@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.quantize.formats import fake_quantize_tokens
+from attar.quantize.recompute import recomputed, recomputed_by_rows
 from attar.quantize.terms import LowRankTerm
 from attar.quantize.transforms import LearnedTransform, Matrices
 from attar.quantize.weights import Grid, WeightQuantizer
+from attar.runtime.autocast import autocasts, full_precision
 from attar.runtime.formats import check_format, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
@@ -172,12 +174,18 @@ class QuantizedLinear(GroupedActs, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._frozen is not None:
             return self._forward_frozen(x, self._frozen)
-        matrices, weight, bias = self._evaluated()
-        y = self._transform(x, matrices)
-        act_bits = self.act_bits_now() if self.act_quant else None
-        if act_bits is not None:
-            y = fake_quantize_tokens(y, act_bits, self._act_clip(), self.act_format)
-        return self._linear(y, weight, bias, x)
+        with full_precision(x.device):
+            matrices, weight, bias = self._evaluated()
+
+        def rows(x: Tensor) -> Tensor:
+            with full_precision(x.device):
+                y = self._transform(x, matrices)
+                act_bits = self.act_bits_now() if self.act_quant else None
+                if act_bits is not None:
+                    y = fake_quantize_tokens(y, act_bits, self._act_clip(), self.act_format)
+            return self._linear(y, weight, bias, x)
+
+        return recomputed_by_rows(rows, x)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x̃ = (x - z) T: what the quantizer sees, and what GPTQ's Hessian is made of."""
@@ -210,7 +218,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         """
         if torch.is_grad_enabled():
             self._cache = None
-            return self._evaluate()
+            return recomputed(self._evaluate, size=self.weight.numel())
         key = (self.weight_quant, *((p.data_ptr(), p._version) for p in self.parameters()))
         if self._cache is None or self._cache[0] != key:
             self._cache = key, self._evaluate()
@@ -248,8 +256,10 @@ class QuantizedLinear(GroupedActs, nn.Module):
         return x
 
     def _linear(self, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """The quantized input y times the weight, and the branch on the input x as it came; in x's dtype."""
-        z = F.linear(y, weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+        """The quantized input y times the weight, and the branch on the input x as it came; as a linear, in x's dtype
+        or in that of autocast."""
+        z = F.linear(y, weight, None if bias is None else bias.to(weight.dtype))
+        z = z if autocasts(x.device) else z.to(x.dtype)
         branch = self._branch()
         if branch is None:
             return z
@@ -331,11 +341,16 @@ class QuantizedLinear(GroupedActs, nn.Module):
     def forward_with(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer with another weight W̃ (out, in), differentiable in it and in x."""
         frozen = self._fixed()
-        y = self.transform_input(x)
-        act_bits = self.act_bits_now()
-        if act_bits is not None:
-            y = fake_quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
-        return self._linear(y, weight.to(y.dtype), frozen.bias, x)
+
+        def rows(x: Tensor) -> Tensor:
+            with full_precision(x.device):
+                y = self.transform_input(x)
+                act_bits = self.act_bits_now()
+                if act_bits is not None:
+                    y = fake_quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
+            return self._linear(y, weight.to(y.dtype), frozen.bias, x)
+
+        return recomputed_by_rows(rows, x)
 
     def _fixed(self) -> _Frozen:
         if self._frozen is None:
@@ -374,11 +389,12 @@ class QuantizedLinear(GroupedActs, nn.Module):
         return [*shift, *(transform.bake() for transform in self.transforms)]  # type: ignore[operator]
 
     def _forward_frozen(self, x: Tensor, frozen: _Frozen) -> Tensor:
-        y = self.transform_input(x)
-        act_bits = self.act_bits_now()
-        if act_bits is not None:
-            codes, scale = quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
-            y = decode(codes, self.act_format, act_bits) * scale
+        with full_precision(x.device):
+            y = self.transform_input(x)
+            act_bits = self.act_bits_now()
+            if act_bits is not None:
+                codes, scale = quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
+                y = decode(codes, self.act_format, act_bits) * scale
         return self._linear(y, frozen.weight.to(y.dtype), frozen.bias, x)
 
     def extra_repr(self) -> str:

@@ -6,11 +6,15 @@ Training step sizes end to end behind a block-by-block calibration is the second
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.quantize.formats import fake_quantize_tokens
+from attar.quantize.recompute import recomputed_by_rows
+from attar.runtime.autocast import autocasts, full_precision
 from attar.runtime.formats import wide
 from attar.runtime.layers import PackedLinear
 
@@ -32,13 +36,19 @@ class ScaledCodes(nn.Module):
         self.clip = None if packed.act_clip is None else nn.Parameter(packed.act_clip.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        y, packed = wide(x), self.packed
-        for transform in packed.transforms:
-            y = transform(y)
-        if packed.act_bits is not None:
-            y = fake_quantize_tokens(y, packed.act_bits, self.clip, packed.act_format)
         weight = (self.numbers * self.scale().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
-        z = F.linear(y, weight.to(y.dtype), self.bias).to(x.dtype)
+        return recomputed_by_rows(partial(self._rows, weight), x)
+
+    def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
+        packed = self.packed
+        with full_precision(x.device):
+            y = wide(x)
+            for transform in packed.transforms:
+                y = transform(y)
+            if packed.act_bits is not None:
+                y = fake_quantize_tokens(y, packed.act_bits, self.clip, packed.act_format)
+        z = F.linear(y, weight.to(y.dtype), self.bias)
+        z = z if autocasts(x.device) else z.to(x.dtype)
         if packed.low_rank_in is None or packed.low_rank_out is None:
             return z
         return z + F.linear(F.linear(x, packed.low_rank_in.to(x.dtype)), packed.low_rank_out.to(x.dtype))

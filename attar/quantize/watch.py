@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar.runtime.autocast import full_precision
+
 
 @contextmanager
 def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Any, Tensor], None]) -> Iterator[None]:
-    """Inside, without gradients, `see` gets (name, layer, its input) whenever one of the layers is called."""
+    """Inside, without gradients, `see` gets (name, layer, its input) whenever one of the layers is called.
+
+    What it computes is not autocast, whatever the layers are called in.
+    """
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda layer, args: see(name, layer, args[0])
+        def seen(layer: nn.Module, args: Any) -> None:
+            with full_precision(args[0].device):
+                see(name, layer, args[0])
+
+        return seen
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:

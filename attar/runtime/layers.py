@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.errors import AttarError
+from attar.runtime.autocast import full_precision
 from attar.runtime.float32 import KeepsBufferDtype
 from attar.runtime.formats import check_levels, decode
 from attar.runtime.ops import packed_linear
@@ -368,7 +368,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
                 first, own.kind.number, self.act_format, own.levels,
             )  # fmt: skip
 
-        with _full_precision(x.device):  # autocast would round the integers and the scales
+        with full_precision(x.device):  # autocast would round the integers and the scales
             y = self._whole(product, -1)
             if self.low_rank_in is None or self.low_rank_out is None:
                 return y
@@ -450,12 +450,6 @@ def _like(name: str, value: Tensor, empty: Any, device: torch.device) -> Tensor:
     if value.shape != empty.shape:
         raise AttarError(f"{name} has shape {tuple(value.shape)}, expected {tuple(empty.shape)}")
     return value.detach().to(device=device, dtype=empty.dtype, copy=True)
-
-
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _usable(scale: Tensor) -> bool:

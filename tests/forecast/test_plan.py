@@ -22,7 +22,8 @@ PEAKS = [
 
 @cache
 def planned(name, gpu="h200", recipe="attar-ptq", size=(None, None), **bits):
-    overrides = {f"quantize.{k}" if k in ("weights", "acts") else "select.count": v for k, v in bits.items()}
+    keys = {"weights": "quantize.weights", "acts": "quantize.acts", "count": "select.count"}
+    overrides = {keys.get(k, k): v for k, v in bits.items()}
     known = architecture(name)
     return plan_model(known, load_recipe(recipe, overrides), find_hardware(gpu), size_for(known, *size, None))
 
@@ -107,7 +108,8 @@ def test_sentences():
     assert planned("digits-video", acts=16)["speedup"]["bound"] == 1
     text = says("hunyuan")
     assert text.startswith("Quantized linears alone cannot help much: attention is 87%") and "1.07×" in text
-    assert "does not fit" in text and "6 bits run in int8" in text
+    assert "6 bits run in int8" in text and "with --stream" not in text
+    assert "with --stream" in says("wan-1.3b", "4090") and "does not fit" in says("wan-14b", "4090")
     assert "does not fit" not in says("digits-video")
 
 
@@ -120,6 +122,14 @@ def test_calibration_grows_with_what_is_asked():
     assert free["learn_seconds"] == free["trace_seconds"] == free["host"] == 0
     weights = 2 * (1.92 + 4.76 + 0.42) * 1e9
     assert weights < free["device"] < 1.05 * weights
+
+
+def test_blocks_are_learned_in_the_precision_of_the_model():
+    usual, exact = (planned("wan-1.3b", **p)["calibration"] for p in ({}, {"precision": "float32"}))
+    assert (usual["precision"], exact["precision"]) == ("bfloat16", "float32")
+    assert exact["learn_seconds"] > 3 * usual["learn_seconds"]
+    assert exact["device"] > usual["device"] > usual["streamed"] > 0
+    assert planned("wan-1.3b", recipe="efficientdm")["calibration"]["streamed"] is None
 
 
 def test_a_budget_is_presumed(cli):

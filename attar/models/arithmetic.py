@@ -1,0 +1,64 @@
+"""The arithmetic of a model's blocks while they are calibrated: float32, or products and attention in bfloat16."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.models.block import BlockCall, run_block
+from attar.models.tree import map_tensors
+from attar.models.weights import weights_of
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+class Arithmetic:
+    """How calls of a model and of its blocks compute.
+
+    bfloat16 is torch's autocast: products, convolutions and attention take bfloat16 and add up in float32, norms and
+    sums stay as they are. Rounding, transforms and statistics leave it (`runtime.autocast`), so that codes are
+    those of float32 inputs. Whatever computes, results are float32.
+    """
+
+    def __init__(self, precision: str, device: torch.device | str) -> None:
+        """precision: one of `PRECISIONS`. device: of the tensors."""
+        self.precision, self.device = precision, torch.device(device)
+
+    @classmethod
+    def of(cls, model: nn.Module, precision: str | None = None) -> Arithmetic:
+        """precision: None takes bfloat16 for a model that is held in 16 bits on a GPU, else float32."""
+        device = weights_of(model).device
+        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        small = first is not None and first.dtype in (torch.bfloat16, torch.float16)
+        return cls(precision or default_precision(device.type, small), device)
+
+    def __call__(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, whatever is called computes so."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def run(self, block: nn.Module, call: BlockCall, outputs: tuple[str | None, ...]) -> dict[str, Tensor]:
+        """`run_block` on that device; streams of float32."""
+        with self():
+            streams = run_block(block, call.to(self.device), outputs)
+        return {name: stream.float() for name, stream in streams.items()}
+
+    def bound(self, module: nn.Module) -> Callable[..., Any]:
+        """The module as a function that computes so, its results float32."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self():
+                results = module(*args, **kwargs)
+            return map_tensors(results, lambda t: t.float() if t.is_floating_point() else t)
+
+        return run
+
+
+def default_precision(device: str, small: bool) -> str:
+    """Where nothing else is asked for. device: its kind. small: whether the model is held in 16 bits."""
+    return "bfloat16" if device != "cpu" and small else "float32"

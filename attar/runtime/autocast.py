@@ -1,0 +1,18 @@
+"""Leaving autocast: numbers that are rounded to codes need more digits than it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, autocast is off."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
