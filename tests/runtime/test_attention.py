@@ -79,7 +79,7 @@ def test_no_less_exact_than_torch(size, width):
     batch=st.integers(1, 3),
     heads=st.integers(1, 3),
     queries=st.one_of(st.integers(1, 40), st.integers(200, 240)),
-    keys=st.one_of(st.integers(1, 70), st.integers(240, 270), st.integers(500, 600)),
+    keys=st.one_of(st.integers(1, 70), st.integers(240, 270), st.integers(500, 600), st.integers(1020, 1320)),
     width=st.one_of(st.sampled_from([32, 64, 72, 80, 96, 128, 256]), st.integers(1, 256)),
     size=st.sampled_from([0.0, 0.1, 1.0, 8.0, 300.0]),
     scale=st.sampled_from([None, 1.0, -0.3, 0.0]),
@@ -127,8 +127,64 @@ def test_scores_that_grow_correct_what_was_summed():
 
 
 @needs_kernel
-def test_nan_stays_in_its_row_and_in_its_feature():
-    query, key, value = noise(1, 30, 1, 32), noise(1, 50, 1, 32, seed=1), noise(1, 50, 1, 32, seed=2)
+@pytest.mark.parametrize("keys", [1, 15, 17, 255, 257, 513, 767, 769, 1023, 1024, 1025, 1057, 1281])
+@pytest.mark.parametrize("queries", [15, 16, 17, 31, 33, 64, 65])
+def test_counts_around_those_of_a_block(queries, keys):
+    check(noise(1, queries, 1, 64) * 2, noise(1, keys, 1, 64, seed=1), noise(1, keys, 1, 64, seed=2))
+
+
+@needs_kernel
+@pytest.mark.parametrize("growth", [1e-4, 0.01, 0.3, 20.0, -0.01, -20.0])
+@pytest.mark.parametrize("queries", [5, 70])
+def test_scores_that_grow_over_many_blocks(growth, queries):
+    """By less and by more than what a weight has room for; from key to key, and from strip to strip."""
+    for every in (1, 40, 500):
+        steps = (torch.arange(2100) // every * every).float()[None, :, None, None]
+        key = (steps * growth / 8).expand(1, -1, 2, 64).bfloat16() + noise(1, 2100, 2, 64, seed=1) / 8
+        query = noise(1, queries, 2, 64, seed=3) / 8 + 1
+        check(query.bfloat16(), key, noise(1, 2100, 2, 64, seed=2))
+
+
+@needs_kernel
+@pytest.mark.parametrize("place", [0, 31, 500, 767, 768, 799, 800, 1023, 1024, 1500, 1799])
+@pytest.mark.parametrize("size", [1, 8, 100, 2.0**60])
+def test_one_key_that_stands_out(place, size):
+    key, value = noise(1, 1800, 1, 64), noise(1, 1800, 1, 64, seed=1)
+    key[:, place] *= 4
+    query = key[:, place : place + 1].expand(-1, 40, -1, -1) * size
+    check(query, key, value)
+    if size > 1:
+        assert torch.equal(attention(query, key, value), value[:, place : place + 1].expand(-1, 40, -1, -1))
+
+
+@needs_kernel
+def test_equal_scores_of_many_keys_average():
+    value = noise(1, 2000, 1, 64)
+    for query, key in ((0.0, 1.0), (1.0, 1.0), (1.0, -1.0), (1.3 * 2.0**40, 2.0**20), (-1.3 * 2.0**40, 1.7)):
+        y = attention(
+            torch.full((1, 40, 1, 64), query).bfloat16(), torch.full((1, 2000, 1, 64), key).bfloat16(), value
+        )
+        torch.testing.assert_close(
+            y.float(), value.float().mean(1, keepdim=True).expand(-1, 40, -1, -1), rtol=0.004, atol=1e-5
+        )
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [0.3, 1, 3, 10])
+@pytest.mark.parametrize("width", [64, 128])
+def test_about_as_exact_as_torch_over_many_keys(size, width):
+    """Weights that have shrunk for a larger score of their own block were rounded twice."""
+    query = noise(1, 200, 2, width) * size
+    key, value = noise(1, 3000, 2, width, seed=1), noise(1, 3000, 2, width, seed=2)
+    exact = torch_attention(query.double(), key.double(), value.double())
+    errors = [(f(query, key, value).double() - exact).norm() for f in (attention, torch_attention)]
+    assert errors[0] <= 1.025 * errors[1]
+
+
+@needs_kernel
+@pytest.mark.parametrize("keys", [50, 1300])
+def test_nan_stays_in_its_row_and_in_its_feature(keys):
+    query, key, value = noise(1, 30, 1, 32), noise(1, keys, 1, 32, seed=1), noise(1, keys, 1, 32, seed=2)
     query[0, 7, 0, 3] = float("nan")
     value[0, 9, 0, 5] = float("nan")
     y = attention(query, key, value)[0, :, 0]

@@ -30,7 +30,8 @@ struct AttentionKernels {
     int64_t block;  // queries of a task: they share what is fetched of a block of keys
     int64_t keys;   // of a block: between two corrections of the running softmax
     // Keys and values [first, first + `keys`) of a head (counted over the batch) in the order of the products:
-    // keys (strips of keys, width / 2, STRIP_WIDTH, 2), values (strips of the width, `keys` / 2, STRIP_WIDTH, 2).
+    // keys (strips of keys, width / 2, COLUMNS, 2), values (strips of the width, `keys` / 2, COLUMNS, 2); a strip has
+    // COLUMNS keys, or features.
     void (*pack)(const Attention&, int64_t head, int64_t first, uint16_t* keys, uint16_t* values);
     // Outputs of the queries [first, first + count), at most `block`, over all blocks of the packed keys.
     void (*attend)(const Attention&, int64_t head, int64_t first, int64_t count, const uint16_t* keys,

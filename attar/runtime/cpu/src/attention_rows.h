@@ -22,7 +22,8 @@ const uint16_t* token_of(const uint16_t* base, const Places& places, const Atten
     return base + head / call.heads * places.batch + head % call.heads * places.head + token * places.token;
 }
 
-template <int64_t KEY_BLOCK>
+// COLUMNS: STRIP_WIDTH, or LANES.
+template <int64_t KEY_BLOCK, int64_t COLUMNS>
 void pack(const Attention& call, int64_t head, int64_t first, uint16_t* keys, uint16_t* values) {
     const int64_t count = least(KEY_BLOCK, call.keys - first);
     const int64_t padded = padded_width(call), used = round_up(count, STRIP_WIDTH);
@@ -34,32 +35,58 @@ void pack(const Attention& call, int64_t head, int64_t first, uint16_t* keys, ui
                               ? (Ints)features(token_of(call.k, call.k_places, call, head, first + key + r), d, call.width)
                               : Ints{};
             transpose(rows);
-            uint16_t* to = keys + key / STRIP_WIDTH * STRIP_WIDTH * padded + d * STRIP_WIDTH + key % STRIP_WIDTH * 2;
-            for (int r = 0; r < LANES; ++r) store(to + r * 2 * STRIP_WIDTH, rows[r]);
+            uint16_t* to = keys + key / COLUMNS * COLUMNS * padded + d * COLUMNS + key % COLUMNS * 2;
+            for (int r = 0; r < LANES; ++r) store(to + r * 2 * COLUMNS, rows[r]);
         }
     alignas(64) uint16_t order[2][STRIP_WIDTH];
     for (int i = 0; i < STRIP_WIDTH; ++i) order[0][i] = i / 2 + i % 2 * 32, order[1][i] = order[0][i] + 16;
     const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    constexpr int64_t APART = COLUMNS == STRIP_WIDTH ? STRIP_WIDTH : LANES * KEY_BLOCK;
     for (int64_t key = 0; key < used; key += 2)
         for (int64_t d = 0; d < padded; d += STRIP_WIDTH) {
             __m512i even = _mm512_setzero_si512(), odd = even;
             if (key < count) even = features(token_of(call.v, call.v_places, call, head, first + key), d, call.width);
             if (key + 1 < count) odd = features(token_of(call.v, call.v_places, call, head, first + key + 1), d, call.width);
-            uint16_t* to = values + d * KEY_BLOCK + key * STRIP_WIDTH;
+            uint16_t* to = values + d * KEY_BLOCK + key * COLUMNS;
             _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_storeu_si512(to + STRIP_WIDTH, _mm512_permutex2var_epi16(even, high, odd));
+            _mm512_storeu_si512(to + APART, _mm512_permutex2var_epi16(even, high, odd));
         }
 }
 
-// 2^x for x <= 0 to 3e-6 of its value, and zero below the smallest normal number; NaN stays.
+// p · 2^(x rounded down) where 2^x is a normal number, zero where it is less, which would take long; NaN stays.
+INLINE __m512 scaled(__m512 p, __m512 x) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), p, x);
+}
+
+// 2^x to 3e-6 of its value.
 INLINE __m512 exp2_of(__m512 x) {
-    const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    const __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00957010191f), f, _mm512_set1_ps(0.0559178603f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240247448f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693121815f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999999261f));
-    return _mm512_maskz_scalef_ps(kept, p, whole);
+    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0135341679f), f, _mm512_set1_ps(0.0520114606f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442757f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693003834f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000259f));
+    return scaled(p, x);
+}
+
+// 2^x to 8e-5 of its value and half a unit of the last place of bfloat16 more: to be cut off, which rounds it.
+INLINE __m512i weight_of(__m512 x) {
+    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0780245227f), f, _mm512_set1_ps(0.226067155f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.695833541f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999925219f + 0x1p-8f));
+    return (__m512i)scaled(p, x);
+}
+
+// 2^low, 2^high in bfloat16.
+INLINE __m512i weights_of(__m512 low, __m512 high) {
+    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
+                                           31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(weight_of(low), upper, weight_of(high));
+}
+
+// `sum` and the weights, as rounded, so that these over their sum add up to one.
+INLINE __m512 plus(__m512 sum, __m512i weights) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(0x3f803f80));
 }
 
 // Products of ROWS queries, at most LANES, with `count` keys (ROWS, stride), which times `factor` > 0 are exponents of
@@ -83,18 +110,17 @@ void softmax(float* scores, int64_t stride, uint16_t* weights, int64_t weight_st
     const __m512 scale = _mm512_set1_ps(factor), before = _mm512_loadu_ps(tops);
     const __m512 now = _mm512_max_ps(_mm512_mul_ps(_mm512_load_ps(top), scale), before);
     const __m512 less = exp2_of(_mm512_sub_ps(before, now));
-    const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     _mm512_storeu_ps(tops, now), _mm512_storeu_ps(kept, less);
     for (int r = 0; r < ROWS; ++r) {
         const float* row = scores + r * stride;
         const __m512 most = _mm512_set1_ps(tops[r]);
         __m512 all = _mm512_setzero_ps();
         for (int64_t i = 0; i < used; i += STRIP_WIDTH) {
-            const __m512 low = exp2_of(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(row + i), scale), most));
-            const __m512 high = exp2_of(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(row + i + LANES), scale), most));
-            const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-            all = _mm512_dpbf16_ps(all, both, ones);  // of the rounded weights, so that they add up to one
-            _mm512_storeu_si512(weights + r * weight_stride + i, (__m512i)both);
+            const __m512 low = _mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(row + i), scale), most);
+            const __m512 high = _mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(row + i + LANES), scale), most);
+            const __m512i both = weights_of(low, high);
+            all = plus(all, both);
+            _mm512_storeu_si512(weights + r * weight_stride + i, both);
         }
         sum[r] = _mm512_reduce_add_ps(all);
     }
