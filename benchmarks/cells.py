@@ -440,6 +440,17 @@ TRAINING = Study(
     ),
 )
 
+PRECISION = Study(
+    "precision",
+    "Does it matter that blocks are measured and learned with products and attention in bfloat16?",
+    ((4, 6), (4, 4), (8, 8)),
+    tuple(
+        Method(f"{recipe}{note}", recipe, overrides)
+        for recipe in ("attar-ptq", "attar")
+        for note, overrides in {"": {}, ", bfloat16": {"precision": "bfloat16"}}.items()
+    ),
+)
+
 LEADERBOARD = Study(
     "leaderboard",
     "Which system keeps the model's videos, at which size?",
@@ -466,6 +477,6 @@ STUDIES = {
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
         *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, SVDQUANT),
-        *(*FORMATS, ROWS, OWN, TRAINING, LEADERBOARD),
+        *(*FORMATS, ROWS, OWN, TRAINING, PRECISION, LEADERBOARD),
     )
 }

@@ -122,6 +122,7 @@ void attend(const Attention& call, int64_t head, int64_t first, int64_t count, c
 
 }  // namespace
 
-const AttentionKernels avx512_attention = {"avx512-bf16", ROWS, BLOCK, KEY_BLOCK, pack<KEY_BLOCK, STRIP_WIDTH>, attend, scratch_bytes};
+const AttentionKernels avx512_attention = {
+    "avx512-bf16", ROWS, BLOCK, KEY_BLOCK, pack<KEY_BLOCK, STRIP_WIDTH>, attend, scratch_bytes};
 
 }  // namespace attar
