@@ -167,8 +167,9 @@ def in_every_layer(recipe: Recipe) -> Recipe:
     return with_widths(recipe, recipe.quantize.weights)
 
 
-def presume(components: Mapping[str, nn.Module], recipe: Recipe) -> tuple[Recipe, Bits]:
-    """The recipe with bits that keep to its budget as if all weights were equally sensitive, and these bits.
+def presume(components: Mapping[str, nn.Module], recipe: Recipe) -> tuple[Recipe, dict[str, set[str]]]:
+    """The recipe with bits that keep to its budget as if all weights were equally sensitive, and the layers of each
+    component whose bits, of weights or of activations, are yet to be chosen.
 
     For forecasts, which know sizes and speeds by it and not which layer gets what. Rounding a weight to b bits is taken
     to cost 4^-b, so a budget of as many mean bits as the recipe has gives every layer these. A recipe without a budget
@@ -187,7 +188,12 @@ def presume(components: Mapping[str, nn.Module], recipe: Recipe) -> tuple[Recipe
     layers = layers_of(options, equal, recipe)
     taken = choose(layers, Budget.parse(recipe.allocate.budget), recipe.quantize.weights)
     bits = bits_of(options, layers, taken)
-    return with_bits(recipe, bits), bits
+    free = {name: set(named) for name, named in bits.items()}
+    acts = list(act_options(components, recipe).values())
+    for name, named in free.items():
+        rows = zip(*(plans[name] for plans in acts), strict=True)
+        named |= {row[0].name for row in rows if len({p.act_bits for p in row}) > 1}
+    return with_bits(recipe, bits), free
 
 
 def check_budget(components: Mapping[str, nn.Module], recipe: Recipe) -> None:

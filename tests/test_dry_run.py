@@ -123,6 +123,17 @@ def test_a_budget_is_forecast(cli, folders, tmp_path, budget, options):
     assert f"budget {budget}: the layers marked ~" in text and "choosing bits" in text
 
 
+def test_layers_of_which_activations_alone_are_chosen_are_marked(cli, folders):
+    acts = ["--set", "allocate={budget: same, acts: true, act_bits: [4, 6, 8], samples: 2, bits: [4]}"]
+    options = [*SMALL, *acts]
+    rows = json.loads(cli("compress", folders["wan"], "--dry-run", "--json", *options).out)["layers"]
+    assert {row["acts"] is not None for row in rows if row["presumed"]} == {True}
+    assert {row["role"] for row in rows if row["presumed"]} >= {"self_attn.q", "ffn.up"}
+    options += ["--set", "quantize.roles={ffn.up: {acts: 8}}"]
+    rows = json.loads(cli("compress", folders["wan"], "--dry-run", "--json", *options).out)["layers"]
+    assert {(row["acts"], row["presumed"]) for row in rows if row["role"] == "ffn.up"} == {(8, False)}
+
+
 def test_every_kind_of_block_is_measured(cli, folders):
     def measured(name, *roles):
         options = ["--set", f"quantize.roles={{{', '.join(roles)}}}"] if roles else []
