@@ -176,7 +176,10 @@ class ComponentJob(Job):
     # -- one block
 
     def _catch(self, block: Block, calls: list[Sample]) -> Calls:
-        return catch_samples(self.transformer, self.adapter, block, calls, self.groups) if calls else []
+        if not calls:
+            return []
+        hold = self.workspace.hold
+        return catch_samples(self.transformer, self.adapter, block, calls, self.groups, hold)
 
     def _make(
         self, block: Block, full: Calls, quantized: Calls, advance: Callable[..., None]
@@ -212,10 +215,10 @@ class ComponentJob(Job):
             raise AttarError(
                 error.what, where=error.where or f"{self.name}.{block.name}", fix=error.fix
             ) from error
-        full = following = [call.with_streams(_cpu(t)) for call, t in zip(full, targets, strict=True)]
+        full = following = [call.with_streams(t) for call, t in zip(full, targets, strict=True)]
         if self.propagates:
             with torch.no_grad():
-                following = [call.with_streams(_cpu(runner(call))) for call in quantized]
+                following = [call.with_streams(self._held(runner(call))) for call in quantized]
         give_types(module, dtypes)
         for name, layer in outcome.layers.items():
             layer.to(dtypes.get(f"{name}.weight", layer.compute_dtype))  # with a branch, which is new
@@ -249,13 +252,13 @@ class ComponentJob(Job):
         learned = self.recipe.reconstruct
         if learned is None or not learned.epochs or learned.loss != "token_weighted":
             with evaluating(block.module):
-                outputs = [_cpu(self.arithmetic.run(block.module, c, block.outputs)) for c in calls]
+                outputs = [self._held(self.arithmetic.run(block.module, c, block.outputs)) for c in calls]
             return outputs, None, None
         targets, contexts, shares = [], [], []
         with evaluating(block.module):
             for call in calls:
                 with attention_mass(self.adapter, block) as mass:
-                    targets.append(_cpu(self.arithmetic.run(block.module, call, block.outputs)))
+                    targets.append(self._held(self.arithmetic.run(block.module, call, block.outputs)))
                 found = mass.per_stream()
                 options = {
                     "low": learned.lambda_min,
@@ -294,6 +297,5 @@ class ComponentJob(Job):
     def _boundary(self, index: int) -> str:
         return f"{self.name}/boundary-{index:03d}.safetensors"
 
-
-def _cpu(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu") for name, tensor in streams.items()}
+    def _held(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.workspace.hold(tensor) for name, tensor in streams.items()}

@@ -274,13 +274,18 @@ class Measuring:
         for segment in self.adapter.segments:
             if segment[-1].index < first:
                 continue
-            calls = catch_samples(self.transformer, self.adapter, segment[0], self.calls, self.groups)
+            calls = catch_samples(
+                self.transformer, self.adapter, segment[0], self.calls, self.groups, self.workspace.hold
+            )
             for block in segment:
                 with self.weights.opened(block.module):
                     module = copy.deepcopy(block.module).float().requires_grad_(False).eval()
                 run = partial(self._run, block, module)
                 with torch.no_grad():
-                    targets = [run(call) for call in calls]
+                    targets = [
+                        {name: self.workspace.hold(stream) for name, stream in run(call).items()}
+                        for call in calls
+                    ]
                 if block.index >= first:
                     yield _Open(block, module, run, calls, targets)
                 calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.calibration.catch import catch_block_calls, each_catch
+from attar.calibration.catch import each_catch
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
@@ -22,6 +22,7 @@ from attar.runtime.step_groups import ARGUMENT, StepGroups
 from attar.workspace import Workspace
 
 Calls = list[BlockCall]
+Hold = Callable[[Tensor], Tensor]
 Sample = list[dict[str, Any]]  # the calls of the model in one denoising step, one for each branch
 
 
@@ -66,18 +67,20 @@ def catch_samples(
     block: Block,
     samples: list[Sample],
     groups: StepGroups | None = None,
+    hold: Hold = Tensor.cpu,
 ) -> Calls:
-    """The block's inputs for every sample, in float32 on the CPU.
+    """The block's inputs for every sample, in float32 on the CPU. hold: keeps a stream there.
 
     Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a sample
     of its own. Constants that are equal in consecutive samples are held once. groups: of steps, one of which each call
     is of then.
     """
     flat = [call for branches in samples for call in branches]
-    caught = iter(catch_block_calls(transformer, adapter, block.index, flat, store_device="cpu"))
+    caught = each_catch(transformer, adapter, [block.index], flat, store_device="cpu")
     merged: Calls = []
     for branches in samples:
-        _append(merged, one_batch([next(caught) for _ in branches]), _group(branches, groups))
+        calls = [next(caught)[block.index] for _ in branches]
+        _append(merged, one_batch(calls), _group(branches, groups), hold)
     return merged
 
 
@@ -108,13 +111,13 @@ class SegmentStarts:
         first, *later = [block.index for block in heads]
         self._held[first] = []
         if not later:
-            self._held[first] = catch_samples(transformer, adapter, heads[0], samples, groups)
+            self._held[first] = catch_samples(transformer, adapter, heads[0], samples, groups, workspace.hold)
             return
         flat = [call for branches in samples for call in branches]
         caught = each_catch(transformer, adapter, [first, *later], flat, store_device="cpu")
         for branches in samples:
             found, group = [next(caught) for _ in branches], _group(branches, groups)
-            _append(self._held[first], one_batch([calls[first] for calls in found]), group)
+            _append(self._held[first], one_batch([calls[first] for calls in found]), group, workspace.hold)
             for index in later:
                 for call in one_batch([calls[index] for calls in found]):
                     number = self._waiting.get(index, 0)
@@ -135,7 +138,7 @@ class SegmentStarts:
             stored = self.workspace.read_tensors(file)
             assert stored is not None
             call = BlockCall.unflatten(*stored)
-            _append(calls, [call], call.group)
+            _append(calls, [call], call.group, self.workspace.hold)
             self.workspace.remove(file)
         return calls
 
@@ -153,9 +156,10 @@ def _group(branches: Sample, groups: StepGroups | None) -> int | None:
     return None if groups is None else groups.group(branches[0].get(ARGUMENT))
 
 
-def _append(calls: Calls, more: Calls, group: int | None) -> None:
+def _append(calls: Calls, more: Calls, group: int | None, hold: Hold) -> None:
     for call in more:
         call = replace(call.to(dtype=torch.float32), group=group)
+        call = call.with_streams({name: hold(stream) for name, stream in call.streams.items()})
         calls.append(_sharing(call, calls[-1]) if calls else call)
 
 

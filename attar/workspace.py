@@ -27,6 +27,7 @@ from torch import Tensor
 from attar import ranks
 from attar.errors import AttarError, reason
 from attar.files import check_writable, passing, writing
+from attar.memory import hold
 
 FORMAT = 1
 LOCK = ".lock"
@@ -123,6 +124,10 @@ class Workspace:
             raise AttarError(
                 f"the file is damaged ({reason(error)})", where=str(path), fix="Delete it and run again"
             ) from error
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU, in a file of the folder where memory is getting short (`memory.hold`)."""
+        return hold(tensor, self.folder)
 
     def has(self, name: str) -> bool:
         return (self.folder / name).is_file()

@@ -39,7 +39,8 @@ CONDUCTING = {
 ALLOWED = {
     "losses": set(),
     "runtime": set(),
-    "models": {"runtime"},
+    "memory": set(),
+    "models": {"memory", "runtime"},
     "ranks": set(),
     "calibration": {"models", "losses", "ranks"},
     "quantize": {"models", "losses", "ranks", "runtime"},
@@ -76,7 +77,7 @@ ALLOWED = {
         "recipe",
         "workspace",
     },
-    "workspace": {"ranks"},
+    "workspace": {"memory", "ranks"},
     "identity": {"models"},
     "progress": set(),
     "assemble": {"models", "runtime", "stored", "workspace"},

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from attar.memory import free_memory
 from attar.models.shards import Shards
 from attar.models.source import Source, default_dtype, load_pipeline
 from attar.models.streamed import not_streamable, streamed_pipeline
@@ -69,11 +68,4 @@ def free_bytes(device: str) -> int:
     """Memory that can be had on a device: of the GPU, or of the machine within the limits of its container."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    return free_memory()
