@@ -32,8 +32,8 @@ class Arithmetic:
     def of(cls, model: nn.Module, precision: str | None = None) -> Arithmetic:
         """precision: None takes bfloat16 for a model that is held in 16 bits on a GPU, else float32."""
         device = weights_of(model).device
-        first = next((p for p in model.parameters() if p.is_floating_point()), None)
-        small = first is not None and first.dtype in (torch.bfloat16, torch.float16)
+        # a model in 16 bits may keep some parameters in float32: of Wan the first one is such
+        small = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
         return cls(precision or default_precision(device.type, small), device)
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:

@@ -1,5 +1,7 @@
 """Blocks that compute in bfloat16 while they are calibrated, and what does not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import tiny
@@ -47,6 +49,16 @@ def test_what_a_model_is_held_in_decides():
     assert Arithmetic.of(model).precision == "float32"
     assert Arithmetic.of(model.bfloat16()).precision == "float32"
     assert Arithmetic.of(model, "bfloat16").precision == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_parameters_that_stay_in_float32_do_not_decide(name, tmp_path):
+    tiny.MODELS[name][0]().save_pretrained(tmp_path)
+    kind = type(tiny.MODELS[name][0]())
+    for dtype, expected in ((torch.bfloat16, "bfloat16"), (torch.float16, "bfloat16"), (None, "float32")):
+        model = kind.from_pretrained(tmp_path, torch_dtype=dtype)
+        model.attar_weights = SimpleNamespace(device=torch.device("cuda:1"))
+        assert Arithmetic.of(model).precision == expected
 
 
 def test_a_function_that_computes_so():
