@@ -40,7 +40,8 @@ class Arithmetic:
         """Inside, whatever is called computes so."""
         if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        # a parameter that is cast once for all its uses would add up their gradients in bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def run(self, block: nn.Module, call: BlockCall, outputs: tuple[str | None, ...]) -> dict[str, Tensor]:
         """`run_block` on that device; streams of float32."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from attar.models.arithmetic import Arithmetic
 from attar.quantize import recompute
 from attar.quantize.learned_codes import LearnedCodes
 from attar.quantize.linear import QuantizedLinear
@@ -62,6 +63,23 @@ def test_pieces_differ_by_the_order_of_sums(kind, monkeypatch):
     assert pieces["output"].shape == (2, 9, OUT)
     for name, value in whole.items():
         assert torch.allclose(value, pieces[name], rtol=1e-4, atol=1e-4 * value.abs().max().item()), name
+
+
+def test_gradients_of_pieces_are_not_added_up_in_bfloat16(monkeypatch):
+    layer, x = layer_of("branch"), torch.randn(4096, D) + 0.5
+
+    def of_branch(precision):
+        layer.zero_grad()
+        with Arithmetic(precision, "cpu")():
+            y = layer(x)
+        (y.float() * torch.linspace(0, 1, OUT)).square().mean().backward()
+        return [part.grad.clone() for part in layer.branch_parameters()]
+
+    monkeypatch.setattr(recompute, "LEAST", 1)
+    exact, whole = of_branch("float32"), of_branch("bfloat16")
+    monkeypatch.setattr(recompute, "PIECE", 16 * D)  # 256 pieces
+    for full, once, added in zip(exact, whole, of_branch("bfloat16"), strict=True):
+        assert (added - full).norm() < 1.5 * (once - full).norm()
 
 
 def test_a_layer_keeps_its_input_and_its_weight_alone(monkeypatch):
