@@ -14,7 +14,7 @@ from attar.forecast.latency import predict_latency
 from attar.models.adapter import ModelAdapter
 from attar.models.arithmetic import default_precision
 from attar.quantize.plan import LayerPlan
-from attar.quantize.recompute import PIECE
+from attar.quantize.recompute import LEAST, PIECE
 from attar.recipe import Recipe
 from attar.settings import block_settings
 
@@ -33,13 +33,14 @@ GPTQ_COLUMN = 3e-4
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Seconds of one block: done once, one forward of a sample, one training step of a sample; and the bytes that a
-    training step keeps for its backward pass, or computes anew in it."""
+    """Seconds of one block: done once, one forward of a sample, one training step of a sample; the bytes that a
+    training step keeps for its backward pass, and those that it computes anew in it, for one layer at a time."""
 
     once: float
     forward: float
     epoch: float
     saved: float
+    anew: float
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,18 @@ def finetune_seconds(blocks: Iterable[BlockCost], samples: int, recipe: Recipe) 
 
 
 def finetune_memory(
-    model: float, transformers: Iterable[nn.Module], recipe: Recipe, saved: float
+    model: float, transformers: Iterable[nn.Module], recipe: Recipe, blocks: Iterable[BlockCost]
 ) -> CalibrationMemory:
     """Peak bytes while a whole model is trained: its weights in float32, and where they are trained a copy of each, its
-    gradient and two moments; `saved` bytes that one sample keeps for its backward pass through all blocks."""
+    gradient and two moments; what each sample keeps for its backward pass through all blocks, and what one layer at a
+    time computes anew."""
     assert recipe.finetune is not None
     count = max(sum(p.numel() for p in part.parameters()) for part in transformers)
     trained = 4 if recipe.finetune.weight_lr else 0
-    return CalibrationMemory(model + 4 * count * (1 + trained) + recipe.finetune.batch_size * saved, 0.0)
+    known = list(blocks)
+    kept = recipe.finetune.batch_size * sum(b.saved for b in known)
+    anew = max((b.anew for b in known), default=0.0)
+    return CalibrationMemory(model + 4 * count * (1 + trained) + kept + anew, 0.0)
 
 
 def allocation_seconds(
@@ -139,22 +144,22 @@ def block_costs(
             work = sum(2.0 * p.in_features**2 * (p.in_features + p.out_features) for p in calibrated)
             once = work / (hardware.rate("fp32") * hardware.efficiency["gemm"])
             once += GPTQ_COLUMN * sum(p.in_features for p in calibrated)
-        epoch = saved = 0.0
+        epoch = saved = anew = 0.0
         if learns:
             written = sum(o.written for o in block.operations)
             weights = sum(p.in_features * p.out_features for _, p in planned)
             moved = MOVED_WRITTEN * written + MOVED_WEIGHTS * weights
             epoch = STEP_FORWARDS * forward + moved / (hardware.bandwidth * hardware.efficiency["bandwidth"])
             saved = KEPT_WRITTEN * written + 4.0 * weights
-            saved += max((computed_anew(p, o.rows) for o, p in planned), default=0.0)
-        costs.append(BlockCost(once, forward, epoch, saved))
+            anew = max((computed_anew(p, o.rows) for o, p in planned), default=0.0)
+        costs.append(BlockCost(once, forward, epoch, saved, anew))
     return costs
 
 
 def computed_anew(plan: LayerPlan, rows: int) -> float:
     """Bytes that the backward pass of one layer computes anew, for that many rows of its input."""
-    numbers = min(rows * plan.in_features, PIECE) + plan.in_features * plan.out_features
-    return 4.0 * ANEW * numbers
+    inputs, weights = rows * plan.in_features, plan.in_features * plan.out_features
+    return 4.0 * ANEW * (min(inputs, PIECE) * (inputs >= LEAST) + weights * (weights >= LEAST))
 
 
 def while_learned(counts: Counts, precision: str) -> Counts:
@@ -203,30 +208,27 @@ def forecast_calibration(
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
     precision = recipe.precision or default_precision("cpu" if hardware.name == "cpu" else "gpu", True)
-    learn = allocating = saved = whole = streams = constants = 0.0
+    learn = allocating = saved = trained = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}
         costs = block_costs(counted, known, recipe, hardware, precision)
         if recipe.finetune is not None:
             learn += finetune_seconds(costs, traced.prompts * (traced.steps or steps), recipe)
-            whole = max(whole, sum(c.saved for c in costs))
+            trained = max(trained, finetune_memory(model, transformers, recipe, costs).device)
         if chosen:
             learn += learning_seconds(costs, chosen, settings.epochs)
         for block, cost in zip(counted.blocks, costs, strict=True):
             inside = {path: plan for path, plan in known.items() if path.startswith(f"{block}.")}
             allocating += allocation_seconds(cost, inside, recipe, step_seconds)
-        saved = max([saved, *(c.saved for c in costs)])
+        saved = max([saved, *(c.saved + c.anew for c in costs)])
         for traffic in counted.blocks.values():  # bfloat16 counted, float32 held
             streams = max(streams, 2.0 * traffic.outputs)
             constants = max(constants, 2.0 * max(0, traffic.inputs - traffic.outputs))
     held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
     memory = calibration_memory(model, transformers, recipe, held, streams, constants, saved)
-    streamed = (
-        memory.device - model if recipe.finetune is None else None
-    )  # a whole model is trained in memory
-    if recipe.finetune is not None:
-        trained = finetune_memory(model, transformers, recipe, whole)
-        memory = CalibrationMemory(max(memory.device, trained.device), memory.host)
+    # a whole model is trained in memory
+    streamed = memory.device - model if recipe.finetune is None else None
+    memory = CalibrationMemory(max(memory.device, trained), memory.host)
     trace = traced.prompts * (traced.steps or steps) * step_seconds
     return {
         "trace_seconds": trace,

@@ -33,10 +33,12 @@ from attar.models.arithmetic import Arithmetic
 from attar.models.block import BlockCall, bind
 from attar.models.calls import conditioning, latents_only
 from attar.models.source import Source, stored_dtypes
+from attar.models.tree import tokens_of
 from attar.models.weights import weights_of
 from attar.planning import plan_components
 from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.plan import LayerPlan
+from attar.quantize.recompute import LEAST
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.recipe import Recipe
 from attar.samples import catch_samples
@@ -143,7 +145,7 @@ def _time_and_memory(
         held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
         memory = calibration_memory(
             resident, components.values(), recipe, held * len(samples),
-            _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved,
+            _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved + cost.anew,
         )  # fmt: skip
         peaks.append(memory.device + memory.host)
         if planned:
@@ -151,7 +153,7 @@ def _time_and_memory(
             measured.append(f"one {what} of {name}.{block.name} ({seconds:.3g} s)")
     if recipe.finetune is not None:
         learn += finetune_seconds(costs, len(prompts) * steps, recipe)
-        memory = finetune_memory(resident, components.values(), recipe, sum(c.saved for c in costs))
+        memory = finetune_memory(resident, components.values(), recipe, costs)
         peaks.append(memory.device + memory.host)
     tracing = len(prompts) * steps * step_seconds
     return {
@@ -258,9 +260,13 @@ def _measure_block(
     total(0)
     once, forward = total(0)
     epoch = max(0.0, total(2)[0] - total(1)[0]) if settings.epochs else 0.0
-    rows = max(stream.shape[:-1].numel() for stream in call.streams.values())
-    anew = max((computed_anew(plan, rows) for plan in plans.values()), default=0.0)
-    return BlockCost(once, forward, epoch, saved + anew if settings.epochs else 0.0)
+    if not settings.epochs:
+        return BlockCost(once, forward, epoch, 0.0, 0.0)
+    rows = max(tokens_of(stream).shape[:-1].numel() for stream in call.streams.values())
+    anew = [computed_anew(plan, rows) for plan in plans.values()]
+    # such layers keep their rounded weight where no hook sees it
+    kept = sum(4.0 * p.in_features * p.out_features for p in plans.values() if rows * p.in_features >= LEAST)
+    return BlockCost(once, forward, epoch, saved + kept, max(anew, default=0.0))
 
 
 def _bytes(value: Any) -> int:

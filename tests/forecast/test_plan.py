@@ -9,6 +9,7 @@ import pytest
 from support import pipelines
 from support.shapes import architecture
 
+from attar.forecast.calibration import BlockCost, finetune_memory
 from attar.forecast.hardware import find_hardware
 from attar.forecast.plan import plan_model, size_for
 from attar.recipe import load_recipe
@@ -130,6 +131,17 @@ def test_blocks_are_learned_in_the_precision_of_the_model():
     assert exact["learn_seconds"] > 3 * usual["learn_seconds"]
     assert exact["device"] > usual["device"] > usual["streamed"] > 0
     assert planned("wan-1.3b", recipe="efficientdm")["calibration"]["streamed"] is None
+
+
+def test_what_is_computed_anew_is_there_once():
+    recipe = load_recipe("efficientdm", {"finetune.batch_size": 3})
+    transformers = architecture("digits-video").transformers.values()
+
+    def device(*blocks):
+        return finetune_memory(0.0, transformers, recipe, blocks).device
+
+    small, large = BlockCost(0.0, 0.0, 0.0, 10.0, 100.0), BlockCost(0.0, 0.0, 0.0, 20.0, 500.0)
+    assert device(small, large, small) - device() == 3 * 40 + 500
 
 
 def test_a_budget_is_presumed(cli):
