@@ -232,6 +232,8 @@ class ComponentJob(Job):
             "stopped": None if learning is None else learning.stopped,
             "attention": masses,
         }
+        # a job may go on on another device; what is not said was float32
+        result |= {} if self.arithmetic.precision == "float32" else {"precision": self.arithmetic.precision}
         result |= {"rotations": outcome.rotations} if outcome.rotations else {}
         if outcome.rounding is not None:
             result["rounding_loss"] = [outcome.rounding.error_before, *outcome.rounding.history]

@@ -55,8 +55,8 @@ class Recipe(Stage):
     text_encoder: TextEncoder | None = None
     precision: Literal["float32", "bfloat16"] | None = Field(
         default=None,
-        description="of products and attention while blocks are measured and learned; default: bfloat16 for a model "
-        "in 16 bits on a GPU, else float32",
+        description="of products and attention while blocks, or the whole model, are measured and learned; default: "
+        "bfloat16 for a model in 16 bits on a GPU, else float32",
     )
 
     @model_serializer(mode="wrap")

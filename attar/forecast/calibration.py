@@ -207,7 +207,7 @@ def forecast_calibration(
         return {**nothing, "precision": None, **vars(memory), "streamed": streamed.device}
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
-    precision = recipe.precision or default_precision("cpu" if hardware.name == "cpu" else "gpu", True)
+    precision = recipe.precision or default_precision("cpu" if hardware.name == "cpu" else "cuda", True)
     learn = allocating = saved = trained = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}

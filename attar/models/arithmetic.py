@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attar.errors import AttarError
 from attar.models.block import BlockCall, run_block
 from attar.models.tree import map_tensors
 from attar.models.weights import weights_of
@@ -19,21 +20,26 @@ PRECISIONS = ("float32", "bfloat16")
 class Arithmetic:
     """How calls of a model and of its blocks compute.
 
-    bfloat16 is torch's autocast: products, convolutions and attention take bfloat16 and add up in float32, norms and
-    sums stay as they are. Rounding, transforms and statistics leave it (`runtime.autocast`), so that codes are
-    those of float32 inputs. Whatever computes, results are float32.
+    bfloat16 is torch's autocast: products, convolutions and attention take bfloat16 and add up in float32; what else
+    does, torch says for each kind of device. Rounding, transforms and statistics leave it (`runtime.autocast`), so that
+    codes are those of float32 inputs. Whatever computes, results are float32.
     """
 
     def __init__(self, precision: str, device: torch.device | str) -> None:
-        """precision: one of `PRECISIONS`. device: of the tensors."""
+        """precision: one of `PRECISIONS`, else an AttarError. device: of the tensors."""
+        if precision not in PRECISIONS:
+            raise AttarError(f"unknown precision {precision!r}", fix=f"Use one of {', '.join(PRECISIONS)}")
         self.precision, self.device = precision, torch.device(device)
 
     @classmethod
     def of(cls, model: nn.Module, precision: str | None = None) -> Arithmetic:
-        """precision: None takes bfloat16 for a model that is held in 16 bits on a GPU, else float32."""
+        """precision: None takes bfloat16 for a model that is held in 16 bits on a GPU that computes in it, else
+        float32."""
         device = weights_of(model).device
         # a model in 16 bits may keep some parameters in float32: of Wan the first one is such
         small = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            small = False
         return cls(precision or default_precision(device.type, small), device)
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
@@ -62,4 +68,4 @@ class Arithmetic:
 
 def default_precision(device: str, small: bool) -> str:
     """Where nothing else is asked for. device: its kind. small: whether the model is held in 16 bits."""
-    return "bfloat16" if device != "cpu" and small else "float32"
+    return "bfloat16" if device == "cuda" and small else "float32"

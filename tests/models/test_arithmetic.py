@@ -8,6 +8,7 @@ from support import tiny
 from torch import nn
 
 from attar.calibration.catch import catch_block_calls
+from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter
 from attar.models.arithmetic import Arithmetic, default_precision
 from attar.models.attention_mass import attention_mass, column_mass
@@ -52,13 +53,28 @@ def test_what_a_model_is_held_in_decides():
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
-def test_parameters_that_stay_in_float32_do_not_decide(name, tmp_path):
+def test_parameters_that_stay_in_float32_do_not_decide(name, tmp_path, monkeypatch):
     tiny.MODELS[name][0]().save_pretrained(tmp_path)
     kind = type(tiny.MODELS[name][0]())
     for dtype, expected in ((torch.bfloat16, "bfloat16"), (torch.float16, "bfloat16"), (None, "float32")):
         model = kind.from_pretrained(tmp_path, torch_dtype=dtype)
         model.attar_weights = SimpleNamespace(device=torch.device("cuda:1"))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
         assert Arithmetic.of(model).precision == expected
+
+
+def test_a_gpu_has_to_compute_in_bfloat16(monkeypatch):
+    model = nn.Linear(2, 2).half()
+    model.attar_weights = SimpleNamespace(device=torch.device("cuda:0"))
+    for able in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        assert Arithmetic.of(model).precision == ("bfloat16" if able else "float32")
+        assert Arithmetic.of(model, "bfloat16").precision == "bfloat16"
+
+
+def test_an_unknown_precision_is_an_error():
+    with pytest.raises(AttarError, match="unknown precision 'bf16'"):
+        Arithmetic("bf16", "cpu")
 
 
 def test_a_function_that_computes_so():
