@@ -5,7 +5,8 @@
 
 One block with random weights learns by the recipe `attar` at W4A6, a process for each row. Seconds are process time:
 of one forward of the block as it is, and of one optimizer step of one sample. "kept" is what the backward pass keeps,
-every storage once, without rounded weights that a layer holds by itself; "peak" is by how much the memory of the process grew over what it had before the first step.
+every storage once, without rounded weights that a layer holds by itself; "peak" is by how much the memory of the
+process grew over what it had before the first step.
 """
 
 from __future__ import annotations
