@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -218,7 +218,7 @@ class ComponentJob(Job):
         full = following = [call.with_streams(t) for call, t in zip(full, targets, strict=True)]
         if self.propagates:
             with torch.no_grad():
-                following = [call.with_streams(self._held(runner(call))) for call in quantized]
+                following = [call.with_streams(self.workspace.hold(runner(call))) for call in quantized]
         give_types(module, dtypes)
         for name, layer in outcome.layers.items():
             layer.to(dtypes.get(f"{name}.weight", layer.compute_dtype))  # with a branch, which is new
@@ -232,8 +232,7 @@ class ComponentJob(Job):
             "stopped": None if learning is None else learning.stopped,
             "attention": masses,
         }
-        # a job may go on on another device; what is not said was float32
-        result |= {} if self.arithmetic.precision == "float32" else {"precision": self.arithmetic.precision}
+        result |= self.arithmetic.evidence
         result |= {"rotations": outcome.rotations} if outcome.rotations else {}
         if outcome.rounding is not None:
             result["rounding_loss"] = [outcome.rounding.error_before, *outcome.rounding.history]
@@ -254,13 +253,17 @@ class ComponentJob(Job):
         learned = self.recipe.reconstruct
         if learned is None or not learned.epochs or learned.loss != "token_weighted":
             with evaluating(block.module):
-                outputs = [self._held(self.arithmetic.run(block.module, c, block.outputs)) for c in calls]
+                outputs = [
+                    self.workspace.hold(self.arithmetic.run(block.module, c, block.outputs)) for c in calls
+                ]
             return outputs, None, None
         targets, contexts, shares = [], [], []
         with evaluating(block.module):
             for call in calls:
                 with attention_mass(self.adapter, block) as mass:
-                    targets.append(self._held(self.arithmetic.run(block.module, call, block.outputs)))
+                    targets.append(
+                        self.workspace.hold(self.arithmetic.run(block.module, call, block.outputs))
+                    )
                 found = mass.per_stream()
                 options = {
                     "low": learned.lambda_min,
@@ -298,6 +301,3 @@ class ComponentJob(Job):
 
     def _boundary(self, index: int) -> str:
         return f"{self.name}/boundary-{index:03d}.safetensors"
-
-    def _held(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.workspace.hold(tensor) for name, tensor in streams.items()}

@@ -145,7 +145,7 @@ class _WholeModel(Job):
         return {
             "steps": whole.steps, "samples": len(samples), "history": tuner.history,
             "error_before": before, "error_after": after_all,
-            **({} if self.arithmetic.precision == "float32" else {"precision": self.arithmetic.precision}),
+            **self.arithmetic.evidence,
         }  # fmt: skip
 
     def forward(self, call: BlockCall) -> dict[str, Tensor]:

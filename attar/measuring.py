@@ -282,10 +282,7 @@ class Measuring:
                     module = copy.deepcopy(block.module).float().requires_grad_(False).eval()
                 run = partial(self._run, block, module)
                 with torch.no_grad():
-                    targets = [
-                        {name: self.workspace.hold(stream) for name, stream in run(call).items()}
-                        for call in calls
-                    ]
+                    targets = [self.workspace.hold(run(call)) for call in calls]
                 if block.index >= first:
                     yield _Open(block, module, run, calls, targets)
                 calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]

@@ -14,6 +14,7 @@ from attar.errors import AttarError, reason
 
 SMALL = 1 << 20  # bytes of a tensor that is not worth a file
 RESERVE = 0.2  # of the memory that there is, for everything else
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def total_memory() -> int:
@@ -32,9 +33,6 @@ def free_memory() -> int:
     stat = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
     kept = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
     return min(free, max(0, limit - used + kept))
-
-
-_GROUP = Path("/sys/fs/cgroup")
 
 
 def _group_limit() -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from attar.runtime.step_groups import ARGUMENT, StepGroups
 from attar.workspace import Workspace
 
 Calls = list[BlockCall]
-Hold = Callable[[Tensor], Tensor]
+Hold = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Sample = list[dict[str, Any]]  # the calls of the model in one denoising step, one for each branch
 
 
@@ -67,9 +67,9 @@ def catch_samples(
     block: Block,
     samples: list[Sample],
     groups: StepGroups | None = None,
-    hold: Hold = Tensor.cpu,
+    hold: Hold = dict,
 ) -> Calls:
-    """The block's inputs for every sample, in float32 on the CPU. hold: keeps a stream there.
+    """The block's inputs for every sample, in float32 on the CPU. hold: keeps its streams there.
 
     Guidance branches become one batch; where their shapes differ (texts of unequal length) each branch is a sample
     of its own. Constants that are equal in consecutive samples are held once. groups: of steps, one of which each call
@@ -159,7 +159,7 @@ def _group(branches: Sample, groups: StepGroups | None) -> int | None:
 def _append(calls: Calls, more: Calls, group: int | None, hold: Hold) -> None:
     for call in more:
         call = replace(call.to(dtype=torch.float32), group=group)
-        call = call.with_streams({name: hold(stream) for name, stream in call.streams.items()})
+        call = call.with_streams(hold(call.streams))
         calls.append(_sharing(call, calls[-1]) if calls else call)
 
 

@@ -125,9 +125,9 @@ class Workspace:
                 f"the file is damaged ({reason(error)})", where=str(path), fix="Delete it and run again"
             ) from error
 
-    def hold(self, tensor: Tensor) -> Tensor:
-        """The tensor on the CPU, in a file of the folder where memory is getting short (`memory.hold`)."""
-        return hold(tensor, self.folder)
+    def hold(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The streams on the CPU, in files of the folder where memory is getting short (`memory.hold`)."""
+        return {name: hold(stream, self.folder) for name, stream in streams.items()}
 
     def has(self, name: str) -> bool:
         return (self.folder / name).is_file()

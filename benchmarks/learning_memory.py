@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -108,9 +107,7 @@ def main() -> None:
         for how in ("kept", "anew"):
             size = ("--shape", given.shape, "--tokens", str(given.tokens))
             command = [sys.executable, "-m", "benchmarks.learning_memory", *size, "--row", precision, how]
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ)
-            )
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             title = f"{precision}, {'computed anew' if how == 'anew' else 'all kept'}"
             print(

@@ -203,8 +203,7 @@ def forecast_calibration(
     if traced is None:
         memory = calibration_memory(model, transformers, recipe)
         nothing = dict.fromkeys(("trace_seconds", "allocate_seconds", "learn_seconds"), 0.0)
-        streamed = calibration_memory(0.0, transformers, recipe)
-        return {**nothing, "precision": None, **vars(memory), "streamed": streamed.device}
+        return {**nothing, "precision": None, **vars(memory), "streamed": memory.device - model}
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
     precision = recipe.precision or default_precision("cpu" if hardware.name == "cpu" else "cuda", True)

@@ -42,6 +42,11 @@ class Arithmetic:
             small = False
         return cls(precision or default_precision(device.type, small), device)
 
+    @property
+    def evidence(self) -> dict[str, str]:
+        """{"precision": …}, for what it made: a job may go on on another device. What does not say was float32."""
+        return {} if self.precision == "float32" else {"precision": self.precision}
+
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, whatever is called computes so."""
         if self.precision == "float32":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from attar.quantize.recompute import recomputed, recomputed_by_rows
 from attar.quantize.terms import LowRankTerm
 from attar.quantize.transforms import LearnedTransform, Matrices
 from attar.quantize.weights import Grid, WeightQuantizer
-from attar.runtime.autocast import autocasts, full_precision
+from attar.runtime.autocast import as_linear, full_precision
 from attar.runtime.formats import check_format, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
@@ -176,16 +177,10 @@ class QuantizedLinear(GroupedActs, nn.Module):
             return self._forward_frozen(x, self._frozen)
         with full_precision(x.device):
             matrices, weight, bias = self._evaluated()
-
-        def rows(x: Tensor) -> Tensor:
-            with full_precision(x.device):
-                y = self._transform(x, matrices)
-                act_bits = self.act_bits_now() if self.act_quant else None
-                if act_bits is not None:
-                    y = fake_quantize_tokens(y, act_bits, self._act_clip(), self.act_format)
-            return self._linear(y, weight, bias, x)
-
-        return recomputed_by_rows(rows, x)
+            clip = self._act_clip()
+        transform = partial(self._transform, matrices=matrices)
+        act_bits = self.act_bits_now() if self.act_quant else None
+        return self._by_rows(x, transform, act_bits, clip, weight, bias)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x̃ = (x - z) T: what the quantizer sees, and what GPTQ's Hessian is made of."""
@@ -255,11 +250,31 @@ class QuantizedLinear(GroupedActs, nn.Module):
             x = transform(x, m)
         return x
 
+    def _by_rows(
+        self,
+        x: Tensor,
+        transform: Callable[[Tensor], Tensor],
+        act_bits: int | None,
+        clip: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The layer with what is given: all that is differentiable, in memory for a piece of the rows at a time."""
+
+        def rows(x: Tensor) -> Tensor:
+            with full_precision(x.device):
+                y = transform(x)
+                if act_bits is not None:
+                    y = fake_quantize_tokens(y, act_bits, clip, self.act_format)
+            return self._linear(y, weight, bias, x)
+
+        return recomputed_by_rows(rows, x)
+
     def _linear(self, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The quantized input y times the weight, and the branch on the input x as it came; as a linear, in x's dtype
         or in that of autocast."""
-        z = F.linear(y, weight, None if bias is None else bias.to(weight.dtype))
-        z = z if autocasts(x.device) else z.to(x.dtype)
+        weight = weight.to(y.dtype)
+        z = as_linear(F.linear(y, weight, None if bias is None else bias.to(weight.dtype)), x)
         branch = self._branch()
         if branch is None:
             return z
@@ -341,16 +356,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
     def forward_with(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer with another weight W̃ (out, in), differentiable in it and in x."""
         frozen = self._fixed()
-
-        def rows(x: Tensor) -> Tensor:
-            with full_precision(x.device):
-                y = self.transform_input(x)
-                act_bits = self.act_bits_now()
-                if act_bits is not None:
-                    y = fake_quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
-            return self._linear(y, weight.to(y.dtype), frozen.bias, x)
-
-        return recomputed_by_rows(rows, x)
+        act_bits = self.act_bits_now()
+        return self._by_rows(x, self.transform_input, act_bits, frozen.act_clip, weight, frozen.bias)
 
     def _fixed(self) -> _Frozen:
         if self._frozen is None:
@@ -395,7 +402,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
             if act_bits is not None:
                 codes, scale = quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
                 y = decode(codes, self.act_format, act_bits) * scale
-        return self._linear(y, frozen.weight.to(y.dtype), frozen.bias, x)
+        return self._linear(y, frozen.weight, frozen.bias, x)
 
     def extra_repr(self) -> str:
         bits = "/".join(map(str, self.act_groups or (self.act_bits,)))

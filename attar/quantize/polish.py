@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attar.quantize.formats import fake_quantize_tokens
 from attar.quantize.recompute import recomputed_by_rows
-from attar.runtime.autocast import autocasts, full_precision
+from attar.runtime.autocast import as_linear, full_precision
 from attar.runtime.formats import wide
 from attar.runtime.layers import PackedLinear
 
@@ -47,8 +47,7 @@ class ScaledCodes(nn.Module):
                 y = transform(y)
             if packed.act_bits is not None:
                 y = fake_quantize_tokens(y, packed.act_bits, self.clip, packed.act_format)
-        z = F.linear(y, weight.to(y.dtype), self.bias)
-        z = z if autocasts(x.device) else z.to(x.dtype)
+        z = as_linear(F.linear(y, weight.to(y.dtype), self.bias), x)
         if packed.low_rank_in is None or packed.low_rank_out is None:
             return z
         return z + F.linear(F.linear(x, packed.low_rank_in.to(x.dtype)), packed.low_rank_out.to(x.dtype))
