@@ -25,6 +25,7 @@ from attar.candidates import (
     act_options,
     bits_of,
     choose,
+    choose_inside,
     chosen_options,
     layers_of,
     plan_options,
@@ -39,6 +40,12 @@ from attar.workspace import Workspace
 
 PLAN = "plan.yaml"
 RESULT = "allocation.json"
+SAME = Budget.parse("same")
+ERRORS_OF = {
+    "block": "the blocks' outputs",
+    "latents": "the final latents, added up over the steps",
+    "metrics": "the final latents, added up over the steps; inside each group by what its metric sees of them",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Allocation:
     that were chosen for. sensitivity: component -> layer -> bits -> error. blocks: component -> [block, predicted
     error, measured error]. objective: see `Allocate`; errors are relative to the final latents, or to a block's own
     update. influence: component -> block -> what its weights' error is multiplied with.
+    metrics: component -> layer -> the metric that decided inside its group; {} where one error decides.
     acts, act_sensitivity, mean_act_bits: of the activations, where these were chosen too, the mean over
     multiplications. With groups of steps, bits are a list where the groups differ, and each error is a list: what that
     of each group comes to.
@@ -71,6 +79,7 @@ class Allocation:
     acts: ActBits = field(default_factory=dict)
     act_sensitivity: dict[str, dict[str, dict[str, float | list[float]]]] = field(default_factory=dict)
     mean_act_bits: float | None = None
+    metrics: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with these bits in the place of its budget."""
@@ -79,7 +88,7 @@ class Allocation:
     def summary(self) -> str:
         """One line for people."""
         acts = "" if self.mean_act_bits is None else f", activations {self.mean_act_bits:.3f}"
-        what = "error of the final latents" if self.objective == "latents" else "summed block error"
+        what = "summed block error" if self.objective == "block" else "error of the final latents"
         text = (
             f"{self.budget}: {self.mean_bits:.3f} bits on average{acts}, linears {self.ratio:.4f}x of bfloat16, "
             f"{what} {self.predicted_error:.4g} predicted, {self.measured_error:.4g} measured block by block"
@@ -116,13 +125,23 @@ def allocate(
         part.measure(progress)
     measured = {name: part.sensitivity() for name, part in parts.items()}
     layers = layers_of(options, measured, recipe)
-    taken = choose(layers, Budget.parse(recipe.allocate.budget), recipe.quantize.weights)
+    budget = Budget.parse(recipe.allocate.budget)
+    taken = choose(layers, budget, recipe.quantize.weights)
+    metrics = {name: part.metrics() for name, part in parts.items() if part.by_metrics}
+    groups = {f"{name}.{path}": metric for name, of in metrics.items() for path, metric in of.items()}
+    if metrics:
+        seen = layers_of(options, {name: part.seen() for name, part in parts.items()}, recipe)
+        taken = choose_inside(layers, taken, seen, groups, budget.at(recipe.quantize.weights))
     bits = bits_of(options, layers, taken)
     of_acts = {name: part.act_sensitivity() for name, part in parts.items()}
     counts = {name: part.multiplications() for name, part in parts.items()}
     steps = {name: part.steps for name, part in parts.items()}
     act_layers = act_layers_of(act_plans, of_acts, counts, steps, recipe)
-    act_taken = choose(act_layers, Budget.parse("same"), recipe.mean_acts) if act_layers else []
+    act_taken = choose(act_layers, SAME, recipe.mean_acts) if act_layers else []
+    if act_layers and metrics:
+        of_acts_seen = {name: part.acts_seen() for name, part in parts.items()}
+        act_seen = act_layers_of(act_plans, of_acts_seen, counts, steps, recipe)
+        act_taken = choose_inside(act_layers, act_taken, act_seen, groups, SAME.at(recipe.mean_acts))
     acts = act_bits_of(act_plans, act_layers, act_taken)
     chosen = {layer.name: candidate.error for layer, candidate in zip(layers, taken, strict=True)}
     uniform = [layer.uniform.error for layer in layers]
@@ -141,9 +160,9 @@ def allocate(
         math.fsum(uniform), math.fsum(e for f in errors.values() for _, e in f),
         bits, {name: _texts(found) for name, found in measured.items()},
         {name: _beside(name, found, chosen) for name, found in errors.items()},
-        "latents" if followed else "block", {name: part.influence() for name, part in parts.items()},
+        recipe.allocate.objective, {name: part.influence() for name, part in parts.items()},
         acts, {name: _act_texts(found) for name, found in of_acts.items() if found and found[0]},
-        round(mean_bits(act_layers, act_taken), 6) if act_layers else None,
+        round(mean_bits(act_layers, act_taken), 6) if act_layers else None, metrics,
     )  # fmt: skip
     if ranks.is_first():
         write_plan(workspace.folder / PLAN, describe(result, components, recipe, final))
@@ -176,34 +195,37 @@ def describe(
         "mean_bits": round(allocation.mean_bits, 4),
         "mean_act_bits": allocation.mean_act_bits,
         "linears_against_bf16": round(allocation.ratio, 4),
-        "errors_of": "the final latents, added up over the steps"
-        if allocation.objective == "latents"
-        else "the blocks' outputs",
+        "errors_of": ERRORS_OF[allocation.objective],
         "predicted_error": float(f"{allocation.predicted_error:.4g}"),
         "measured_error": float(f"{allocation.measured_error:.4g}"),
         "error_with_the_recipes_bits": float(f"{allocation.uniform_error:.4g}"),
     }
     rows = {}
     for name, layers in chosen_options(allocation.bits, allocation.acts).items():
-        known = {plan.name: plan for plan in plans[name]}
+        known, metrics = {plan.name: plan for plan in plans[name]}, allocation.metrics.get(name, {})
         errors = [
             ("error", allocation.sensitivity.get(name, {})),
             ("acts", allocation.act_sensitivity.get(name, {})),
         ]
-        rows[name] = [(k, options, _comment(known[k], errors)) for k, options in layers.items()]
+        rows[name] = [
+            (k, options, _comment(known[k], metrics.get(k), errors)) for k, options in layers.items()
+        ]
     said = {key: value for key, value in chosen.items() if value is not None}
     return plan_text(model_identity(components), said, rows)
 
 
 def _comment(
-    plan: LayerPlan, errors: Sequence[tuple[str, Mapping[str, Mapping[str, float | list[float]]]]]
+    plan: LayerPlan,
+    metric: str | None,
+    errors: Sequence[tuple[str, Mapping[str, Mapping[str, float | list[float]]]]],
 ) -> str:
     figures = [
         f"{what} " + ", ".join(f"{bits}: {_figure(error)}" for bits, error in known[plan.name].items())
         for what, known in errors
         if plan.name in known
     ]
-    return f"{plan.role}, {plan.in_features} x {plan.out_features}; {'; '.join(figures)}"
+    role = plan.role if metric is None else f"{plan.role} ({metric})"
+    return f"{role}, {plan.in_features} x {plan.out_features}; {'; '.join(figures)}"
 
 
 def _figure(error: float | list[float]) -> str:

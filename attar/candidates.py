@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from attar.budget.amount import Budget
-from attar.budget.choice import Candidate, Layer, choose_bits
+from attar.budget.choice import Candidate, Layer, choose_bits, choose_within
 from attar.budget.sensitivity import Sensitivity
 from attar.errors import AttarError
 from attar.planning import Plans, plan_components, with_act_widths, with_overrides, with_widths
@@ -103,6 +103,22 @@ def choose(layers: Sequence[Layer], budget: Budget, own: int) -> list[Candidate]
     taken = choose_bits(free, budget.at(own)) if free else []
     chosen = {id(layer): candidate for layer, candidate in zip(free, taken, strict=True)}
     return [chosen.get(id(layer), layer.candidates[0]) for layer in layers]
+
+
+def choose_inside(
+    layers: Sequence[Layer],
+    taken: Sequence[Candidate],
+    seen: Sequence[Layer],
+    groups: Mapping[str, str],
+    budget: Budget,
+) -> list[Candidate]:
+    """Candidates of `layers` that cost every group what those `taken` do, chosen by the errors that the group's metric
+    sees. seen: the same layers with these errors. groups: layer -> group; layers outside the blocks are in none, and
+    keep what they have.
+    """
+    inside = choose_within(seen, [groups.get(layer.name, "") for layer in layers], taken, budget)
+    at = [{c.bits: c for c in layer.candidates} for layer in layers]
+    return [own[c.bits] for own, c in zip(at, inside, strict=True)]
 
 
 def bits_of(options: Mapping[int, Plans], layers: Sequence[Layer], taken: Sequence[Candidate]) -> Bits:

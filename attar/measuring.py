@@ -6,6 +6,8 @@ Objective "latents": that error times what the block's errors come to in the fin
 the model runs on steps of one traced trajectory, and the changes of the latents that these steps give are added up
 over the trajectory. Errors of weights are much the same in every step and add up, those of activations differ from step
 to step and average out; so the two are followed apart, with the other one left in floating point.
+
+Objective "metrics": the same between groups of layers; inside a group, what its own metric sees of the group's errors.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from torch import Tensor, nn
 
 from attar import ranks
 from attar.budget.influence import Step, accumulated, standing_in
+from attar.budget.metrics import METRICS, Metric, metric_of, parts, video_of
 from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
 from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.arithmetic import Arithmetic
 from attar.models.block import BlockCall
+from attar.models.families import latent_layout
 from attar.models.weights import weights_of
 from attar.progress import Progress
 from attar.quantize.block import errors_by_group, mean_relative_error
@@ -38,12 +42,16 @@ from attar.samples import Calls, catch_samples, traced_groups
 from attar.settings import block_settings
 from attar.workspace import Workspace
 
-# what is measured of a block, a file each: errors of weights with activations, of weights, of activations, and what
-# errors of the block come to
+# what is measured of a block, a file each: errors of weights with activations, of weights, of activations, what errors
+# of the block come to, and what those of each group of its layers come to in the group's metric
 BOTH, WEIGHTS, ACTS = "sensitivity", "weights", "activations"
 REACH = {"reach-of-weights": WEIGHTS, "reach-of-activations": ACTS}
+SEEN = {"metrics-of-weights": WEIGHTS, "metrics-of-activations": ACTS}
 QUANTIZED = {BOTH: (True, True), WEIGHTS: (True, False), ACTS: (False, True)}  # weights, activations
 Run = Callable[[BlockCall], dict[str, Tensor]]
+Factor = Callable[
+    [Block, str], float
+]  # what the error of a layer, by its name in the block, is multiplied with
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class Measuring:
         self.name, self.transformer, self.seed = name, transformer, seed
         self.workspace, self.store = workspace, store
         self.adapter = ModelAdapter.of(transformer)
-        self.followed = recipe.allocate.objective == "latents"
+        self.followed = recipe.allocate.objective != "block"
+        self.by_metrics = recipe.allocate.objective == "metrics"
         self.groups: StepGroups | None = None
         self.steps = [1]  # of each group of steps, as many as it has
         if recipe.quantize.step_groups > 1:
@@ -94,6 +103,14 @@ class Measuring:
         self.own = options[recipe.quantize.weights]
         chosen = [WEIGHTS if self.followed else BOTH, *([ACTS] if act_options else [])]
         self.kinds = [*chosen, *(name for name, kind in REACH.items() if self.followed and kind in chosen)]
+        self.kinds += [name for name, kind in SEEN.items() if self.by_metrics and kind in chosen]
+        self.grid = (1, 1, 1)  # frames, height and width in tokens, where metrics look at them
+        if self.by_metrics:
+            grid = ranks.first(lambda: self.adapter.token_grid(self.calls[0][0]))
+            self.grid = (grid.frames, grid.height, grid.width)
+        self._metric: dict[str, Metric] = {
+            p.name: metric_of(p.role, self.grid[0]) for p in self.own if not p.skipped
+        }
         self._steps: list[Step] = []
         self._whole = 0.0  # squared length of the trajectory's final latents
 
@@ -119,7 +136,7 @@ class Measuring:
         """Layer -> bits -> error, of the layers in blocks."""
         if not self.followed:
             return self._named(lambda block: self._stored(BOTH, block))
-        return self._named(lambda block: self._stored(WEIGHTS, block), WEIGHTS)
+        return self._named(lambda block: self._stored(WEIGHTS, block), self._reaching(WEIGHTS))
 
     def act_sensitivity(self) -> list[Sensitivity]:
         """The same for the bits of activations, in each group of steps; [] where these are not chosen.
@@ -128,23 +145,19 @@ class Measuring:
         What a block's errors come to in the final latents is known of all steps together: that of a group would leave
         out what later steps make of it, which is another thing for each group.
         """
-        if not self.act_options:
-            return []
-        if self.groups is None:
-            followed = ACTS if self.followed else None
-            return [self._named(lambda block: self._stored(ACTS, block)["errors"], followed)]
-        reach, whole = self.influence(ACTS), sum(self.steps)
-        stored = [(b.name, self._stored(ACTS, b)["errors"]) for b in self.adapter.blocks]
-        return [
-            {
-                f"{block}.{path}": {
-                    int(bits): e[group] * reach.get(block, 1.0) * steps / whole for bits, e in of_bits.items()
-                }
-                for block, errors in stored
-                for path, of_bits in errors.items()
-            }
-            for group, steps in enumerate(self.steps)
-        ]
+        return self._of_acts(self._reaching(ACTS)) if self.act_options else []
+
+    def metrics(self) -> dict[str, Metric]:
+        """Layer -> the metric that it is measured by; {} where all are measured alike."""
+        return self._metric if self.by_metrics else {}
+
+    def seen(self) -> Sensitivity:
+        """As `sensitivity`, but what the metric of each layer's group sees of its errors."""
+        return self._named(lambda block: self._stored(WEIGHTS, block), self._seeing(WEIGHTS))
+
+    def acts_seen(self) -> list[Sensitivity]:
+        """The same of `act_sensitivity`."""
+        return self._of_acts(self._seeing(ACTS))
 
     def multiplications(self) -> dict[str, int]:
         """Layer -> how many there are in all samples; {} where bits of activations are not chosen."""
@@ -163,6 +176,20 @@ class Measuring:
         file = next(name for name, other in REACH.items() if other == kind)
         known = {block.name: self._stored(file, block) for block in self.adapter.blocks}
         return {name: e["latents"] / e["block"] if e["block"] else 0.0 for name, e in known.items()}
+
+    def _reaching(self, kind: str) -> Factor:
+        reach = self.influence(kind)
+        return lambda block, path: reach.get(block.name, 1.0)
+
+    def _seeing(self, kind: str) -> Factor:
+        file = next(name for name, other in SEEN.items() if other == kind)
+        known = {block.name: self._stored(file, block) for block in self.adapter.blocks}
+
+        def factor(block: Block, path: str) -> float:
+            found = known[block.name][self._metric[f"{block.name}.{path}"]]
+            return found["seen"] / found["block"] if found["block"] else 0.0
+
+        return factor
 
     def together(self, plans: list[LayerPlan], progress: Progress) -> list[tuple[str, float]]:
         """(block, error) with all its layers quantized, of every block."""
@@ -186,6 +213,8 @@ class Measuring:
     def _measured(self, kind: str, one: _Open, progress: Callable[[int, int], None]) -> Any:
         if kind in REACH:
             return self._reach(one, REACH[kind])
+        if kind in SEEN:
+            return self._seen(one, SEEN[kind])
         planned: dict[str, dict[int, LayerPlan]] = {}
         for plans in (self.act_options if kind == ACTS else self.options).values():
             for path, plan in _inside(one.block, plans).items():
@@ -210,13 +239,38 @@ class Measuring:
         planned = _inside(one.block, self.own)
         if not planned:
             return {"block": 0.0, "latents": 0.0}
+        alone, changes = self._changes(one, planned, kind)
+        return {"block": alone, "latents": self._share(one, changes)}
+
+    def _seen(self, one: _Open, kind: str) -> dict[Metric, dict[str, float]]:
+        """Metric -> with the layers of its group alone at the recipe's own bits, the error of the block, and that of
+        the final latents that the metric sees."""
+        planned = _inside(one.block, self.own)
+        found: dict[Metric, dict[str, float]] = {}
+        for metric in METRICS:
+            mine = {path: plan for path, plan in planned.items() if self._metric[plan.name] == metric}
+            if not mine:
+                continue
+            alone, changes = self._changes(one, mine, kind)
+            visible = [parts(self._video(change))[metric].flatten() for change in changes]
+            found[metric] = {"block": alone, "seen": self._share(one, visible)}
+        return found
+
+    def _video(self, latents: Tensor) -> Tensor:
+        return video_of(latents.view(self._steps[0].shape), latent_layout(self.transformer), self.grid)
+
+    def _changes(self, one: _Open, planned: Mapping[str, LayerPlan], kind: str) -> tuple[float, list[Tensor]]:
+        """The error of the block with these layers quantized, and the change of the latents in every measured step."""
         module = copy.deepcopy(one.module)
         alone = self._together(one, module, planned, kind)
         if not self._steps:
             self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
             self._whole = self._final()
         with standing_in(one.block.module, self.arithmetic.bound(module)):
-            changes = ranks.collected([self._change(step, module) for step in self._steps])
+            return alone, ranks.collected([self._change(step, module) for step in self._steps])
+
+    def _share(self, one: _Open, changes: list[Tensor]) -> float:
+        """What changes come to over the trajectory, relative to its final latents."""
         error = accumulated(changes, self.trajectory) / self._whole
         if not math.isfinite(error):
             raise AttarError(
@@ -225,7 +279,7 @@ class Measuring:
                 fix="Check the model and its calibration inputs, or set allocate.objective to block",
             )
         # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
-        return {"block": alone, "latents": float(f"{error:.9g}")}
+        return float(f"{error:.9g}")
 
     def _change(self, step: Step, module: nn.Module) -> Tensor:
         if self.groups is not None:
@@ -255,13 +309,28 @@ class Measuring:
         prompt = ranks.first(lambda: self.places[0][0])
         return self.store.latents(prompt)[0][-1].double().square().sum().item()
 
-    def _named(self, errors: Callable[[Block], Any], followed: str | None = None) -> Sensitivity:
-        reach = {} if followed is None else self.influence(followed)
+    def _named(self, errors: Callable[[Block], Any], factor: Factor = lambda block, path: 1.0) -> Sensitivity:
         return {
-            f"{block.name}.{path}": {int(bits): e * reach.get(block.name, 1.0) for bits, e in of_bits.items()}
+            f"{block.name}.{path}": {int(bits): e * factor(block, path) for bits, e in of_bits.items()}
             for block in self.adapter.blocks
             for path, of_bits in errors(block).items()
         }
+
+    def _of_acts(self, factor: Factor) -> list[Sensitivity]:
+        """In each group of steps."""
+        stored = {block.name: self._stored(ACTS, block)["errors"] for block in self.adapter.blocks}
+        if self.groups is None:
+            return [self._named(lambda block: stored[block.name], factor)]
+        whole = sum(self.steps)
+
+        def share(block: Block, group: int) -> dict[str, dict[int, float]]:
+            of_steps = self.steps[group] / whole
+            return {
+                path: {bits: e[group] * of_steps for bits, e in found.items()}
+                for path, found in stored[block.name].items()
+            }
+
+        return [self._named(partial(share, group=group), factor) for group in range(len(self.steps))]
 
     def _stored(self, kind: str, block: Block) -> Any:
         return ranks.first(partial(self.workspace.read_json, self._file(kind, block)))

@@ -268,9 +268,10 @@ class Allocate(Stage):
     budget: str = Field(
         description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
     )
-    objective: Literal["block", "latents"] = Field(
+    objective: Literal["block", "latents", "metrics"] = Field(
         default="block",
-        description="what counts: all blocks' outputs alike, or what their errors come to in the final latents",
+        description="what counts: all blocks' outputs alike, what their errors come to in the final latents, or that "
+        "between groups of layers and in each group what its own metric sees of it (ViDiT-Q)",
     )
     acts: bool = Field(
         default=False,
@@ -309,6 +310,15 @@ class Allocate(Stage):
         if not all(2 <= bits <= 8 for bits in value) or len(set(value)) != len(value):
             raise ValueError("name different widths from 2 to 8")
         return sorted(value)
+
+    @model_validator(mode="after")
+    def _metrics_keep_to_costs(self) -> Allocate:
+        if self.objective == "metrics" and Budget.parse(self.budget).kind == "loss":
+            raise ValueError(
+                f"the budget {self.budget} is one of the latents' squared error, to which the objective metrics does "
+                "not keep: name a size (0.30x), mean bits (3.2bits) or same, or set the objective to latents"
+            )
+        return self
 
 
 class Reconstruct(Stage):

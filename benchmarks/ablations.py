@@ -46,6 +46,13 @@ PARTS = (
     ),
     Part("ViDiT-Q", "channel scale", "systems", "ViDiT-Q without scale", "ViDiT-Q"),
     Part("ViDiT-Q", "rotation", "systems", "ViDiT-Q without rotation", "ViDiT-Q"),
+    Part(
+        "ViDiT-Q",
+        "a metric for each group of layers",
+        "mixed",
+        "ViDiT-Q, bits by latents' errors",
+        "ViDiT-Q, bits by metrics",
+    ),
     Part("Q-VDiT", "quantization estimator (TQE)", "systems", "Q-VDiT without TQE", "Q-VDiT"),
     Part("Q-VDiT", "temporal distillation (TMD)", "systems", "Q-VDiT without TMD", "Q-VDiT"),
     Part("LRQ-DiT", "twin-log weights", "lrq-dit", "+ adaptive rotation", "LRQ-DiT (both)"),

@@ -451,6 +451,19 @@ PRECISION = Study(
     ),
 )
 
+MIXED = Study(
+    "mixed",
+    "Which error should decide the bits of ViDiT-Q's layers, of weights and activations?",
+    ((4, 6), (3, 6)),
+    tuple(
+        Method(
+            f"ViDiT-Q, bits by {name}", "vidit-q",
+            {"allocate": {"budget": "same", "objective": objective, "acts": True}},
+        )
+        for objective, name in (("block", "blocks' errors"), ("latents", "latents' errors"), ("metrics", "metrics"))
+    ),
+)  # fmt: skip
+
 LEADERBOARD = Study(
     "leaderboard",
     "Which system keeps the model's videos, at which size?",
@@ -477,6 +490,6 @@ STUDIES = {
     for study in (
         *(MAIN, LADDER, OUTLIERS, CLIPPING, ACCURACY, WEIGHT_ONLY),
         *(SELECTION, DISTILLATION, LEARNING, SYSTEMS, LRQ_DIT, SVDQUANT),
-        *(*FORMATS, ROWS, OWN, TRAINING, PRECISION, LEADERBOARD),
+        *(*FORMATS, ROWS, OWN, TRAINING, PRECISION, MIXED, LEADERBOARD),
     )
 }

@@ -201,6 +201,71 @@ def test_blocks_can_count_alike(commands, wan_folder, tmp_path):
         assert errors == pytest.approx({b: e * times[f"blocks.{block}"] for b, e in own.items()})
 
 
+def groups_of(found, kind, layer_cost):
+    """Metric -> what its layers cost with the bits of an allocation, by layer_cost(component, layer)."""
+    costs = {}
+    for component, named in found[kind].items():
+        for name, b in named.items():
+            metric = found["metrics"][component][name]
+            costs[metric] = costs.get(metric, 0) + layer_cost(component, name) * b
+    return costs
+
+
+def test_each_group_of_layers_is_chosen_by_its_own_metric(commands, wan_folder, tmp_path):
+    """ViDiT-Q: as many bits in every group as by the squared error, and in each the choice that its metric wants."""
+    plans, acts = {}, ("--acts", "4", "--set", "allocate.acts=true")
+    for objective in ("latents", "metrics"):
+        out = tmp_path / f"{objective}.yaml"
+        options = ("--budget", "3bits", *acts, *HADAMARD, *FEW, "--set", f"allocate.objective={objective}")
+        assert commands.run("allocate", wan_folder, "-o", out, *options) == 0
+        plans[objective] = json.loads((tmp_path / f"{objective}.yaml.work" / "allocation.json").read_text())
+    plain, found = plans["latents"], plans["metrics"]
+    assert plain["metrics"] == {} and found["objective"] == "metrics"
+    metrics = found["metrics"]["transformer"]
+    assert metrics["blocks.1.attn2.to_k"] == "content" and metrics["blocks.1.attn1.to_k"] == "motion"
+    assert metrics["blocks.1.ffn.net.2"] == "quality"
+    # what all layers cost is shared out by the same errors
+    assert found["sensitivity"] == plain["sensitivity"]
+    assert found["act_sensitivity"] == plain["act_sensitivity"]
+    plain["metrics"] = found["metrics"]
+    weights = {
+        n: m.weight.numel() for n, m in pipelines.make("wan").transformer.named_modules() if n in metrics
+    }
+    work = tmp_path / "metrics.yaml.work" / "transformer"
+    counts = {
+        f"blocks.{k}.{path}": n
+        for k in range(3)
+        for path, n in json.loads((work / f"activations-{k:03d}.json").read_text())["multiplications"].items()
+    }
+    for kind, each in (("bits", weights), ("acts", counts)):
+        asked, got = (groups_of(p, kind, lambda c, name, each=each: each[name]) for p in (plain, found))
+        assert got.keys() == {"content", "motion", "quality"}
+        assert all(got[metric] <= asked[metric] for metric in got)
+    assert (found["bits"], found["acts"]) != (plain["bits"], plain["acts"])
+    assert "(motion)" in (tmp_path / "metrics.yaml").read_text()
+    seen = json.loads((work / "metrics-of-weights-000.json").read_text())
+    assert seen.keys() == {"content", "motion", "quality"} and all(e["seen"] > 0 for e in seen.values())
+
+
+@pytest.mark.parametrize("case", ["cogvideox", "ltx", "dit"])
+def test_metrics_of_every_kind_of_latents(case):
+    known = pipelines.CASES[case].generation
+    small = attar.compress(
+        pipelines.make(case), "rtn", budget="3bits", generation={**known, "num_inference_steps": 2},
+        overrides={"allocate.samples": 2, "allocate.objective": "metrics"}, prompts=pipelines.PROMPTS[:1],
+    )  # fmt: skip
+    found = small.attar_compression.allocation
+    assert found.mean_bits <= 3 and found.predicted_error > 0
+    metrics = set(found.metrics["transformer"].values())
+    assert ("motion" in metrics) == (case in ("cogvideox", "ltx")) and "quality" in metrics
+
+
+def test_metrics_do_not_keep_to_a_loss(cli, wan_folder, tmp_path):
+    asked = ("--budget", "0.5dB", "--set", "allocate.objective=metrics")
+    message = cli("compress", wan_folder, "-o", tmp_path / "out", *RTN, *asked).message
+    assert "0.5dB is one of the latents' squared error" in message and "objective to latents" in message
+
+
 def test_two_experts_share_a_budget(commands, tmp_path):
     folder = pipelines.save(tmp_path / "wan22", "wan22", steps=6)
     out = tmp_path / "small"

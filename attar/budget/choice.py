@@ -52,19 +52,39 @@ def choose_bits(layers: Sequence[Layer], budget: Budget) -> list[Candidate]:
     Raises AttarError where no choice keeps to the budget.
     """
     errors = [[c.error for c in layer.candidates] for layer in layers]
-    sizes = [[float(c.size) for c in layer.candidates] for layer in layers]
+    costs = [[_cost(layer, c, budget) for c in layer.candidates] for layer in layers]
     if budget.kind == "size":
-        found = choose(errors, sizes, math.floor(budget.value * sum(layer.dense for layer in layers)))
+        found = choose(errors, costs, math.floor(budget.value * sum(layer.dense for layer in layers)))
     elif budget.kind == "bits":
-        codes = [[float(c.bits * layer.weights) for c in layer.candidates] for layer in layers]
-        found = choose(errors, codes, budget.value * sum(layer.weights for layer in layers) * (1 + 1e-12))
+        found = choose(errors, costs, budget.value * sum(layer.weights for layer in layers) * (1 + 1e-12))
     else:
-        found = choose(sizes, errors, _allowed(layers, budget) * (1 + 1e-9))
+        found = choose(costs, errors, _allowed(layers, budget) * (1 + 1e-9))
     if found is None:
         raise AttarError(
             f"no plan keeps to the budget {budget}", where="budget", fix=_nearest(layers, budget)
         )
     return [layer.candidates[k] for layer, k in zip(layers, found, strict=True)]
+
+
+def choose_within(
+    layers: Sequence[Layer], groups: Sequence[str], taken: Sequence[Candidate], budget: Budget
+) -> list[Candidate]:
+    """One candidate for each layer, such that every group of layers costs no more than with the candidates `taken` and
+    the sum of its errors is the smallest. Exact. (ViDiT-Q, arXiv 2406.02540: each group has a metric of its own.)
+
+    groups: of each layer. taken: of each layer, with the same widths; their errors may be others. budget: of a size or
+    of mean bits, which says what costs are.
+    """
+    chosen = list(taken)
+    for group in dict.fromkeys(groups):
+        mine = [i for i, g in enumerate(groups) if g == group]
+        errors = [[c.error for c in layers[i].candidates] for i in mine]
+        costs = [[_cost(layers[i], c, budget) for c in layers[i].candidates] for i in mine]
+        found = choose(errors, costs, sum(_cost(layers[i], taken[i], budget) for i in mine))
+        assert found is not None  # `taken` is such a choice
+        for i, k in zip(mine, found, strict=True):
+            chosen[i] = layers[i].candidates[k]
+    return chosen
 
 
 def totals(layers: Sequence[Layer], chosen: Sequence[Candidate]) -> Totals:
@@ -78,6 +98,11 @@ def mean_bits(layers: Sequence[Layer], chosen: Sequence[Candidate]) -> float:
     """Of a weight."""
     codes = sum(layer.weights * c.bits for layer, c in zip(layers, chosen, strict=True))
     return codes / sum(layer.weights for layer in layers)
+
+
+def _cost(layer: Layer, candidate: Candidate, budget: Budget) -> float:
+    """In a budget's unit; for a loss, whose budget is one of errors, the bytes that are to be few."""
+    return float(candidate.bits * layer.weights if budget.kind == "bits" else candidate.size)
 
 
 def _allowed(layers: Sequence[Layer], budget: Budget) -> float:

@@ -21,7 +21,7 @@ from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter, evaluating
 from attar.models.block import as_outputs
-from attar.models.families import FAMILIES, latents_argument
+from attar.models.families import latent_layout, latents_argument
 from attar.models.tree import map_tensors, tokens_of
 from attar.models.weights import weights_of
 
@@ -133,5 +133,4 @@ def as_tokens(transformer: nn.Module, latents: Tensor) -> Tensor:
         patch = (config.get("patch_size_t") or 1, patch, patch)
     if latents.ndim == 4:
         return patchify(latents.float(), patch, "BCHW")
-    family = FAMILIES.get(type(transformer).__name__)
-    return patchify(latents.float(), patch, getattr(family, "LATENT_LAYOUT", "BCFHW"))
+    return patchify(latents.float(), patch, latent_layout(transformer))

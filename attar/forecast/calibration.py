@@ -90,11 +90,12 @@ def allocation_seconds(
     width's statistics, for its target, and with all layers quantized. 0 without a budget.
 
     step_seconds: of the whole model, which each sample passes with the block's weights quantized, and with its
-    activations, where errors are followed into the latents."""
+    activations, where errors are followed into the latents; with metrics also for each group of layers."""
     if recipe.allocate is None:
         return 0.0
     widths = len(recipe.widths) + (len(recipe.allocate.act_widths) if recipe.chooses_acts else 0)
-    followed = (1 + recipe.chooses_acts) if recipe.allocate.objective == "latents" else 0
+    followed = {"block": 0, "latents": 1, "metrics": 1 + 3}[recipe.allocate.objective]  # three groups
+    followed *= 1 + recipe.chooses_acts
     passes = widths * (len(planned) + 1) + 2 + followed
     return recipe.allocate.samples * (passes * block.forward + followed * step_seconds)
 

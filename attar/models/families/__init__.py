@@ -24,6 +24,11 @@ FAMILIES: dict[str, ModuleType] = {
 }
 
 
+def latent_layout(model: nn.Module) -> str:
+    """The axes of a denoiser's video latents."""
+    return getattr(FAMILIES.get(type(model).__name__), "LATENT_LAYOUT", "BCFHW")
+
+
 def latents_argument(model: nn.Module) -> str:
     """The argument in which a denoiser gets the latents."""
     return "sample" if is_unet(model) else "hidden_states"
