@@ -82,6 +82,14 @@ class LowRank(Stage):
     subtract: bool = Field(
         default=True, description="quantize the weight without the branch's part; Q-VDiT quantizes all of it"
     )
+    gate: Literal["none", "calibrated", "trained"] = Field(
+        default="none",
+        description="one factor of the branch for each frame of a video: by its inputs (Q-VDiT's paper), or learned",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "gate" or value != "none"}
 
 
 class RowBits(Stage):
