@@ -21,6 +21,7 @@ from attar.models.block import BlockCall
 from attar.models.types import give_types, types_of
 from attar.models.weights import fill
 from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.frame_gate import KEY, FrameGrid
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import open_planned
 from attar.runtime.step_groups import StepGroups, choose_group, follow_steps
@@ -51,6 +52,7 @@ class ComponentJob(Job):
         super().__init__(*job)
         self.settings = block_settings(self.recipe)
         self.grid: TokenGrid | None = None  # where the loss looks at frames
+        self.frames: FrameGrid | None = None  # where branches have gates over them
         learned = self.recipe.reconstruct
         self.propagates = learned is not None and learned.propagate == "quant"
         self.groups: StepGroups | None = None  # of steps, where activations have bits by them
@@ -79,6 +81,10 @@ class ComponentJob(Job):
             learned = self.recipe.reconstruct
             if learned is not None and learned.epochs and learned.temporal_weight:
                 self.grid = self.adapter.token_grid(example)
+            branch = self.recipe.quantize.low_rank
+            if branch is not None and branch.gate != "none":
+                grid = self.adapter.token_grid(example)
+                self.frames = FrameGrid(grid.frames, grid.tokens)
         blocks = self.adapter.blocks
         first = ranks.first(self._first_unfinished)
         starts = self._segment_starts(calls, first)
@@ -210,11 +216,18 @@ class ComponentJob(Job):
             outcome = quantize_block(
                 module, plans, runner, quantized, targets, self.settings,
                 loss=self._loss(block), contexts=contexts, seed=f"{self.seed}/{self.name}/{block.name}", progress=step,
+                frames=self.frames,
             )  # fmt: skip
         except AttarError as error:
             raise AttarError(
                 error.what, where=error.where or f"{self.name}.{block.name}", fix=error.fix
             ) from error
+        if block.index == 0 and outcome.gates and not any(outcome.gates.values()):
+            raise AttarError(  # now, and not behind hours of calibration
+                "no layer of the first block reads the video's tokens alone, so none can have a gate over frames",
+                where=KEY,
+                fix="Set it to none",
+            )
         full = following = [call.with_streams(t) for call, t in zip(full, targets, strict=True)]
         if self.propagates:
             with torch.no_grad():
@@ -234,6 +247,7 @@ class ComponentJob(Job):
         }
         result |= self.arithmetic.evidence
         result |= {"rotations": outcome.rotations} if outcome.rotations else {}
+        result |= {"frame_gates": outcome.gates} if outcome.gates else {}
         if outcome.rounding is not None:
             result["rounding_loss"] = [outcome.rounding.error_before, *outcome.rounding.history]
         # the next block's inputs first: a block that is on disk always has its successor's inputs beside it

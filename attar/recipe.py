@@ -153,6 +153,15 @@ class Recipe(Stage):
             raise ValueError("reconstruct.train_branch needs a branch, quantize.low_rank")
         if branch is not None and branch.start == "zero" and not trained:
             raise ValueError("a branch that starts at zero needs reconstruct.train_branch")
+        if branch is not None and branch.gate == "trained" and not trained:
+            raise ValueError("a gate that is trained needs reconstruct.train_branch")
+        if branch is not None and branch.gate != "none":
+            if self.quantize.shift:
+                raise ValueError("behind a shift a gate over frames would need a bias for each frame")
+            if self.finetune is not None and not self.polishes:
+                raise ValueError(
+                    "a gate over frames is made block by block: set finetune to null, or gate to none"
+                )
         if branch is not None and not branch.subtract and self.rounding.needs_data:
             # they make other errors than those that the branch has learned to undo
             raise ValueError(
@@ -180,7 +189,7 @@ class Recipe(Stage):
         learned = self.finetune is not None
         learned |= self.reconstruct is not None and self.reconstruct.epochs > 0
         branch = self.quantize.low_rank
-        measured = branch is not None and branch.metric == "output"
+        measured = branch is not None and (branch.metric == "output" or branch.gate != "none")
         measured |= self.quantize.rotation == "adaptive"
         rows = self.quantize.row_bits
         measured |= rows is not None and rows.metric == "output"

@@ -82,6 +82,14 @@ class LowRank(Stage):
     subtract: bool = Field(
         default=True, description="quantize the weight without the branch's part; Q-VDiT quantizes all of it"
     )
+    gate: Literal["none", "calibrated", "trained"] = Field(
+        default="none",
+        description="one factor of the branch for each frame of a video: by its inputs (Q-VDiT's paper), or learned",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "gate" or value != "none"}
 
 
 class RowBits(Stage):
@@ -386,8 +394,12 @@ class Reconstruct(Stage):
 class Relation(Stage):
     """A term for which places of the last block's features resemble each other."""
 
+    kind: Literal["divergence", "direction"] = Field(
+        default="divergence",
+        description="of the softmax over cosines (MPQ-DM), or the distance of the directions of Z·Zᵀ (BiBERT)",
+    )
     weight: float = Field(
-        default=25.0, gt=0, description="of the mean divergence beside the mean squared error"
+        default=25.0, gt=0, description="of the mean divergence or distance beside the mean squared error"
     )
     window: int = Field(default=2, ge=1, description="consecutive steps whose features are averaged")
     temperature: float = Field(default=1.0, gt=0, description="of the softmax over cosines")
@@ -398,6 +410,16 @@ class Relation(Stage):
     )
     anchors: int = Field(default=4096, ge=1, description="of that memory in one update")
     places: int = Field(default=1024, ge=2, description="the most of a sample that are compared")
+
+    @model_validator(mode="after")
+    def _directions_have_no_memory(self) -> Relation:
+        if self.kind == "direction" and self.memory:
+            raise ValueError("relation.kind direction compares places of a sample: set relation.memory to 0")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "kind" or value != "divergence"}
 
 
 class Finetune(Stage):

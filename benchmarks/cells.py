@@ -338,6 +338,8 @@ SYSTEMS = Study(
         Method("Q-VDiT without TMD", "q-vdit", {**QVDIT, **NO_TMD}),
         Method("Q-VDiT without TQE", "q-vdit", {**FEW_EPOCHS, **NO_TQE}),
         Method("Q-VDiT", "q-vdit", QVDIT),
+        Method("Q-VDiT, gate by its inputs", "q-vdit", {**QVDIT, "quantize.low_rank.gate": "calibrated"}),
+        Method("Q-VDiT, trained gate", "q-vdit", {**QVDIT, "quantize.low_rank.gate": "trained"}),
         Method("Q-VDiT, γ = 10,000", "q-vdit", {**QVDIT, "reconstruct.temporal_weight": 10_000}),
         Method("ViDiT-Q", "vidit-q"),
         Method("ViDiT-Q without rotation", "vidit-q", {"quantize.rotation": "none"}),

@@ -56,12 +56,12 @@ def forecast_job(
 ) -> dict[str, Any]:
     """Plan, sizes in bytes, and an estimate of calibration seconds and peak bytes on this machine.
 
-    Sizes are exact. "block_linears_*" count the quantized linears with their biases, these and everything else in
-    bfloat16; "checkpoint" is what the transformers' files will hold, the floating-point rest in the types of the
-    source. Under a budget they are those of a presumed choice that keeps to it, and the layers that are yet to be
-    chosen for are marked. For time and memory one denoising step of the pipeline, and one training step of a copy of
-    one block of each kind, are run and measured; the rest is arithmetic. Blocks are of one kind when they have the same
-    class and their linears the same plan. Nothing of the pipeline is changed.
+    Sizes are as exact as `planned_sizes`. "block_linears_*" count the quantized linears with their biases, these and
+    everything else in bfloat16; "checkpoint" is what the transformers' files will hold, the floating-point rest in the
+    types of the source. Under a budget they are those of a presumed choice that keeps to it, and the layers that are
+    yet to be chosen for are marked. For time and memory one denoising step of the pipeline, and one training step of a
+    copy of one block of each kind, are run and measured; the rest is arithmetic. Blocks are of one kind when they have
+    the same class and their linears the same plan. Nothing of the pipeline is changed.
     Raises AttarError for everything that `compress` would refuse before its first step.
     """
     components = transformer_components(pipe)

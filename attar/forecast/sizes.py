@@ -20,7 +20,7 @@ def planned_sizes(
     recipe: Recipe,
     stored: Mapping[str, Mapping[str, torch.dtype]] | None = None,
 ) -> dict[str, Any]:
-    """Exact bytes, but for what shows on data: adaptive rotations, and rows with bits of their own.
+    """Exact bytes, but for what shows on data: adaptive rotations, rows with bits of their own, and gates over frames.
 
     components may be on the meta device.
 

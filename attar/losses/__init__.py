@@ -2,7 +2,7 @@
 
 from attar.losses.block import BlockLoss, TemporalTerm
 from attar.losses.reconstruction import mse, mse_with_layers, relative_error
-from attar.losses.relation import memory_divergence, relation_divergence, smoothed
+from attar.losses.relation import direction_distance, memory_divergence, relation_divergence, smoothed
 from attar.losses.temporal import frame_similarity, similarity_divergence, temporal_distillation
 from attar.losses.token_weighted import (
     joint_token_weights,
@@ -16,6 +16,7 @@ from attar.losses.token_weighted import (
 __all__ = [
     "BlockLoss",
     "TemporalTerm",
+    "direction_distance",
     "frame_similarity",
     "joint_token_weights",
     "mass_concentration",

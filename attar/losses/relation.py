@@ -3,15 +3,19 @@
 MPQ-DM (arXiv 2412.11549, its time-smoothed relation distillation) compares features that are averaged over neighbouring
 denoising steps, place with place; MPQ-DMv2 (arXiv 2507.04290) compares places with a memory of the teacher's places
 from all denoising steps. Cosines make the comparison independent of the features' size, and of a rotation of their
-channels.
+channels. BiBERT (arXiv 2203.06390, direction-matching distillation) compares the matrices of inner products by their
+direction.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from attar.errors import AttarError
+
+_TINY = 1e-30  # of features that are all zero, whose P has no direction and stays zero
 
 
 def smoothed(features: Tensor, steps: int, window: int) -> Tensor:
@@ -45,6 +49,26 @@ def memory_divergence(pred: Tensor, target: Tensor, memory: Tensor, temperature:
     ours, full = (normalize(f.float(), dim=-1) for f in (pred, target.detach()))
     anchors = memory.detach().to(ours)
     return _divergence(ours @ anchors.T, full @ anchors.T, temperature)
+
+
+def direction_distance(pred: Tensor, target: Tensor) -> Tensor:
+    """‖P̂/‖P̂‖_F − P/‖P‖_F‖_F with P = Z Zᵀ/√C of each sample, mean over samples; a scalar from 0 to √2.
+
+    pred, target: (B, N, C), N places. Only `pred` gets a gradient. 0 where the features are the same up to a factor of
+    the sample and an orthogonal matrix on the channels. √C cancels. Unlike with cosines, places count by their size.
+    The released code leaves out entries of P below -100, and adds up queries, keys and values of all layers.
+    """
+    ours, full = (
+        _direction(f.to(torch.promote_types(f.dtype, torch.float32))) for f in (pred, target.detach())
+    )
+    return torch.linalg.vector_norm(ours - full, dim=(-2, -1)).mean()
+
+
+def _direction(features: Tensor) -> Tensor:
+    """P over its norm, (B, N, N)."""
+    # features of the size of one first, so that no product leaves the range of the type
+    features = features / features.detach().abs().amax((-2, -1), keepdim=True).clamp(min=_TINY)
+    return normalize((features @ features.mT).flatten(-2), dim=-1).unflatten(-1, (features.shape[-2], -1))
 
 
 def _divergence(ours: Tensor, full: Tensor, temperature: float) -> Tensor:

@@ -14,6 +14,7 @@ from attar import ranks
 from attar.errors import AttarError
 from attar.losses import relative_error
 from attar.quantize.adaptive import InputSample, collect_input_samples, describe
+from attar.quantize.frame_gate import FrameGrid, start_gates
 from attar.quantize.initialize import (
     TransformSettings,
     build_rotation,
@@ -107,7 +108,8 @@ class BlockOutcome:
     """Errors are squared output errors relative to the block's own update, averaged over the calibration samples.
 
     error_before: with transforms and clipping at their start, nearest rounding. error_after: of the packed block.
-    rotations: of layers whose rotation was chosen by their input, which it is and why.
+    rotations: of layers whose rotation was chosen by their input, which it is and why. gates: of layers with a branch,
+    where gates over frames were asked for, the gate at its end, or None for a layer that has none.
     """
 
     error_before: float | None = None
@@ -116,6 +118,7 @@ class BlockOutcome:
     rounding: ReconstructionResult | None = None
     layers: dict[str, PackedLinear] = field(default_factory=dict)
     rotations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gates: dict[str, list[float] | None] = field(default_factory=dict)
 
 
 def quantize_block(
@@ -130,13 +133,14 @@ def quantize_block(
     contexts: Sequence[Any] | None = None,
     seed: str = "0",
     progress: Callable[[int, int, float], None] | None = None,
+    frames: FrameGrid | None = None,
 ) -> BlockOutcome:
     """Replaces the planned linears of `module` by packed layers, in place; convolutions are opened for it.
 
     plans: dotted name below `module` -> plan (skipped layers are left out by the caller). run: runs the block on one
     call. calls, targets: calibration samples with the full-precision outputs, of several processes the share of each;
     both may be empty for settings that need no data. contexts: what `loss` gets beside them. seed: of the random
-    rotations and the order of samples, a text.
+    rotations and the order of samples, a text. frames: of the video, for gates over them; None makes no gates.
     Raises AttarError when the settings need data and there is none, or a weight is not finite.
     """
     outcome = BlockOutcome()
@@ -151,6 +155,10 @@ def quantize_block(
     threshold = settings.transforms.rotation_threshold
     outcome.rotations = {name: describe(sample, threshold) for name, sample in samples.items()}
     layers = wrap_linears(module, plans, linears, run, calls, settings, seed, samples)
+    if frames is not None and settings.low_rank is not None and settings.low_rank.gate != "none":
+        branches = {name: layer for name, layer in layers.items() if plans[name].low_rank}
+        gates = start_gates(branches, plans, frames, run, calls, settings.low_rank.gate == "trained")
+        outcome.gates = dict.fromkeys(gates)
     if calls:
         outcome.error_before = mean_relative_error(run, calls, targets)
     learn = partial(reconstruct_block, run, calls, targets, loss=loss, contexts=contexts)
@@ -180,6 +188,9 @@ def quantize_block(
         outcome.rounding, codes = _learn_codes(module, learned, learn)
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None))
+        gate = outcome.layers[name].frame_gate
+        if gate is not None:
+            outcome.gates[name] = gate.tolist()
         replace_module(module, name, outcome.layers[name])
         del layers[name], linears[name]  # so that the weights of a block are not all there twice
     if calls:

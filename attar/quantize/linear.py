@@ -17,6 +17,7 @@ from attar.quantize.terms import LowRankTerm
 from attar.quantize.transforms import LearnedTransform, Matrices
 from attar.quantize.weights import Grid, WeightQuantizer
 from attar.runtime.autocast import as_linear, full_precision
+from attar.runtime.branch import branch_product
 from attar.runtime.formats import check_format, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
@@ -51,8 +52,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
     weight_format: "int", "full_range", "fp8" or a table (tables.py), which is fitted to the weight as the
     transforms start. train_levels: whether the parameters of the table, such as the exponent of "power", are
     learned from there on. act_format: "int", "full_range" or "fp8". A low-rank branch beside the quantized product
-    comes from `set_branch`, rows of several kinds from `mix_rows`. Who trains the layer end to end may set
-    `adapter` and `auxiliary`, and let the weight and the bias have gradients.
+    comes from `set_branch`, its gate over frames from `set_gate`, rows of several kinds from `mix_rows`. Who trains the
+    layer end to end may set `adapter` and `auxiliary`, and let the weight and the bias have gradients.
     The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
     the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
     layer of `bake()` does.
@@ -103,6 +104,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
         self.weight_quant, self.act_quant = True, act_bits is not None
         self.branch_in = self.branch_out = None
         self.branch_subtracted = True
+        self.frame_gate: nn.Parameter | None = None
+        self.gate_trained = False
         self.adapter: LowRankTerm | None = None  # added to the weight before anything else, and kept
         self.auxiliary: LowRankTerm | None = (
             None  # added to the rounded weight, and gone before the layer is packed
@@ -168,7 +171,21 @@ class QuantizedLinear(GroupedActs, nn.Module):
             nn.Parameter(t.detach().to(self.weight.dtype), requires_grad=False) for t in (down, up)
         )
         self.branch_subtracted = subtract
+        self.frame_gate = None
         self._cache = None
+
+    def set_gate(self, gate: Tensor, trained: bool) -> None:
+        """Multiplies what the branch adds to the tokens of frame i with gate[i]. gate: (frames,), in the type of the
+        branch; from here on inputs are (B, N, in) with N tokens, frame after frame. trained: whether it is one of
+        `branch_parameters`. Raises AttarError without a branch, or with one that is subtracted."""
+        if self._branch() is None or self.branch_subtracted:
+            raise AttarError(
+                "a gate over frames needs a branch that is not subtracted from the weight",
+                where="quantize.low_rank.gate",
+                fix="Set quantize.low_rank.subtract to false",
+            )
+        self.frame_gate = nn.Parameter(gate.detach().to(self.weight.dtype), requires_grad=False)
+        self.gate_trained = trained
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -190,6 +207,15 @@ class QuantizedLinear(GroupedActs, nn.Module):
             return wide(x)
         return self._transform(x, self._evaluated()[0])
 
+    @torch.no_grad()
+    def quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x̃, what the quantizer sees, and Q_a(x̃), which is x̃ where activations stay in floating point."""
+        y, act_bits = self.transform_input(x), self.act_bits_now()
+        if act_bits is None:
+            return y, y
+        clip = self._act_clip() if self._frozen is None else self._frozen.act_clip
+        return y, fake_quantize_tokens(y, act_bits, clip, self.act_format)
+
     def transform_parameters(self) -> list[nn.Parameter]:
         """The trained parameters of scales and rotations."""
         return [p for p in self.transforms.parameters() if p.requires_grad]
@@ -203,8 +229,9 @@ class QuantizedLinear(GroupedActs, nn.Module):
         return self.quantizer.table_parameters()
 
     def branch_parameters(self) -> list[nn.Parameter]:
-        """A and B of the low-rank branch."""
-        return [p for p in (self.branch_in, self.branch_out) if p is not None]
+        """A and B of the low-rank branch, and its gate where that is trained."""
+        gate = self.frame_gate if self.gate_trained else None
+        return [p for p in (self.branch_in, self.branch_out, gate) if p is not None]
 
     def _evaluated(self) -> tuple[list[Matrices], Tensor, Tensor | None]:
         """The transforms' matrices, the (fake-quantized) weight W̃ and the bias, evaluated once in a forward pass.
@@ -266,20 +293,26 @@ class QuantizedLinear(GroupedActs, nn.Module):
                 y = transform(x)
                 if act_bits is not None:
                     y = fake_quantize_tokens(y, act_bits, clip, self.act_format)
-            return self._linear(y, weight, bias, x)
+            z = self._product(y, weight, bias, x)
+            return z if self.frame_gate is not None else self._with_branch(z, x)
 
-        return recomputed_by_rows(rows, x)
+        z = recomputed_by_rows(rows, x)
+        return (
+            z if self.frame_gate is None else self._with_branch(z, x)
+        )  # a gate has to know which row is which
 
-    def _linear(self, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """The quantized input y times the weight, and the branch on the input x as it came; as a linear, in x's dtype
-        or in that of autocast."""
+    def _product(self, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """The quantized input y times the weight; as a linear on x, in its dtype or in that of autocast."""
         weight = weight.to(y.dtype)
-        z = as_linear(F.linear(y, weight, None if bias is None else bias.to(weight.dtype)), x)
+        return as_linear(F.linear(y, weight, None if bias is None else bias.to(weight.dtype)), x)
+
+    def _with_branch(self, z: Tensor, x: Tensor) -> Tensor:
+        """z and the branch on the input x as it came."""
         branch = self._branch()
         if branch is None:
             return z
         down, up = (part.to(x.dtype) for part in branch)
-        return z + F.linear(F.linear(x, down), up)
+        return z + branch_product(x, down, up, self.frame_gate)
 
     def _branch(self) -> tuple[Tensor, Tensor] | None:
         """(A, B) of the low-rank branch, if there is one."""
@@ -385,6 +418,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
             compute_dtype=self.weight.dtype,
             act_format=self.act_format if self.act_bits is not None else "int",
             branch=frozen.branch,
+            frame_gate=self.frame_gate,
             act_groups=self.act_groups,
             **self.quantizer.stored(),
         )
@@ -402,7 +436,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
             if act_bits is not None:
                 codes, scale = quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
                 y = decode(codes, self.act_format, act_bits) * scale
-        return self._linear(y, frozen.weight, frozen.bias, x)
+        return self._with_branch(self._product(y, frozen.weight, frozen.bias, x), x)
 
     def extra_repr(self) -> str:
         bits = "/".join(map(str, self.act_groups or (self.act_bits,)))

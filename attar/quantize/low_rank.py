@@ -12,6 +12,8 @@ from attar.quantize.linear import QuantizedLinear
 from attar.quantize.terms import kaiming_uniform, leading
 from attar.runtime.formats import wide
 
+GATES = ("none", "calibrated", "trained")
+
 
 @dataclass(frozen=True)
 class LowRankSettings:
@@ -25,6 +27,8 @@ class LowRankSettings:
     since Q(W) does not change. metric: what "leading" and "best" mean, "weight": the squared error of the weight;
     "output": that of the layer's output on the calibration inputs, whose optimum is the SVD of the error times the
     square root of their second moment.
+    gate: over the frames of a video, "none", "calibrated" or "trained" (frame_gate.py); with `subtract` none, since
+    W - B A + M B A is not W.
     """
 
     rank: int = 32
@@ -32,12 +36,20 @@ class LowRankSettings:
     iterations: int = 1
     metric: str = "weight"
     subtract: bool = True
+    gate: str = "none"
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.iterations < 0:
             raise AttarError(f"a branch cannot have rank {self.rank} and {self.iterations} iterations")
         if self.start not in ("weight", "error", "zero") or self.metric not in ("weight", "output"):
             raise AttarError(f"a branch knows no start {self.start!r} with the metric {self.metric!r}")
+        if self.gate not in GATES:
+            raise AttarError(f"a branch knows no gate {self.gate!r}", fix=f"Use {', '.join(GATES)}")
+        if self.gate != "none" and self.subtract:
+            raise AttarError(
+                "a gate over frames needs a branch that is not subtracted from the weight",
+                fix="Set subtract to false, or gate to none",
+            )
         if self.start == "weight" and not self.subtract:
             raise AttarError(
                 "a branch that is part of the weight must be subtracted from it",

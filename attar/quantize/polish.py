@@ -37,7 +37,8 @@ class ScaledCodes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.numbers * self.scale().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
-        return recomputed_by_rows(partial(self._rows, weight), x)
+        z = recomputed_by_rows(partial(self._rows, weight), x)
+        return z if self.packed.frame_gate is None else self._with_branch(z, x)  # by frames, not by rows
 
     def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
         packed = self.packed
@@ -48,9 +49,11 @@ class ScaledCodes(nn.Module):
             if packed.act_bits is not None:
                 y = fake_quantize_tokens(y, packed.act_bits, self.clip, packed.act_format)
         z = as_linear(F.linear(y, weight.to(y.dtype), self.bias), x)
-        if packed.low_rank_in is None or packed.low_rank_out is None:
-            return z
-        return z + F.linear(F.linear(x, packed.low_rank_in.to(x.dtype)), packed.low_rank_out.to(x.dtype))
+        return z if packed.frame_gate is not None else self._with_branch(z, x)
+
+    def _with_branch(self, z: Tensor, x: Tensor) -> Tensor:
+        added = self.packed.branch(x)
+        return z if added is None else z + added
 
     def scale(self) -> Tensor:
         """(out, groups)."""

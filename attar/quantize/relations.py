@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from attar.errors import AttarError
-from attar.losses.relation import memory_divergence, relation_divergence, smoothed
+from attar.losses.relation import direction_distance, memory_divergence, relation_divergence, smoothed
 from attar.quantize.batching import Streams
 from attar.quantize.seeds import seed_of
 
 FEATURES = "relation"  # the stream of the features (B, N, C) in what a model gives
+KINDS = ("divergence", "direction")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class RelationSettings:
     """weight: of the mean divergence, beside the mean squared error. window: consecutive denoising steps whose features
     are averaged; 1 for none. temperature: of the softmax over cosines. memory: rows of the teacher's places from all
     traced steps that places are compared with, `anchors` of them at a time; 0 compares the places of a sample with one
-    another. places: the most of a sample that are compared with one another, spread evenly.
+    another. places: the most of a sample that are compared with one another, spread evenly. kind: "divergence", of the
+    softmax over cosines, or "direction", the distance of the directions of Z Zᵀ, without temperature and memory.
+    Raises AttarError for another kind, and for a direction with a memory.
     """
 
     weight: float
@@ -32,11 +35,22 @@ class RelationSettings:
     memory: int = 0
     anchors: int = 4096
     places: int = 1024
+    kind: str = "divergence"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AttarError(f"there is no relation {self.kind!r}", fix=f"Use {', '.join(KINDS)}")
+        if self.kind == "direction" and self.memory:
+            raise AttarError(
+                "directions compare places of a sample with one another, and not with a memory",
+                where="finetune.relation",
+                fix="Set memory to 0",
+            )
 
 
 @dataclass(frozen=True)
 class RelationTerm:
-    """weight · divergence of the relations in a batch. memory: (K, C), as `draw_memory` makes it, or None."""
+    """weight · divergence or distance of a batch's relations. memory: (K, C), as `draw_memory` makes it, or None."""
 
     settings: RelationSettings
     memory: Tensor | None = None
@@ -48,6 +62,8 @@ class RelationTerm:
         chosen = self.settings
         stride = -(-pred.shape[1] // chosen.places)
         ours, full = (smoothed(f[:, ::stride], steps, chosen.window) for f in (pred, target))
+        if chosen.kind == "direction":
+            return chosen.weight * direction_distance(ours, full)
         if self.memory is None:
             return chosen.weight * relation_divergence(ours, full, chosen.temperature)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "anchors", str(update)))

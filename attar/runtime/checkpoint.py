@@ -27,6 +27,8 @@ groups apart by the timestep that the model is called with (step_groups.py):
 
      "step_groups": {"thresholds": [562.5], "descending": true}
 
+Version 7 brought a gate over the frames of a video for the low-rank branch, "frame_gate": 21 in a scheme, of so many.
+
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
@@ -44,12 +46,12 @@ from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
 from attar.runtime.patches import PatchLinear, model_splits, open_layers
 from attar.runtime.rows import kinds_of
-from attar.runtime.scheme import ACT_GROUPS, LATER, LATER_TRANSFORMS, MIXED_ROWS
+from attar.runtime.scheme import ACT_GROUPS, FRAME_GATE, LATER, LATER_TRANSFORMS, MIXED_ROWS
 from attar.runtime.step_groups import StepGroups, follow_steps, step_groups_of
 from attar.runtime.transforms import is_shifted, transform_class
 
 QUANT_METHOD = "attar"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 _FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -61,7 +63,11 @@ _FIELDS = {
 }
 _SPLITS = "splits"  # of version 3, and only where there are any
 _STEP_GROUPS = "step_groups"  # of version 6, and only where a scheme has bits by them
-_SINCE = {MIXED_ROWS: 4, ACT_GROUPS: 6}  # of the later fields of schemes; others came with version 2
+_SINCE = {
+    MIXED_ROWS: 4,
+    ACT_GROUPS: 6,
+    FRAME_GATE: 7,
+}  # of the later fields of schemes; others came with version 2
 _SCHEME_FIELDS: dict[str, tuple[type, ...]] = {
     "weight_bits": (int,),
     "act_bits": (int, type(None)),
@@ -105,7 +111,9 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
         _check_groups(schemes, steps, type(model).__name__)
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": 6
+        "format_version": 7
+        if any(FRAME_GATE in scheme for scheme in schemes)
+        else 6
         if grouped
         else 5
         if any(map(_of_version_5, schemes))

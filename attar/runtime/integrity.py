@@ -24,7 +24,7 @@ from torch import Tensor
 from attar.errors import AttarError
 from attar.runtime.checkpoint import QUANT_METHOD, check_config
 from attar.runtime.rows import kinds_of
-from attar.runtime.scheme import MIXED_ROWS
+from attar.runtime.scheme import FRAME_GATE, MIXED_ROWS
 from attar.runtime.transforms import is_shifted
 
 CHECKSUM_KEY = "attar_sha256"
@@ -165,6 +165,7 @@ def _check_layers(
         wanted += ["bias"] if is_shifted(scheme["transforms"]) else []
         mixed = MIXED_ROWS in scheme
         wanted += ["row_kind"] if mixed else []
+        wanted += [FRAME_GATE] if FRAME_GATE in scheme else []
         for part in wanted:
             if f"{name}.{part}" not in tensors:
                 raise AttarError(f"tensor '{name}.{part}' is missing", where=where, fix=_DAMAGED)
@@ -178,6 +179,10 @@ def _check_layers(
         fits &= _rows_fit(scheme, name, tensors) if mixed else codes[:1] == scale[:1]
         if not fits:
             raise AttarError(f"codes and scales of {name!r} do not match", where=where, fix=_DAMAGED)
+        if FRAME_GATE in scheme and tensors[f"{name}.{FRAME_GATE}"][1] != (scheme[FRAME_GATE],):
+            raise AttarError(
+                f"{FRAME_GATE} of {name!r} is not of {scheme[FRAME_GATE]} frames", where=where, fix=_DAMAGED
+            )
     for key, (dtype, _) in tensors.items():
         layer, part = _owner(key, layers)
         if layer is None and key.endswith(".codes") and dtype == torch.uint8:
@@ -217,7 +222,7 @@ def _has_part(scheme: Mapping[str, Any], part: str) -> bool:
         return index.isdecimal() and int(index) < len(scheme["transforms"])
     if part in ("low_rank_in", "low_rank_out"):
         return bool(scheme.get("low_rank"))
-    if part in ("act_clip", "levels", "row_kind"):
+    if part in ("act_clip", "levels", "row_kind", FRAME_GATE):
         tables = part == "levels" and any(kind[1] == "table" for kind in scheme.get(MIXED_ROWS, ()))
         return tables or bool(scheme.get(MIXED_ROWS if part == "row_kind" else part))
     return part in ("codes", "weight_scale", "bias")

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.runtime.autocast import full_precision
+from attar.runtime.branch import branch_product
 from attar.runtime.float32 import KeepsBufferDtype
 from attar.runtime.formats import check_levels, decode
 from attar.runtime.ops import packed_linear
 from attar.runtime.packing import pack, packed_width, unpack
 from attar.runtime.rows import RowKind, Rows, check_rows, pack_rows, sizes, split_rows
 from attar.runtime.scheme import (
+    FRAME_GATE,
     LATER,
     check_formats,
     check_mixed,
@@ -44,15 +46,16 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     x (..., in) -> transforms -> per-token quantization -> integer matmul -> scales and bias -> (..., out),
     in x.dtype. With `act_bits` None activations stay floating point and the weight is dequantized to x.dtype. Where
     `weight_format` or `act_format` are not integers (formats.py) the product is one of floating-point numbers.
-    With a low-rank branch, y = … + (x Aᵀ) Bᵀ, on the input as it comes and in its dtype.
+    With a low-rank branch, y = … + (x Aᵀ) Bᵀ, on the input as it comes and in its dtype; with a gate over frames times
+    M_f, f the frame of the token (branch.py).
 
     Buffers: `codes` uint8 (out, ceil(in·bits/8)); `weight_scale` float32 (out, 1), or (out, in/group_size);
     `act_clip` float32 (2,) = (f_lo, f_hi) or None; `transforms`, the activation side of the equivalent transforms,
     float32, and of a channel shift float16, with which there is a bias; `levels` float16 (1, 1, 2^bits),
     (out, 1, 2^bits) or (out, groups, 2^bits), the tables of the format "table", or None. `bias`, `low_rank_in`
-    A (rank, in) and `low_rank_out` B (out, rank) are Parameters in the dtype of the model, or None. There is no
-    `weight` Parameter: the property gives the dequantized weight in the original basis, with the branch, in the dtype
-    of the model.
+    A (rank, in), `low_rank_out` B (out, rank) and `frame_gate` M (frames,) are Parameters in the dtype of the model, or
+    None. There is no `weight` Parameter: the property gives the dequantized weight in the original basis, with the
+    branch, in the dtype of the model.
 
     Rows of several kinds (rows.py): `rows` lists them, `weight_bits` is the widest's, `codes` and `levels` are flat,
     and the buffer `row_kind` uint8 (out,) says which row is which. Their products are computed kind by kind.
@@ -71,6 +74,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     row_kind: Tensor | None
     low_rank_in: nn.Parameter | None
     low_rank_out: nn.Parameter | None
+    frame_gate: nn.Parameter | None
 
     def __init__(
         self,
@@ -89,13 +93,14 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         low_rank: int = 0,
         rows: Sequence[Any] | None = None,
         act_groups: Sequence[Any] | None = None,
+        frame_gate: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """An empty layer to load a checkpoint into; `from_codes` makes one with content."""
         nn.Module.__init__(self)
         check_scheme(weight_bits, act_bits, act_clip, group_size, in_features)
-        check_formats(weight_format, weight_bits, act_format, act_bits, levels, low_rank)
+        check_formats(weight_format, weight_bits, act_format, act_bits, levels, low_rank, frame_gate)
         self.in_features, self.out_features = in_features, out_features
         self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
         self.weight_format, self.act_format, self.low_rank = weight_format, act_format, low_rank
@@ -123,7 +128,9 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         shapes = {"bias": (out_features,)} if bias else {}
         if low_rank:
             shapes |= {"low_rank_in": (low_rank, in_features), "low_rank_out": (out_features, low_rank)}
-        for name in ("bias", "low_rank_in", "low_rank_out"):
+        if frame_gate is not None:
+            shapes[FRAME_GATE] = (frame_gate,)
+        for name in ("bias", "low_rank_in", "low_rank_out", FRAME_GATE):
             empty = None
             if name in shapes:
                 zeros = torch.zeros(shapes[name], dtype=self.compute_dtype, device=device)
@@ -149,6 +156,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         rows: Sequence[RowKind] | None = None,
         row_kind: Tensor | None = None,
         act_groups: Sequence[int] | None = None,
+        frame_gate: Tensor | None = None,
     ) -> PackedLinear:
         """A layer from integer codes (out, in) and scales (out, 1) or (out, in/group_size).
 
@@ -158,6 +166,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         B (out, rank)), on the layer's input. rows, row_kind (out,): the kinds of rows and which of them each row is;
         each row's codes are those of its kind, levels (numbers,) are those of all tables one after another, and `bits`
         are the widest kind's. act_groups: activation bits of each group of steps, of which `act_bits` are the widest.
+        frame_gate: (frames,), of the branch.
         Raises AttarError for codes out of range, scales that are not finite, or zero, wrong shapes.
         """
         if codes.ndim != 2 or codes.is_floating_point():
@@ -184,6 +193,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             low_rank=0 if branch is None else branch[0].shape[0],
             rows=None if rows is None else [astuple(kind) for kind in rows],
             act_groups=act_groups,
+            frame_gate=None if frame_gate is None else frame_gate.numel(),
             device="meta",
             dtype=compute_dtype or (bias.dtype if bias is not None else torch.float32),
         )
@@ -213,7 +223,9 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             layer.levels = _like("levels", levels, layer.levels, codes.device)
         floats = {"bias": bias}
         if branch is not None:
-            floats |= {"low_rank_in": branch[0], "low_rank_out": branch[1]}
+            floats |= {"low_rank_in": branch[0], "low_rank_out": branch[1], FRAME_GATE: frame_gate}
+            if frame_gate is not None:
+                _check_gate(frame_gate)
         for name, tensor in floats.items():
             if tensor is not None:
                 value = _like(name, tensor, getattr(layer, name), codes.device)
@@ -252,6 +264,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
 
         Fields that the first version of the format did not have are left out where the layer does not need them.
         """
+        frames = None if self.frame_gate is None else self.frame_gate.numel()
         return {
             "weight_bits": self.weight_bits,
             "act_bits": self.act_bits,
@@ -259,7 +272,13 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             "group_size": self.group_size,
             "transforms": [transform.config() for transform in self._chain()],
             **later_fields(
-                self.weight_format, self.act_format, self.levels, self.low_rank, self.rows, self.act_groups
+                self.weight_format,
+                self.act_format,
+                self.levels,
+                self.low_rank,
+                self.rows,
+                self.act_groups,
+                frames,
             ),
         }
 
@@ -300,17 +319,34 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dequantized weight (out, in) in the original basis and the model's dtype. Read-only.
 
-        Behind a channel shift the bias belongs to shifted inputs, so that weight and bias are not the layer; what fuses
-        projections by their `.data` gets an error.
+        Behind a channel shift the bias belongs to shifted inputs, so that weight and bias are not the layer, and with a
+        gate over frames each frame has a weight of its own; what fuses projections by their `.data` gets an error. The
+        branch is counted with a gate of one.
         """
-        weight = self.dequantized()
-        if len(self.transforms):
-            weight = restore_weight(self._chain(), weight)
+        weight = self._product_weight()
         if self.low_rank_in is not None and self.low_rank_out is not None:
             weight = weight + self.low_rank_out.to(weight.dtype) @ self.low_rank_in.to(weight.dtype)
         found = weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
         found.shifted = any(transform.kind == ChannelShift.kind for transform in self._chain())
+        found.gated = self.frame_gate is not None
         return found
+
+    def branch(self, x: Tensor) -> Tensor | None:
+        """What the low-rank branch adds for inputs x (..., in), in their dtype; None where there is none.
+
+        Raises AttarError where a gate does not know the tokens' frames.
+        """
+        if self.low_rank_in is None or self.low_rank_out is None:
+            return None
+        return branch_product(x, self.low_rank_in.to(x.dtype), self.low_rank_out.to(x.dtype), self.frame_gate)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the input (..., in) for that of the output (..., out), of the dequantized layer."""
+        if self.frame_gate is None or self.low_rank_in is None or self.low_rank_out is None:
+            return grad @ self.weight.to(grad.dtype)
+        up, down = (part.to(grad.dtype).T for part in (self.low_rank_in, self.low_rank_out))
+        weight = self._product_weight().to(self.compute_dtype)
+        return grad @ weight.to(grad.dtype) + branch_product(grad, down, up, self.frame_gate)
 
     def settle(self, name: str) -> None:
         """Takes the model's dtype from the bias, after a library has filled the layer from a checkpoint.
@@ -326,6 +362,8 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
                 check_rows(self.row_kind, self.rows, self.levels)
             elif self.levels is not None and not self.levels.is_meta:
                 check_levels(self.levels, self.weight_bits)
+            if self.frame_gate is not None and not self.frame_gate.is_meta:
+                _check_gate(self.frame_gate)
         except AttarError as error:
             raise AttarError(error.what, where=name) from error
         scale = self.weight_scale
@@ -342,12 +380,18 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         kind = "" if self.weight_format == "int" else f" ({self.weight_format})"
         kind += "" if self.rows is None else " at most"
         branch = f", low_rank={self.low_rank}" if self.low_rank else ""
+        branch += "" if self.frame_gate is None else f", gate over {self.frame_gate.numel()} frames"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, "
             f"weight={self.weight_bits} bits{kind} per {'row' if self.group_size is None else self.group_size}, "
             f"activation={acts}{branch}"
         )
+
+    def _product_weight(self) -> Tensor:
+        """The dequantized weight in the original basis, without the branch; float32."""
+        weight = self.dequantized()
+        return restore_weight(self._chain(), weight) if len(self.transforms) else weight
 
     def _chain(self) -> list[Transform]:
         return list(self.transforms)  # type: ignore[arg-type]
@@ -370,9 +414,10 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
 
         with full_precision(x.device):  # autocast would round the integers and the scales
             y = self._whole(product, -1)
-            if self.low_rank_in is None or self.low_rank_out is None:
+            added = self.branch(x)
+            if added is None:
                 return y
-            y = y + F.linear(F.linear(x, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype))
+            y = y + added
             return y if gelu is None else F.gelu(y, approximate=gelu)
 
     def _kinds(self) -> list[Rows]:
@@ -414,7 +459,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.layer.weight.to(grad.dtype), None
+        return ctx.layer.input_gradient(grad), None
 
 
 class _ReadOnlyWeight(torch.Tensor):
@@ -422,9 +467,15 @@ class _ReadOnlyWeight(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     shifted = False
+    gated = False
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
+        if self.gated:
+            raise AttarError(
+                "the branch of this packed layer has a gate over frames, so its weight cannot be fused with others",
+                fix="Leave projections apart, or compress with quantize.low_rank.gate=none",
+            )
         if self.shifted:
             raise AttarError(
                 "the bias of this packed layer belongs to shifted inputs, so its weight cannot be fused with others",
@@ -450,6 +501,11 @@ def _like(name: str, value: Tensor, empty: Any, device: torch.device) -> Tensor:
     if value.shape != empty.shape:
         raise AttarError(f"{name} has shape {tuple(value.shape)}, expected {tuple(empty.shape)}")
     return value.detach().to(device=device, dtype=empty.dtype, copy=True)
+
+
+def _check_gate(gate: Tensor) -> None:
+    if not bool(torch.isfinite(gate).all()):
+        raise AttarError("the gate over frames is not finite")
 
 
 def _usable(scale: Tensor) -> bool:

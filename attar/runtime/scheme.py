@@ -22,9 +22,11 @@ LATER: dict[str, tuple[type, ...]] = {
     "low_rank": (int,),
     "rows": (list,),
     "act_groups": (list,),
+    "frame_gate": (int,),
 }
 MIXED_ROWS = "rows"  # of version 4
 ACT_GROUPS = "act_groups"  # of version 6
+FRAME_GATE = "frame_gate"  # of version 7
 LATER_TRANSFORMS = ("block_rotations",)
 
 
@@ -35,6 +37,7 @@ def later_fields(
     low_rank: int,
     rows: Sequence[RowKind] | None,
     act_groups: Sequence[int] | None,
+    frame_gate: int | None = None,
 ) -> dict[str, Any]:
     """Those that a layer needs. Kinds of rows tell of the levels themselves."""
     found = {
@@ -44,6 +47,7 @@ def later_fields(
         "low_rank": low_rank or None,
         "rows": [list(astuple(kind)) for kind in rows] if rows else None,
         ACT_GROUPS: None if act_groups is None else list(act_groups),
+        FRAME_GATE: frame_gate,
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -87,6 +91,7 @@ def check_formats(
     act_bits: int | None,
     levels: str | None,
     low_rank: int,
+    frame_gate: int | None = None,
 ) -> None:
     check_format(weight_format, weight_bits)
     if act_format == "table":
@@ -99,6 +104,8 @@ def check_formats(
         raise AttarError(f"weights of the format {weight_format!r} cannot have levels of each {levels!r}")
     if low_rank < 0:
         raise AttarError(f"a branch cannot have rank {low_rank}")
+    if frame_gate is not None and (frame_gate < 1 or not low_rank):
+        raise AttarError(f"a branch of rank {low_rank} cannot have a gate over {frame_gate} frames")
 
 
 def check_mixed(

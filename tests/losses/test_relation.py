@@ -1,11 +1,11 @@
-"""Relation losses: MPQ-DM's proof list 7 and 8, MPQ-DMv2's 9 and 10."""
+"""Relation losses: MPQ-DM's proof list 7 and 8, MPQ-DMv2's 9 and 10; BiBERT's direction matching."""
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from attar.errors import AttarError
-from attar.losses import memory_divergence, relation_divergence, smoothed
+from attar.losses import direction_distance, memory_divergence, relation_divergence, smoothed
 from attar.quantize.relations import FEATURES, RelationSettings, RelationTerm, draw_memory, windows
 
 B, N, C = 2, 12, 8
@@ -70,6 +70,64 @@ def test_gradient_is_that_of_finite_differences():
             d = d.view_as(x)
             numeric.view(-1)[i] = (loss(student + d) - loss(student - d)) / (2 * step)
         torch.testing.assert_close(x.grad, numeric, rtol=0.05, atol=2e-4)
+
+
+def test_directions_are_blind_to_one_size_a_common_rotation_and_a_common_order():
+    student, teacher, _ = features()
+    turn, size = orthogonal(), torch.tensor([3.0, 1e-3]).view(B, 1, 1)
+    assert direction_distance(teacher, teacher) == 0
+    assert direction_distance(teacher * size @ turn, teacher) == pytest.approx(0, abs=2e-6)
+    value = direction_distance(student, teacher)
+    assert 0.1 < value < 2**0.5
+    assert direction_distance(student * size @ turn, teacher) == pytest.approx(float(value), rel=1e-5)
+    order = torch.randperm(N)
+    both = direction_distance(student[:, order], teacher[:, order])
+    assert both == pytest.approx(float(value), rel=1e-5)
+    assert abs(direction_distance(student[:, order], teacher) - value) > 1e-3
+    by_place = torch.linspace(0.5, 2, N)[:, None]  # which cosines do not see
+    assert direction_distance(teacher * by_place, teacher) > 0.1
+
+
+def test_directions_are_what_their_formula_says():
+    student, teacher, _ = (t.double() for t in features())
+    found = []
+    for z, full in zip(student, teacher, strict=True):
+        p, q = (t @ t.T / C**0.5 for t in (z, full))
+        found.append((p / p.norm() - q / q.norm()).norm())
+    torch.testing.assert_close(direction_distance(student, teacher), torch.stack(found).mean())
+    for factor in (1e25, 1e-25):  # whose products float32 does not hold
+        scaled = direction_distance(student.float() * factor, teacher.float())
+        torch.testing.assert_close(scaled, torch.stack(found).mean().float())
+    assert direction_distance(torch.zeros(1, N, C), teacher[:1].float()) == pytest.approx(1)
+
+
+def test_the_gradient_of_directions():
+    student, teacher, _ = (t.double() for t in features())
+    student, teacher = (
+        student[:, :5, :3].clone().requires_grad_(),
+        teacher[:, :5, :3].clone().requires_grad_(),
+    )
+    assert torch.autograd.gradcheck(lambda x: direction_distance(x, teacher), student)
+    direction_distance(student, teacher).backward()
+    assert teacher.grad is None
+    # a factor and a rotation change nothing, so the gradient has no part along them
+    assert abs((student.grad * student).sum((1, 2))).max() < 1e-12
+    turning = student.grad.mT @ student
+    torch.testing.assert_close(turning, turning.mT, rtol=1e-9, atol=1e-12)
+    same = teacher.detach().clone().requires_grad_()
+    direction_distance(same, teacher).backward()
+    assert torch.equal(same.grad, torch.zeros_like(same))  # at the minimum, where a norm has no derivative
+
+
+def test_places_are_limited_for_directions_too():
+    student, teacher, _ = features()
+    term = RelationTerm(RelationSettings(2.0, window=1, places=5, kind="direction"))
+    expected = 2 * direction_distance(student[:, ::3], teacher[:, ::3])
+    assert torch.equal(term(student, teacher, 1, 0), expected)
+    with pytest.raises(AttarError, match="not with a memory"):
+        RelationSettings(1.0, memory=8, kind="direction")
+    with pytest.raises(AttarError, match="no relation 'angle'"):
+        RelationSettings(1.0, kind="angle")
 
 
 def test_windows_of_equal_features_are_the_features():

@@ -18,6 +18,7 @@ from attar.quantize.relations import FEATURES, RelationSettings, RelationTerm
 from attar.quantize.terms import LowRankTerm
 from attar.recipe import load_recipe
 from attar.runtime.layers import packed_layers
+from attar.settings import relation_settings
 from attar.workspace import Workspace
 
 ADAPTERS = FinetuneSettings(steps=40, batch_size=7, adapter_rank=4, adapter_lr=0.05, clip_lr=1e-2)
@@ -167,7 +168,8 @@ def test_beside_the_rounded_weight_the_error_is_the_better_start():
     assert late["zero"] < late["error"]
 
 
-def test_the_relation_of_features_is_what_training_lowers():
+@pytest.mark.parametrize("kind", ["divergence", "direction"])
+def test_the_relation_of_features_is_what_training_lowers(kind):
     """The student's relations come nearer to the teacher's; with features that are detached nothing would."""
 
     def made(weight, bits=3):
@@ -176,7 +178,7 @@ def test_the_relation_of_features_is_what_training_lowers():
         with torch.no_grad():
             for _, target in toy.samples:
                 target[FEATURES] = target["y"].clone()
-        term = RelationTerm(RelationSettings(weight, window=1, temperature=0.2))
+        term = RelationTerm(RelationSettings(weight, window=1, temperature=0.2, kind=kind))
 
         def run(call):
             return plain(call) | {FEATURES: plain(call)["y"]}
@@ -188,7 +190,14 @@ def test_the_relation_of_features_is_what_training_lowers():
         return tuner.history, whole
 
     history, _ = made(1.0)
-    assert history[-1][1] < 0.5 * history[0][1]
+    assert history[-1][1] < (0.5 if kind == "divergence" else 0.5**0.5) * history[0][1]  # it is no square
+
+
+def test_the_kind_of_relation_is_left_out_where_it_is_the_former_one():
+    assert "kind" not in load_recipe("mpq-dm").model_dump()["finetune"]["relation"]
+    changed = load_recipe("mpq-dm", {"finetune.relation.kind": "direction"})
+    assert changed.model_dump()["finetune"]["relation"]["kind"] == "direction"
+    assert relation_settings(changed).kind == "direction"
 
 
 def test_windows_pair_consecutive_steps():
@@ -228,6 +237,7 @@ def test_windows_pair_consecutive_steps():
         ({"finetune.adapter_start": "error", "finetune.adapter_rank": 0}, "give them adapter_rank"),
         ({"finetune.adapter_start": "error", "quantize.low_rank": {"rank": 4}}, "no part of"),
         ({"quantize.row_bits.most": 0.05}, "no bit would move"),
+        ({"finetune.relation.kind": "direction", "finetune.relation.memory": 64}, "set relation.memory to 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(overrides, words):
