@@ -21,6 +21,7 @@ _register_with_diffusers()
 _register_with_transformers()
 
 if TYPE_CHECKING:
+    from attar.calibration.synthesize import synthesize
     from attar.conductor import compress
     from attar.models.adapter import ModelAdapter
     from attar.models.source import load
@@ -37,6 +38,7 @@ _WHERE = {
     "recipe_names": "attar.recipe",
     "verify_folder": "attar.runtime.integrity",
     "PackedLinear": "attar.runtime.layers",
+    "synthesize": "attar.calibration.synthesize",
 }
 __all__ = [
     "AttarError",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "load_recipe",
     "recipe_names",
+    "synthesize",
     "verify_folder",
 ]
 

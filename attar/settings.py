@@ -72,7 +72,8 @@ def _rounding(recipe: Recipe) -> ReconstructionSettings | None:
     if not rounding.epochs:
         return None
     return ReconstructionSettings(
-        epochs=rounding.epochs, batch_size=1 if r is None else r.batch_size, code_lr=rounding.lr, normalise_loss=True
+        epochs=rounding.epochs, batch_size=1 if r is None else r.batch_size, code_lr=rounding.lr,
+        scale_lr=rounding.scale_lr, normalise_loss=True,
     )  # fmt: skip
 
 

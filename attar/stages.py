@@ -522,6 +522,15 @@ class Rounding(Stage):
         description="over the samples, in which the codes of a block are learned by the block's error; 0 leaves them",
     )
     lr: float = Field(default=5e-3, gt=0, description="of learned codes, in steps between two codes")
+    scale_lr: float = Field(
+        default=0.0, ge=0, description="of the logarithms of their scales, learned with them; 0 leaves them"
+    )
+
+    @model_validator(mode="after")
+    def _scales_are_learned_with_codes(self) -> Rounding:
+        if self.scale_lr and not self.epochs:
+            raise ValueError("scale_lr is of scales that are learned with codes: give epochs, or set it to 0")
+        return self
 
     @property
     def needs_data(self) -> bool:
@@ -535,6 +544,7 @@ class Rounding(Stage):
             "order": self.order != "given",
             "epochs": self.epochs != 0,
             "lr": self.epochs != 0,
+            "scale_lr": self.scale_lr != 0,
         }
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
 

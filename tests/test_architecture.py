@@ -188,7 +188,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "tensorfile": set(),
-    "__init__": {"conductor", "models", "recipe", "runtime"},
+    "__init__": {"calibration", "conductor", "models", "recipe", "runtime"},
     "__main__": {"cli"},
 }
 

@@ -48,7 +48,8 @@ class BlockSettings:
     clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
     round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
     what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
-    gptq_by_activation: see `gptq_codes`. rounding: codes are learned behind all that (`LearnedCodes`).
+    gptq_by_activation: see `gptq_codes`. rounding: codes are learned behind all that, and their scales where these
+    have a rate (`LearnedCodes`).
     stats_ema: momentum of the channels' statistics, see `collect_input_stats`.
     """
 
@@ -99,6 +100,7 @@ class BlockSettings:
             ("nearest", self.gptq_damping is None),
             ("gptq", self.gptq_damping is not None),
             ("learned rounding", self.rounding is not None),
+            ("learned scales of codes", self.rounding is not None and self.rounding.scale_lr > 0),
         ]
         return [name for name, taken in steps if taken]
 
@@ -173,6 +175,7 @@ def quantize_block(
         if settings.clip_search:
             _search_clips(whole)  # transforms have moved, and clipping has not
     codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
+    scales: dict[str, Tensor] = {}
     if settings.rounding is not None:
         for name, layer in layers.items():
             layer.freeze(codes.pop(name, None))
@@ -185,12 +188,9 @@ def quantize_block(
 
         learn = partial(learn, settings=settings.rounding, generator=generator, progress=after)
         learned = {name: layer for name, layer in layers.items() if not plans[name].plain}
-        outcome.rounding, codes = _learn_codes(module, learned, learn)
+        outcome.rounding, codes, scales = _learn_codes(module, learned, learn, settings.rounding.scale_lr > 0)
     for name in list(layers):
-        outcome.layers[name] = layers[name].bake(codes.pop(name, None))
-        gate = outcome.layers[name].frame_gate
-        if gate is not None:
-            outcome.gates[name] = gate.tolist()
+        outcome.layers[name] = layers[name].bake(codes.pop(name, None), scales.pop(name, None))
         replace_module(module, name, outcome.layers[name])
         del layers[name], linears[name]  # so that the weights of a block are not all there twice
     if calls:
@@ -372,15 +372,25 @@ def _learn_codes(
     module: nn.Module,
     layers: Mapping[str, QuantizedLinear],
     learn: Callable[[dict[str, list[nn.Parameter]]], ReconstructionResult],
-) -> tuple[ReconstructionResult, dict[str, Tensor]]:
-    """The codes of frozen layers, learned together. learn: trains groups of parameters, see `reconstruct_block`."""
-    learned = {name: LearnedCodes(layer) for name, layer in layers.items()}
+    with_scales: bool,
+) -> tuple[ReconstructionResult, dict[str, Tensor], dict[str, Tensor]]:
+    """The codes of frozen layers, learned together, and their scales, none where these are not learned.
+
+    learn: trains groups of parameters, see `reconstruct_block`.
+    """
+    learned = {name: LearnedCodes(layer, with_scales) for name, layer in layers.items()}
     for name, layer in learned.items():
         replace_module(module, name, layer)
-    result = learn({"codes": [layer.steps for layer in learned.values()]})
+    scales = [layer.log_scale for layer in learned.values() if layer.log_scale is not None]
+    result = learn({"codes": [layer.steps for layer in learned.values()], "scales": scales})
     for name, layer in layers.items():
         replace_module(module, name, layer)
-    return result, {name: layer.codes() for name, layer in learned.items()}
+    found = {name: layer.scales() for name, layer in learned.items()}
+    return (
+        result,
+        {name: layer.codes() for name, layer in learned.items()},
+        {name: scale for name, scale in found.items() if scale is not None},
+    )
 
 
 def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Parameter]]:

@@ -348,11 +348,12 @@ class QuantizedLinear(GroupedActs, nn.Module):
         return (self.quantizer.clipped(weight) if clipped else weight), scale
 
     @torch.no_grad()
-    def freeze(self, codes: Tensor | None = None) -> None:
+    def freeze(self, codes: Tensor | None = None, scales: Tensor | None = None) -> None:
         """Fixes transforms, clipping and codes.
 
         codes: (out, in) for the scales of `baked_weight`, e.g. from GPTQ; by default the weight is rounded to
-        nearest. Raises AttarError for codes of a wrong shape or range, and while there is an auxiliary branch.
+        nearest. scales: (out, groups) that the codes were learned with, in place of those. Raises AttarError for codes
+        of a wrong shape or range, scales without codes or of a wrong shape, and while there is an auxiliary branch.
         """
         if self.auxiliary is not None:
             raise AttarError(
@@ -360,6 +361,12 @@ class QuantizedLinear(GroupedActs, nn.Module):
                 fix="Train until its rank has decayed to 0",
             )
         weight, scale = self.baked_weight()
+        if scales is not None:
+            if codes is None or scales.shape != scale.shape:
+                raise AttarError(
+                    f"scales of shape {tuple(scales.shape)} need codes, and the shape {tuple(scale.shape)}"
+                )
+            scale = scales
         if codes is None:
             codes = self.quantizer.quantize(weight)[0]
         if codes.shape != weight.shape:
@@ -397,14 +404,14 @@ class QuantizedLinear(GroupedActs, nn.Module):
             raise AttarError("the layer has no codes yet", fix="Call freeze")
         return self._frozen
 
-    def bake(self, codes: Tensor | None = None) -> PackedLinear:
+    def bake(self, codes: Tensor | None = None, scales: Tensor | None = None) -> PackedLinear:
         """The packed layer with the frozen layer's values.
 
-        codes: as in `freeze`, which this calls when they are given or the layer is not frozen yet.
+        codes, scales: as in `freeze`, which this calls when they are given or the layer is not frozen yet.
         Raises AttarError for more than 8 bits.
         """
         if codes is not None or self._frozen is None:
-            self.freeze(codes)
+            self.freeze(codes, scales)
         frozen = self._frozen
         assert frozen is not None
         return PackedLinear.from_codes(

@@ -15,7 +15,7 @@ from attar.errors import AttarError
 from attar.quantize.batching import Streams, join, like, to_device
 
 Loss = Callable[[Streams, Streams, Any], Tensor]  # (prediction, target, context of the sample) -> scalar
-GROUPS = ("transform", "clip", "levels", "branch", "codes")
+GROUPS = ("transform", "clip", "levels", "branch", "codes", "scales")
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class ReconstructionSettings:
     """Schedule of block reconstruction, S²Q-VDiT's by default (batch size and decay are ours).
 
     epochs: passes over the calibration set. batch_size: calls of one step, concatenated along the batch axis.
-    transform_lr, clip_lr, level_lr, branch_lr, code_lr: AdamW learning rates of scales and rotations, of clipping
-    factors, of the parameters of tables, of low-rank branches, and of codes in steps; all fall along a cosine to
-    lr · eta_min_ratio. weight_decay: of the transforms, whose parameters are deviations from their start; the others
-    never decay. normalise_loss: divide each loss by its own detached value, so that every sample gives a gradient of
-    unit scale (FlatQuant).
+    transform_lr, clip_lr, level_lr, branch_lr, code_lr, scale_lr: AdamW learning rates of scales and rotations, of
+    clipping factors, of the parameters of tables, of low-rank branches, of codes in steps, and of the logarithms of
+    their scales, which 0 leaves; all fall along a cosine to lr · eta_min_ratio. weight_decay: of the transforms, whose
+    parameters are deviations from their start; the others never decay. normalise_loss: divide each loss by its own
+    detached value, so that every sample gives a gradient of unit scale (FlatQuant).
     """
 
     epochs: int = 15
@@ -40,6 +40,7 @@ class ReconstructionSettings:
     normalise_loss: bool = False
     level_lr: float = 1e-3
     code_lr: float = 5e-3
+    scale_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1:
@@ -208,6 +209,7 @@ def _optimizer(
         "levels": {"lr": settings.level_lr, "weight_decay": 0.0},
         "branch": {"lr": settings.branch_lr, "weight_decay": 0.0},
         "codes": {"lr": settings.code_lr, "weight_decay": 0.0},
+        "scales": {"lr": settings.scale_lr, "weight_decay": 0.0},
     }
     optimizer = torch.optim.AdamW(
         [{"params": list(group), **options[name]} for name, group in groups.items() if len(group)], fused=True

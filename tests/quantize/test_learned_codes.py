@@ -1,4 +1,4 @@
-"""Codes that are learned by the block's error, at scales that stay."""
+"""Codes that are learned by the block's error, at scales that stay or that are learned with them."""
 
 import dataclasses
 
@@ -11,10 +11,14 @@ from torch import nn
 
 import attar
 from attar.errors import AttarError
-from attar.quantize.block import BlockSettings
+from attar.losses import mse
+from attar.models.block import BlockCall
+from attar.models.linears import Linear
+from attar.quantize.block import BlockSettings, quantize_block
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.learned_codes import LearnedCodes
 from attar.quantize.linear import QuantizedLinear
+from attar.quantize.plan import plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.quantize.weights import Grid
 from attar.recipe import load_recipe
@@ -114,6 +118,7 @@ def test_behind_gptq_they_are_never_worse_on_the_samples(name):
 def test_a_recipe_with_learned_codes_from_the_pipeline_to_the_checkpoint(tmp_path):
     case = pipelines.CASES["wan"]
     few = {
+        "rounding.scale_lr": 1e-3,
         "quantize.weight_format": "full_range",
         "trace.prompts": 2,
         "select.count": 3,
@@ -131,6 +136,95 @@ def test_a_recipe_with_learned_codes_from_the_pipeline_to_the_checkpoint(tmp_pat
     assert (scales < 0).any() and (scales > 0).any()
     pipe.save_pretrained(tmp_path)
     pipelines.assert_same_model(pipe, DiffusionPipeline.from_pretrained(tmp_path), "wan")
+
+
+# ------------------------------------------------------------------------------------- scales that move (Genie-M)
+
+
+@pytest.mark.parametrize("weight_format", ["int", "full_range"])
+def test_scales_get_the_gradient_of_their_codes_and_nothing_more(weight_format):
+    layer = layer_of(acts=None, group_size=8, weight_format=weight_format)
+    layer.freeze()
+    learned, x = (
+        LearnedCodes(layer, scales=True),
+        torch.randn(5, 24, generator=torch.Generator().manual_seed(1)),
+    )
+    assert torch.equal(learned(x), LearnedCodes(layer)(x))  # at the start
+    weighted = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+    (learned(x) * weighted).sum().backward()
+    scale = layer.baked_weight()[1]
+    expected = ((weighted.T @ x) * learned.codes()).unflatten(1, (3, 8)).sum(-1) * scale
+    torch.testing.assert_close(learned.log_scale.grad, expected)
+    alone = LearnedCodes(layer)
+    (alone(x) * weighted).sum().backward()
+    assert torch.equal(learned.steps.grad, alone.steps.grad)
+
+
+def test_learned_scales_reach_the_packed_layer_with_their_signs():
+    layer = layer_of(weight_format="full_range")
+    layer.freeze()
+    learned = LearnedCodes(layer, scales=True)
+    with torch.no_grad():
+        learned.log_scale.copy_(torch.linspace(-0.1, 0.1, 16)[:, None])
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    before = layer.baked_weight()[1]
+    assert torch.equal(learned.scales().sign(), before.sign()) and (before < 0).any()
+    packed = layer.bake(learned.codes(), learned.scales())
+    torch.testing.assert_close(packed.weight_scale, before * torch.linspace(-0.1, 0.1, 16)[:, None].exp())
+    torch.testing.assert_close(packed(x), learned(x))
+
+
+def test_scales_without_codes_or_of_another_shape_are_refused():
+    layer = layer_of()
+    for codes, scales in (
+        (None, torch.ones(16, 1)),
+        (torch.zeros(16, 24, dtype=torch.int8), torch.ones(16, 2)),
+    ):
+        with pytest.raises(AttarError, match="need codes, and the shape"):
+            layer.freeze(codes, scales)
+
+
+def test_scales_without_a_rate_are_those_of_codes_alone():
+    """With the rate 0, and with scales that have a place in the optimizer but no rate."""
+    state = {}
+    for rate in (0.0, 1e-30):
+        case = Case()
+        case.quantize(dataclasses.replace(GPTQ, rounding=dataclasses.replace(LEARNING, scale_lr=rate)))
+        state[rate] = case.block.module.state_dict()
+    assert all(torch.equal(state[0.0][key], state[1e-30][key]) for key in state[0.0])
+
+
+def test_scales_with_codes_are_better_than_codes_alone_and_these_than_the_nearest():
+    """The output's error of one layer at 3 bits, on the calls it is learned from."""
+    torch.manual_seed(0)
+    mixing = torch.randn(6, 24)  # of independent channels the nearest codes would be the best
+    calls = [BlockCall({"x": torch.randn(1, 32, 6) @ mixing}) for _ in range(8)]
+    learning, errors = dataclasses.replace(LEARNING, epochs=40, code_lr=5e-3), {}
+    for name, rounding in {
+        "nearest": None, "codes": learning, "joint": dataclasses.replace(learning, scale_lr=5e-3),
+    }.items():  # fmt: skip
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(24, 16)).requires_grad_(False)
+        plans = {"0": plan_layers([Linear("0", module[0], "other")], [], 3, 16)[0]}
+
+        def run(call, module=module):
+            return {"x": module(call.streams["x"])}
+
+        settings = BlockSettings(
+            TransformSettings(scale=False, rotation="none"), weight_clip=False, rounding=rounding
+        )
+        targets = [run(call) for call in calls]
+        outcome = quantize_block(module, plans, run, calls, targets, settings, loss=lambda p, t, c: mse(p, t))
+        errors[name] = outcome.error_after
+    assert errors["joint"] < 0.9 * errors["codes"] and errors["codes"] < 0.95 * errors["nearest"], errors
+
+
+def test_rates_of_scales_count_only_where_there_is_one():
+    plain = load_recipe("attar-ptq", {"rounding.epochs": 3})
+    assert "scale_lr" not in plain.model_dump()["rounding"]
+    assert load_recipe("attar-ptq", {"rounding.epochs": 3, "rounding.scale_lr": 1e-3}) != plain
+    with pytest.raises(AttarError, match="learned with codes"):
+        load_recipe("attar-ptq", {"rounding.scale_lr": 1e-3})
 
 
 def test_recipes_say_what_they_cannot_learn():
