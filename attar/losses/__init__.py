@@ -2,7 +2,7 @@
 
 from attar.losses.block import BlockLoss, TemporalTerm
 from attar.losses.reconstruction import mse, mse_with_layers, relative_error
-from attar.losses.relation import memory_divergence, relation_divergence, smoothed
+from attar.losses.relation import direction_distance, memory_divergence, relation_divergence, smoothed
 from attar.losses.statistics import statistics_distance
 from attar.losses.temporal import frame_similarity, similarity_divergence, temporal_distillation
 from attar.losses.token_weighted import (

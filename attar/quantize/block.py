@@ -191,6 +191,9 @@ def quantize_block(
         outcome.rounding, codes, scales = _learn_codes(module, learned, learn, settings.rounding.scale_lr > 0)
     for name in list(layers):
         outcome.layers[name] = layers[name].bake(codes.pop(name, None), scales.pop(name, None))
+        gate = outcome.layers[name].frame_gate
+        if gate is not None:
+            outcome.gates[name] = gate.tolist()
         replace_module(module, name, outcome.layers[name])
         del layers[name], linears[name]  # so that the weights of a block are not all there twice
     if calls:
