@@ -9,7 +9,7 @@ import torch
 
 from attar.models.source import find_source, load_pipeline
 from attar.recipe import load_recipe
-from benchmarks import budget, forecast, step_groups, streaming
+from benchmarks import budget, forecast, step_groups, streaming, synthesis
 from benchmarks.cells import LATER, STUDIES, digest
 from benchmarks.outliers import CHANNELS, FACTOR, plant_outliers
 from benchmarks.tables import write_tables
@@ -118,6 +118,13 @@ def test_the_figures_of_groups_of_steps_in_the_docs_are_the_measured_ones():
     content = json.loads(step_groups.RESULTS.read_text())
     page = (Path(__file__).parents[1] / "docs" / "budget.md").read_text(encoding="utf-8")
     assert step_groups.table(content["cells"]) in page
+
+
+def test_the_figures_of_synthesised_data_in_the_docs_are_the_measured_ones():
+    content = json.loads(synthesis.RESULTS.read_text())
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert synthesis.table(content["cells"]) in page
+    assert content["steps"] == synthesis.STEPS
 
 
 def test_budgets_table_pairs_plans_over_seeds():
