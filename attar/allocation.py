@@ -127,7 +127,7 @@ def allocate(
     layers = layers_of(options, measured, recipe)
     budget = Budget.parse(recipe.allocate.budget)
     taken = choose(layers, budget, recipe.quantize.weights)
-    metrics = {name: part.metrics() for name, part in parts.items() if part.by_metrics}
+    metrics = {name: part.metrics for name, part in parts.items() if part.metrics}
     groups = {f"{name}.{path}": metric for name, of in metrics.items() for path, metric in of.items()}
     if metrics:
         seen = layers_of(options, {name: part.seen() for name, part in parts.items()}, recipe)

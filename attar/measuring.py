@@ -49,9 +49,8 @@ REACH = {"reach-of-weights": WEIGHTS, "reach-of-activations": ACTS}
 SEEN = {"metrics-of-weights": WEIGHTS, "metrics-of-activations": ACTS}
 QUANTIZED = {BOTH: (True, True), WEIGHTS: (True, False), ACTS: (False, True)}  # weights, activations
 Run = Callable[[BlockCall], dict[str, Tensor]]
-Factor = Callable[
-    [Block, str], float
-]  # what the error of a layer, by its name in the block, is multiplied with
+# what the error of a layer, by its name in the block, is multiplied with
+Factor = Callable[[Block, str], float]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,6 @@ class Measuring:
         self.workspace, self.store = workspace, store
         self.adapter = ModelAdapter.of(transformer)
         self.followed = recipe.allocate.objective != "block"
-        self.by_metrics = recipe.allocate.objective == "metrics"
         self.groups: StepGroups | None = None
         self.steps = [1]  # of each group of steps, as many as it has
         if recipe.quantize.step_groups > 1:
@@ -103,14 +101,14 @@ class Measuring:
         self.own = options[recipe.quantize.weights]
         chosen = [WEIGHTS if self.followed else BOTH, *([ACTS] if act_options else [])]
         self.kinds = [*chosen, *(name for name, kind in REACH.items() if self.followed and kind in chosen)]
-        self.kinds += [name for name, kind in SEEN.items() if self.by_metrics and kind in chosen]
-        self.grid = (1, 1, 1)  # frames, height and width in tokens, where metrics look at them
-        if self.by_metrics:
+        self.metrics: dict[
+            str, Metric
+        ] = {}  # layer -> the metric that it is measured by; none where all are alike
+        if recipe.allocate.objective == "metrics":
+            self.kinds += [name for name, kind in SEEN.items() if kind in chosen]
             grid = ranks.first(lambda: self.adapter.token_grid(self.calls[0][0]))
             self.grid = (grid.frames, grid.height, grid.width)
-        self._metric: dict[str, Metric] = {
-            p.name: metric_of(p.role, self.grid[0]) for p in self.own if not p.skipped
-        }
+            self.metrics = {p.name: metric_of(p.role, grid.frames) for p in self.own if not p.skipped}
         self._steps: list[Step] = []
         self._whole = 0.0  # squared length of the trajectory's final latents
 
@@ -147,10 +145,6 @@ class Measuring:
         """
         return self._of_acts(self._reaching(ACTS)) if self.act_options else []
 
-    def metrics(self) -> dict[str, Metric]:
-        """Layer -> the metric that it is measured by; {} where all are measured alike."""
-        return self._metric if self.by_metrics else {}
-
     def seen(self) -> Sensitivity:
         """As `sensitivity`, but what the metric of each layer's group sees of its errors."""
         return self._named(lambda block: self._stored(WEIGHTS, block), self._seeing(WEIGHTS))
@@ -173,8 +167,7 @@ class Measuring:
         """Block -> what its error is multiplied with; {} where all blocks count alike."""
         if not self.followed:
             return {}
-        file = next(name for name, other in REACH.items() if other == kind)
-        known = {block.name: self._stored(file, block) for block in self.adapter.blocks}
+        known = self._come_to(REACH, kind)
         return {name: e["latents"] / e["block"] if e["block"] else 0.0 for name, e in known.items()}
 
     def _reaching(self, kind: str) -> Factor:
@@ -182,11 +175,10 @@ class Measuring:
         return lambda block, path: reach.get(block.name, 1.0)
 
     def _seeing(self, kind: str) -> Factor:
-        file = next(name for name, other in SEEN.items() if other == kind)
-        known = {block.name: self._stored(file, block) for block in self.adapter.blocks}
+        known = self._come_to(SEEN, kind)
 
         def factor(block: Block, path: str) -> float:
-            found = known[block.name][self._metric[f"{block.name}.{path}"]]
+            found = known[block.name][self.metrics[f"{block.name}.{path}"]]
             return found["seen"] / found["block"] if found["block"] else 0.0
 
         return factor
@@ -248,7 +240,7 @@ class Measuring:
         planned = _inside(one.block, self.own)
         found: dict[Metric, dict[str, float]] = {}
         for metric in METRICS:
-            mine = {path: plan for path, plan in planned.items() if self._metric[plan.name] == metric}
+            mine = {path: plan for path, plan in planned.items() if self.metrics[plan.name] == metric}
             if not mine:
                 continue
             alone, changes = self._changes(one, mine, kind)
@@ -331,6 +323,11 @@ class Measuring:
             }
 
         return [self._named(partial(share, group=group), factor) for group in range(len(self.steps))]
+
+    def _come_to(self, files: Mapping[str, str], kind: str) -> dict[str, Any]:
+        """Block -> what is stored of it in that one of `files` which is about errors of this kind."""
+        file = next(name for name, other in files.items() if other == kind)
+        return {block.name: self._stored(file, block) for block in self.adapter.blocks}
 
     def _stored(self, kind: str, block: Block) -> Any:
         return ranks.first(partial(self.workspace.read_json, self._file(kind, block)))

@@ -297,9 +297,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
             return z if self.frame_gate is not None else self._with_branch(z, x)
 
         z = recomputed_by_rows(rows, x)
-        return (
-            z if self.frame_gate is None else self._with_branch(z, x)
-        )  # a gate has to know which row is which
+        # a gate has to know which row is which
+        return z if self.frame_gate is None else self._with_branch(z, x)
 
     def _product(self, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The quantized input y times the weight; as a linear on x, in its dtype or in that of autocast."""
