@@ -20,7 +20,8 @@ from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall
 from attar.models.types import give_types, types_of
 from attar.models.weights import fill
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.frame_gate import KEY, FrameGrid
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import open_planned

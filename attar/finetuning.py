@@ -19,12 +19,12 @@ from attar.losses import mse, mse_with_layers, relative_error
 from attar.models.block import BlockCall, as_outputs
 from attar.models.types import give_types, tensors_of, types_of
 from attar.models.weights import ResidentWeights, fill, weights_of
-from attar.quantize.block import wrap_linears
 from attar.quantize.finetune import Finetuner, Layer
 from attar.quantize.linear import QuantizedLinear, replace_module
 from attar.quantize.plan import LayerPlan, matching, open_planned
 from attar.quantize.polish import ScaledCodes
 from attar.quantize.relations import FEATURES, RelationTerm, draw_memory, windows
+from attar.quantize.wrap import input_facts, wrap_linears
 from attar.recipe import Recipe
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.settings import block_settings, finetune_settings, relation_settings
@@ -239,10 +239,11 @@ class FinetuneJob:
         whole.compute(samples)
         few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
         linears: dict[str, nn.Module] = {name: whole.transformer.get_submodule(name) for name in whole.plan}
+        settings, seed = block_settings(whole.recipe), f"{whole.seed}/{whole.name}"
+        inputs = input_facts(whole.plan, linears, whole.forward, few, settings, seed)
         layers = wrap_linears(
-            whole.transformer, whole.plan, linears, whole.forward, few, block_settings(whole.recipe),
-            f"{whole.seed}/{whole.name}",
-        )  # fmt: skip
+            whole.transformer, whole.plan, linears, inputs, whole.forward, few, settings, seed
+        )
         report = whole.train(layers, samples)
         give_types(whole.transformer, types)
         for file, (_, prefix, names) in whole.files().items():

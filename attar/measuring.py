@@ -35,7 +35,8 @@ from attar.models.families import latent_layout
 from attar.models.weights import weights_of
 from attar.progress import Progress
 from attar.quantize.block import errors_by_group, mean_relative_error
-from attar.quantize.plan import LayerPlan
+from attar.quantize.plan import LayerPlan, open_planned
+from attar.quantize.wrap import InputFacts, input_facts
 from attar.recipe import Recipe
 from attar.runtime.step_groups import ARGUMENT, StepGroups, choose_group
 from attar.samples import Calls, catch_samples, traced_groups
@@ -55,13 +56,15 @@ Factor = Callable[[Block, str], float]
 
 @dataclass(frozen=True)
 class _Open:
-    """A block that is worked on: a float32 copy of it, what runs it, its calls and its outputs."""
+    """A block that is worked on: a float32 copy of it, what runs it, its calls and its outputs, and what these calls
+    say of its layers' inputs."""
 
     block: Block
     module: nn.Module
     run: Run
     calls: Calls
     targets: list[dict[str, Tensor]]
+    inputs: InputFacts
 
 
 class Measuring:
@@ -216,7 +219,7 @@ class Measuring:
         weights, acts = QUANTIZED[kind]
         by_group = partial(errors_by_group, groups=len(self.steps))
         errors = block_sensitivity(
-            one.module, planned, one.run, one.calls, one.targets, self.settings, seed=self._seed(one.block),
+            one.module, planned, one.inputs, one.run, one.calls, one.targets, self.settings, seed=self._seed(one.block),
             weights=weights, acts=acts, progress=progress,
             measure=mean_relative_error if kind != ACTS or self.groups is None else by_group,
         )  # fmt: skip
@@ -287,7 +290,7 @@ class Measuring:
     ) -> float:
         weights, acts = QUANTIZED[kind]
         return together(
-            module, planned, partial(self._run, one.block, module), one.calls, one.targets, self.settings,
+            module, planned, one.inputs, partial(self._run, one.block, module), one.calls, one.targets, self.settings,
             seed=self._seed(one.block), weights=weights, acts=acts,
         )  # fmt: skip
 
@@ -350,8 +353,14 @@ class Measuring:
                 with torch.no_grad():
                     targets = [self.workspace.hold(run(call)) for call in calls]
                 if block.index >= first:
-                    yield _Open(block, module, run, calls, targets)
+                    yield _Open(block, module, run, calls, targets, self._inputs(block, module, run, calls))
                 calls = [call.with_streams(target) for call, target in zip(calls, targets, strict=True)]
+
+    def _inputs(self, block: Block, module: nn.Module, run: Run, calls: Calls) -> InputFacts:
+        planned = _inside(block, self.own)
+        open_planned(module, planned)
+        linears = {name: module.get_submodule(name) for name in planned}
+        return input_facts(planned, linears, run, calls, self.settings, self._seed(block))
 
     def _run(self, block: Block, module: nn.Module, call: BlockCall) -> dict[str, Tensor]:
         if call.group is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from attar.quantize.block import BlockSettings
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.finetune import FinetuneSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.low_rank import LowRankSettings

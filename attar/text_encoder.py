@@ -17,7 +17,8 @@ from attar.models.source import Source, stored_dtypes
 from attar.models.streamed import layer_names
 from attar.models.weights import weights_of
 from attar.progress import Progress
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, fitting_group, forecast
 from attar.recipe import Recipe

@@ -31,7 +31,8 @@ from attar.models.block import BlockCall, run_block
 from attar.models.source import find_source, load_pipeline
 from attar.planning import plan_component
 from attar.quantize.batching import Streams, concatenate_calls
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.formats import fake_quantize_tokens, fake_quantize_weight
 from attar.quantize.plan import LayerPlan
 from attar.quantize.transforms import LearnedKronecker, apply_kronecker

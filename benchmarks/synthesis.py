@@ -31,7 +31,8 @@ from attar.models.block import BlockCall, run_block
 from attar.models.linears import Linear, open_linears
 from attar.models.zoo.pictures import all_pictures
 from attar.models.zoo.training.data import Pictures, handwriting
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings

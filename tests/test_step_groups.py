@@ -13,7 +13,8 @@ from support.commands import contents
 
 import attar
 from attar.models.block import run_block
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.recipe import load_recipe
 from attar.runtime.layers import packed_layers

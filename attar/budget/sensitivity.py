@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.quantize.block import BlockSettings, mean_relative_error, wrap_linears
-from attar.quantize.linear import replace_module, set_quantizers
+from attar.quantize.block import mean_relative_error
+from attar.quantize.block_settings import BlockSettings
+from attar.quantize.linear import QuantizedLinear, replace_module, set_quantizers
 from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import Streams
+from attar.quantize.wrap import InputFacts, wrap_linears
 
 Sensitivity = dict[str, dict[int, float]]  # layer -> bits -> error
 Measure = Callable[[Callable[[Any], Streams], Sequence[Any], Sequence[Streams]], Any]
@@ -20,6 +23,7 @@ Measure = Callable[[Callable[[Any], Streams], Sequence[Any], Sequence[Streams]],
 def block_sensitivity(
     module: nn.Module,
     options: Mapping[str, Mapping[int, LayerPlan]],
+    inputs: InputFacts,
     run: Callable[[Any], Streams],
     calls: Sequence[Any],
     targets: Sequence[Streams],
@@ -36,7 +40,8 @@ def block_sensitivity(
     One layer at a time is quantized: its activations as planned (`acts`; else they stay), its weights rounded to
     nearest (`weights`), transforms and clipping where they start; nothing is learned. The module is left as it was, but
     for convolutions, which are opened.
-    options: dotted name below `module` -> bits -> plan. run, calls, targets, seed: as in `quantize_block`.
+    options: dotted name below `module` -> bits -> plan. inputs: of these layers. run, calls, targets, seed: as in
+    `quantize_block`.
     progress: called with (layers and widths done, all of them). measure: what is kept of the errors of all samples;
     their mean by default.
     """
@@ -47,8 +52,7 @@ def block_sensitivity(
     done, total = 0, sum(map(len, options.values()))
     for bits in widths:
         plans = {name: plans[bits] for name, plans in options.items() if bits in plans}
-        layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
-        set_quantizers(list(layers.values()), weights, acts)
+        layers = _wrapped(module, plans, linears, inputs, run, calls, settings, seed, weights, acts)
         for name in layers:
             replace_module(module, name, linears[name])
         for name, layer in layers.items():
@@ -64,6 +68,7 @@ def block_sensitivity(
 def together(
     module: nn.Module,
     plans: Mapping[str, LayerPlan],
+    inputs: InputFacts,
     run: Callable[[Any], Streams],
     calls: Sequence[Any],
     targets: Sequence[Streams],
@@ -76,9 +81,28 @@ def together(
     """The same error with all layers quantized at once, which stay so."""
     open_planned(module, plans)
     linears = {name: module.get_submodule(name) for name in plans}
-    layers = wrap_linears(module, plans, linears, run, calls, settings, seed)
-    set_quantizers(list(layers.values()), weights, acts)
+    _wrapped(module, plans, linears, inputs, run, calls, settings, seed, weights, acts)
     return mean_relative_error(run, calls, targets)
+
+
+def _wrapped(
+    module: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    linears: Mapping[str, nn.Module],
+    inputs: InputFacts,
+    run: Callable[[Any], Streams],
+    calls: Sequence[Any],
+    settings: BlockSettings,
+    seed: str,
+    weights: bool,
+    acts: bool,
+) -> dict[str, QuantizedLinear]:
+    """Layers that round their weights or their inputs, or both."""
+    if not weights:
+        settings = replace(settings, clip_search=False)  # nothing is clipped
+    layers = wrap_linears(module, plans, linears, inputs, run, calls, settings, seed)
+    set_quantizers(list(layers.values()), weights, acts)
+    return layers
 
 
 def multiplications(

@@ -36,7 +36,8 @@ from attar.models.source import Source, stored_dtypes
 from attar.models.tree import tokens_of
 from attar.models.weights import weights_of
 from attar.planning import plan_components
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.plan import LayerPlan
 from attar.quantize.recompute import LEAST
 from attar.quantize.reconstruct import ReconstructionSettings

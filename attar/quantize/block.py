@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,96 +13,23 @@ from torch import Tensor, nn
 from attar import ranks
 from attar.errors import AttarError
 from attar.losses import relative_error
-from attar.quantize.adaptive import InputSample, collect_input_samples, describe
+from attar.quantize.adaptive import describe
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.frame_gate import FrameGrid, start_gates
-from attar.quantize.initialize import (
-    TransformSettings,
-    build_rotation,
-    build_transforms,
-    collect_input_means,
-    collect_input_stats,
-)
 from attar.quantize.learned_codes import LearnedCodes
 from attar.quantize.linear import QuantizedLinear, parameter_groups, replace_module, set_quantizers
-from attar.quantize.low_rank import LowRankSettings, start_branch
 from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.reconstruct import (
     Loss,
     ReconstructionResult,
-    ReconstructionSettings,
     Streams,
     reconstruct_block,
 )
 from attar.quantize.rounding import collect_hessians, gptq_codes
-from attar.quantize.row_bits import RowBitsSettings, mix_rows
 from attar.quantize.seeds import seed_of
 from attar.quantize.transforms import LearnedScale
+from attar.quantize.wrap import input_facts, search_clips, wrap_linears
 from attar.runtime.layers import PackedLinear
-from attar.runtime.transform import half
-
-
-@dataclass(frozen=True)
-class BlockSettings:
-    """How a block is quantized. `learning` None trains nothing; `gptq_damping` None rounds to nearest.
-
-    clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
-    round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
-    what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
-    gptq_by_activation: see `gptq_codes`. rounding: codes are learned behind all that, and their scales where these
-    have a rate (`LearnedCodes`).
-    stats_ema: momentum of the channels' statistics, see `collect_input_stats`.
-    """
-
-    transforms: TransformSettings
-    weight_clip: bool = True
-    act_clip: bool = True
-    clip_start: float = 4.0
-    clip_search: bool = False
-    stats_ema: float | None = None
-    learning: ReconstructionSettings | None = None
-    train_scale: bool = True
-    train_rotation: bool = True
-    train_clip: bool = True
-    train_levels: bool = False
-    train_branch: bool = False
-    round_weights: bool = True
-    gptq_damping: float | None = None
-    gptq_block: int = 128
-    gptq_whole: bool = False
-    gptq_by_activation: bool = False
-    rounding: ReconstructionSettings | None = None
-    low_rank: LowRankSettings | None = None
-    row_bits: RowBitsSettings | None = None
-
-    @property
-    def epochs(self) -> int:
-        """Passes over the samples with gradients, of transforms and of codes."""
-        return sum(stage.epochs for stage in (self.learning, self.rounding) if stage is not None)
-
-    def keeps_weight(self, layer: QuantizedLinear) -> bool:
-        """Whether the layer's weight is not rounded while the block learns; a weight-only layer has nothing else."""
-        return not self.round_weights and layer.act_bits is not None and bool(len(layer.transforms))
-
-    def treatment(self, plan: LayerPlan) -> list[str]:
-        """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
-        if plan.skipped or plan.plain:
-            return [] if plan.skipped else ["nearest"]
-        chosen = self.transforms
-        steps = [("channel scale", chosen.scale), (chosen.rotation, chosen.rotation != "none")]
-        if chosen.order == "rotate_then_scale":
-            steps.reverse()
-        steps = [("channel shift", chosen.shift), *steps]
-        steps += [
-            ("bits by rows", plan.row_bits is not None),
-            ("searched weight clipping" if self.clip_search else "weight clipping", self.weight_clip),
-            (f"low-rank branch ({plan.low_rank})", plan.low_rank > 0),
-            ("activation clipping", self.act_clip and plan.act_bits is not None),
-            ("nearest", self.gptq_damping is None),
-            ("gptq", self.gptq_damping is not None),
-            ("learned rounding", self.rounding is not None),
-            ("learned scales of codes", self.rounding is not None and self.rounding.scale_lr > 0),
-        ]
-        return [name for name, taken in steps if taken]
 
 
 @dataclass
@@ -153,10 +80,10 @@ def quantize_block(
             raise AttarError(
                 "a weight is not finite", where=plans[name].name, fix="Check the model before compressing"
             )
-    samples = _input_samples(plans, linears, run, calls, settings)
+    inputs = input_facts(plans, linears, run, calls, settings, seed)
     threshold = settings.transforms.rotation_threshold
-    outcome.rotations = {name: describe(sample, threshold) for name, sample in samples.items()}
-    layers = wrap_linears(module, plans, linears, run, calls, settings, seed, samples)
+    outcome.rotations = {name: describe(sample, threshold) for name, sample in inputs.samples.items()}
+    layers = wrap_linears(module, plans, linears, inputs, run, calls, settings, seed)
     if frames is not None and settings.low_rank is not None and settings.low_rank.gate != "none":
         branches = {name: layer for name, layer in layers.items() if plans[name].low_rank}
         gates = start_gates(branches, plans, frames, run, calls, settings.low_rank.gate == "trained")
@@ -173,7 +100,7 @@ def quantize_block(
         )
         set_quantizers(whole, True, True)
         if settings.clip_search:
-            _search_clips(whole)  # transforms have moved, and clipping has not
+            search_clips(whole)  # transforms have moved, and clipping has not
     codes = {} if settings.gptq_damping is None else _gptq_codes(layers, plans, run, calls, settings)
     scales: dict[str, Tensor] = {}
     if settings.rounding is not None:
@@ -199,148 +126,6 @@ def quantize_block(
     if calls:
         outcome.error_after = mean_relative_error(run, calls, targets)
     return outcome
-
-
-def wrap_linears(
-    module: nn.Module,
-    plans: Mapping[str, LayerPlan],
-    linears: Mapping[str, nn.Module],
-    run: Callable[[Any], Streams],
-    calls: Sequence[Any],
-    settings: BlockSettings,
-    seed: str,
-    samples: Mapping[str, InputSample] | None = None,
-) -> dict[str, QuantizedLinear]:
-    """Puts a QuantizedLinear around every planned linear, and returns them.
-
-    Plain layers get neither transforms nor clipping. linears: the planned ones by name. samples: of their inputs, which
-    adaptive rotations need; by default they are collected here. Otherwise as `quantize_block`.
-    """
-    if samples is None:
-        samples = _input_samples(plans, linears, run, calls, settings)
-    calibrated = [name for name, plan in plans.items() if not plan.plain]
-    generators = {name: torch.Generator().manual_seed(seed_of(seed, name)) for name in calibrated}
-    shifts: dict[str, Tensor] = {}
-    if settings.transforms.shift and calibrated:
-        if not calls:
-            raise AttarError("channel shifts need calibration samples")
-        means = collect_input_means(run, calls, {name: linears[name] for name in calibrated})
-        shifts = {name: half(mean).float() for name, mean in means.items()}  # as they will be deployed
-        samples = {name: sample.shifted(shifts[name]) for name, sample in samples.items()}
-    rotations = {}
-    if settings.transforms.order == "rotate_then_scale":  # its scales are of rotated inputs
-        for name in calibrated:
-            rotation = build_rotation(
-                plans[name].in_features, settings.transforms, generators[name], samples.get(name)
-            )
-            if rotation is not None:
-                rotations[name] = rotation
-    stats: dict[str, Tensor] = {}
-    if settings.transforms.scale and calibrated:
-        if not calls:
-            raise AttarError("channel scales need calibration samples")
-        if settings.stats_ema is not None and ranks.size() > 1:
-            raise AttarError(
-                "a running average of channel maxima depends on the order of samples, which several processes share",
-                where="quantize.stats_ema",
-                fix="Leave it out, or use one process",
-            )
-        inputs = {name: linears[name] for name in calibrated}
-        stats = collect_input_stats(
-            run, calls, inputs, ema=settings.stats_ema, rotations=rotations, shifts=shifts
-        )
-        stats = {name: ranks.max_(stats[name]) for name in calibrated}
-    layers = {}
-    for name, plan in plans.items():
-        linear: Any = linears[name]
-        transforms = []
-        if not plan.plain:
-            transforms = build_transforms(
-                linear, stats.get(name), settings.transforms, generators[name], rotations.get(name),
-                samples.get(name),
-            )  # fmt: skip
-        layer = QuantizedLinear(
-            linear, plan.weight_bits or 0, plan.act_bits, transforms, group_size=plan.group_size,
-            weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
-            clip_start=settings.clip_start, weight_format=plan.weight_format, act_format=plan.act_format,
-            train_levels=settings.train_levels and not plan.plain, shift=shifts.get(name), act_groups=plan.act_groups,
-        )  # fmt: skip
-        replace_module(module, name, layer)
-        layers[name] = layer
-    searched = [layer for name, layer in layers.items() if settings.clip_search and not plans[name].plain]
-    _search_clips(searched)
-    if settings.row_bits is not None:
-        _mix_rows(layers, plans, run, calls, settings.row_bits, seed, settings.clip_search)
-    if settings.low_rank is not None:
-        _start_branches(layers, plans, run, calls, settings.low_rank, seed)
-    if settings.row_bits is not None or settings.low_rank is not None:
-        _search_clips(searched)  # other bits, or another weight, are rounded now
-    return layers
-
-
-def _search_clips(layers: Iterable[QuantizedLinear]) -> None:
-    """Searched clipping, of which all processes take the first one's."""
-    found = list(layers)
-    for layer in found:
-        layer.search_clip()
-    ranks.same_([layer.quantizer.clip_logit for layer in found if layer.quantizer.clip_logit is not None])
-
-
-def _input_samples(
-    plans: Mapping[str, LayerPlan],
-    linears: Mapping[str, nn.Module],
-    run: Callable[[Any], Streams],
-    calls: Sequence[Any],
-    settings: BlockSettings,
-) -> dict[str, InputSample]:
-    """Of the layers that get an adaptive rotation."""
-    if settings.transforms.rotation != "adaptive":
-        return {}
-    calibrated = {name: linears[name] for name, plan in plans.items() if not plan.plain}
-    if calibrated and not calls:
-        raise AttarError("adaptive rotations need calibration samples")
-    return collect_input_samples(run, calls, calibrated)
-
-
-def _mix_rows(
-    layers: Mapping[str, QuantizedLinear],
-    plans: Mapping[str, LayerPlan],
-    run: Callable[[Any], Streams],
-    calls: Sequence[Any],
-    settings: RowBitsSettings,
-    seed: str,
-    search_clip: bool,
-) -> None:
-    chosen = {name: layer for name, layer in layers.items() if plans[name].row_bits is not None}
-    for layer, moment, generator in _with_moments(chosen, settings.metric, run, calls, seed, "rows"):
-        mix_rows(layer, settings, moment, generator, search_clip)
-
-
-def _start_branches(
-    layers: Mapping[str, QuantizedLinear],
-    plans: Mapping[str, LayerPlan],
-    run: Callable[[Any], Streams],
-    calls: Sequence[Any],
-    settings: LowRankSettings,
-    seed: str,
-) -> None:
-    chosen = {name: layer for name, layer in layers.items() if plans[name].low_rank}
-    for layer, moment, generator in _with_moments(chosen, settings.metric, run, calls, seed, "branch"):
-        start_branch(layer, settings, moment, generator)
-
-
-def _with_moments(
-    layers: Mapping[str, QuantizedLinear],
-    metric: str,
-    run: Callable[[Any], Streams],
-    calls: Sequence[Any],
-    seed: str,
-    purpose: str,
-) -> Iterator[tuple[QuantizedLinear, Tensor | None, torch.Generator]]:
-    """Each layer with the second moment of its inputs, which the metric "output" needs, and a generator of its own."""
-    moments = collect_hessians(run, calls, layers) if metric == "output" else {}
-    for name, layer in layers.items():
-        yield layer, moments.pop(name, None), torch.Generator().manual_seed(seed_of(seed, name, purpose))
 
 
 def _gptq_codes(

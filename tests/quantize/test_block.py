@@ -6,7 +6,7 @@ from support.block_case import Case
 from torch import nn
 
 from attar.errors import AttarError
-from attar.quantize.block import BlockSettings
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.runtime.layers import PackedLinear, packed_layers

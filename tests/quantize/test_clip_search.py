@@ -12,7 +12,7 @@ from torch import nn
 
 from attar.errors import AttarError
 from attar.quantize import block
-from attar.quantize.block import BlockSettings
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.reconstruct import ReconstructionSettings

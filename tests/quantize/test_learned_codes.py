@@ -14,7 +14,8 @@ from attar.errors import AttarError
 from attar.losses import mse
 from attar.models.block import BlockCall
 from attar.models.linears import Linear
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.learned_codes import LearnedCodes
 from attar.quantize.linear import QuantizedLinear

@@ -8,7 +8,8 @@ from attar.calibration.catch import catch_block_calls
 from attar.losses import mse, relative_error
 from attar.models.adapter import ModelAdapter
 from attar.models.block import run_block
-from attar.quantize.block import BlockSettings, quantize_block
+from attar.quantize.block import quantize_block
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings

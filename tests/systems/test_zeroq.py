@@ -10,9 +10,10 @@ from attar.budget.choice import Candidate, Layer, choose_bits, totals
 from attar.budget.sensitivity import block_sensitivity
 from attar.models.block import BlockCall, run_block
 from attar.models.linears import Linear, open_linears
-from attar.quantize.block import BlockSettings
+from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import plan_layers, weight_bytes
+from attar.quantize.wrap import InputFacts
 
 BITS = (2, 4, 8)
 
@@ -30,7 +31,7 @@ def test_synthesised_latents_measure_layers_and_choose_their_bits():
 
     targets = [run(call) for call in calls]
     settings = BlockSettings(TransformSettings(scale=False, rotation="none"), weight_clip=False)
-    errors = block_sensitivity(decoder, options, run, calls, targets, settings)
+    errors = block_sensitivity(decoder, options, InputFacts(), run, calls, targets, settings)
     assert len(errors) == len(linears) > 5
     assert all(error[8] < error[4] < error[2] for error in errors.values())
 
