@@ -34,7 +34,7 @@ from attar.models.block import BlockCall
 from attar.models.families import latent_layout
 from attar.models.weights import weights_of
 from attar.progress import Progress
-from attar.quantize.block import errors_by_group, mean_relative_error
+from attar.quantize.block import errors_by_group, mean_error
 from attar.quantize.plan import LayerPlan, open_planned
 from attar.quantize.wrap import InputFacts, input_facts
 from attar.recipe import Recipe
@@ -221,7 +221,7 @@ class Measuring:
         errors = block_sensitivity(
             one.module, planned, one.inputs, one.run, one.calls, one.targets, self.settings, seed=self._seed(one.block),
             weights=weights, acts=acts, progress=progress,
-            measure=mean_relative_error if kind != ACTS or self.groups is None else by_group,
+            average=mean_error if kind != ACTS or self.groups is None else by_group,
         )  # fmt: skip
         self._check(one.block, errors)
         if kind != ACTS:

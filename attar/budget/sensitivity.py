@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.quantize.block import mean_relative_error
+from attar.budget.replay import Replay
+from attar.quantize.block import mean_error, mean_relative_error, sample_error
 from attar.quantize.block_settings import BlockSettings
 from attar.quantize.linear import QuantizedLinear, replace_module, set_quantizers
 from attar.quantize.plan import LayerPlan, open_planned
@@ -17,7 +19,7 @@ from attar.quantize.reconstruct import Streams
 from attar.quantize.wrap import InputFacts, wrap_linears
 
 Sensitivity = dict[str, dict[int, float]]  # layer -> bits -> error
-Measure = Callable[[Callable[[Any], Streams], Sequence[Any], Sequence[Streams]], Any]
+Average = Callable[[Sequence[float], Sequence[Any]], Any]  # (errors of samples, their calls) -> what is kept
 
 
 def block_sensitivity(
@@ -33,7 +35,7 @@ def block_sensitivity(
     weights: bool = True,
     acts: bool = True,
     progress: Callable[[int, int], None] | None = None,
-    measure: Measure = mean_relative_error,
+    average: Average = mean_error,
 ) -> dict[str, dict[int, Any]]:
     """Squared error of the block's output relative to the block's own update, for every layer and width.
 
@@ -41,27 +43,34 @@ def block_sensitivity(
     nearest (`weights`), transforms and clipping where they start; nothing is learned. The module is left as it was, but
     for convolutions, which are opened.
     options: dotted name below `module` -> bits -> plan. inputs: of these layers. run, calls, targets, seed: as in
-    `quantize_block`.
-    progress: called with (layers and widths done, all of them). measure: what is kept of the errors of all samples;
-    their mean by default.
+    `quantize_block`. progress: called with (runs of the block done, all of them). average: of the errors of the
+    samples, given the calls; their mean by default.
     """
     open_planned(module, {name: next(iter(plans.values())) for name, plans in options.items()})
     linears: dict[str, Any] = {name: module.get_submodule(name) for name in options}
     widths = sorted({bits for plans in options.values() for bits in plans})
     errors: dict[str, dict[int, Any]] = {name: {} for name in options}
-    done, total = 0, sum(map(len, options.values()))
+    replay = Replay(linears)
+    done, total = 0, len(calls) * sum(map(len, options.values()))
     for bits in widths:
         plans = {name: plans[bits] for name, plans in options.items() if bits in plans}
         layers = _wrapped(module, plans, linears, inputs, run, calls, settings, seed, weights, acts)
         for name in layers:
             replace_module(module, name, linears[name])
-        for name, layer in layers.items():
-            replace_module(module, name, layer)
-            errors[name][bits] = measure(run, calls, targets)
-            replace_module(module, name, linears[name])
-            done += 1
-            if progress is not None:
-                progress(done, total)
+        found: dict[str, list[float]] = {name: [] for name in layers}
+        for call, target in zip(calls, targets, strict=True):
+            with torch.no_grad(), replay.recorded():
+                run(call)
+            for name, layer in layers.items():
+                replace_module(module, name, layer)
+                with replay.until(name):
+                    found[name].append(sample_error(run, call, target))
+                replace_module(module, name, linears[name])
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        for name in layers:
+            errors[name][bits] = average(found[name], calls)
     return errors
 
 

@@ -206,27 +206,32 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
     }
 
 
-@torch.no_grad()
 def mean_relative_error(
     run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams]
 ) -> float:
     """`relative_error` over the samples of all processes."""
-    errors = [
-        relative_error(run(call), target, call.streams).item()
-        for call, target in zip(calls, targets, strict=True)
-    ]
+    return mean_error(
+        [sample_error(run, call, target) for call, target in zip(calls, targets, strict=True)], calls
+    )
+
+
+@torch.no_grad()
+def sample_error(run: Callable[[Any], Streams], call: Any, target: Streams) -> float:
+    """`relative_error` of one sample."""
+    return relative_error(run(call), target, call.streams).item()
+
+
+def mean_error(errors: Sequence[float], calls: Sequence[Any]) -> float:
+    """The mean of the errors of the calls of all processes."""
     total, count = ranks.sums(sum(errors), len(errors))
     return total / count
 
 
-@torch.no_grad()
-def errors_by_group(
-    run: Callable[[Any], Streams], calls: Sequence[Any], targets: Sequence[Streams], groups: int
-) -> list[float]:
+def errors_by_group(errors: Sequence[float], calls: Sequence[Any], groups: int) -> list[float]:
     """The mean error of the samples of each group of steps, over all processes. AttarError where one has none."""
     totals, counts = [0.0] * groups, [0] * groups
-    for call, target in zip(calls, targets, strict=True):
-        totals[call.group] += relative_error(run(call), target, call.streams).item()
+    for error, call in zip(errors, calls, strict=True):
+        totals[call.group] += error
         counts[call.group] += 1
     found = ranks.sums(*totals, *counts)
     if not all(found[groups:]):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.errors import AttarError
-from attar.quantize.formats import fake_quantize_tokens
-from attar.quantize.recompute import recomputed, recomputed_by_rows
+from attar.quantize.product import quantized_acts, quantized_product
+from attar.quantize.recompute import recomputed
 from attar.quantize.terms import LowRankTerm
 from attar.quantize.transforms import LearnedTransform, Matrices
 from attar.quantize.weights import Grid, WeightQuantizer
@@ -210,11 +210,9 @@ class QuantizedLinear(GroupedActs, nn.Module):
     @torch.no_grad()
     def quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x̃, what the quantizer sees, and Q_a(x̃), which is x̃ where activations stay in floating point."""
-        y, act_bits = self.transform_input(x), self.act_bits_now()
-        if act_bits is None:
-            return y, y
+        y = self.transform_input(x)
         clip = self._act_clip() if self._frozen is None else self._frozen.act_clip
-        return y, fake_quantize_tokens(y, act_bits, clip, self.act_format)
+        return y, quantized_acts(y, self.act_bits_now(), clip, self.act_format)
 
     def transform_parameters(self) -> list[nn.Parameter]:
         """The trained parameters of scales and rotations."""
@@ -286,32 +284,19 @@ class QuantizedLinear(GroupedActs, nn.Module):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """The layer with what is given: all that is differentiable, in memory for a piece of the rows at a time."""
+        """The layer with what is given, differentiable in all of it."""
+        quantize = partial(quantized_acts, bits=act_bits, clip=clip, number=self.act_format)
+        return quantized_product(
+            x, transform, quantize, weight, bias, self._added, self.frame_gate is not None
+        )
 
-        def rows(x: Tensor) -> Tensor:
-            with full_precision(x.device):
-                y = transform(x)
-                if act_bits is not None:
-                    y = fake_quantize_tokens(y, act_bits, clip, self.act_format)
-            z = self._product(y, weight, bias, x)
-            return z if self.frame_gate is not None else self._with_branch(z, x)
-
-        z = recomputed_by_rows(rows, x)
-        # a gate has to know which row is which
-        return z if self.frame_gate is None else self._with_branch(z, x)
-
-    def _product(self, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """The quantized input y times the weight; as a linear on x, in its dtype or in that of autocast."""
-        weight = weight.to(y.dtype)
-        return as_linear(F.linear(y, weight, None if bias is None else bias.to(weight.dtype)), x)
-
-    def _with_branch(self, z: Tensor, x: Tensor) -> Tensor:
-        """z and the branch on the input x as it came."""
+    def _added(self, x: Tensor) -> Tensor | None:
+        """What the branch makes of the input x as it came."""
         branch = self._branch()
         if branch is None:
-            return z
+            return None
         down, up = (part.to(x.dtype) for part in branch)
-        return z + branch_product(x, down, up, self.frame_gate)
+        return branch_product(x, down, up, self.frame_gate)
 
     def _branch(self) -> tuple[Tensor, Tensor] | None:
         """(A, B) of the low-rank branch, if there is one."""
@@ -442,7 +427,10 @@ class QuantizedLinear(GroupedActs, nn.Module):
             if act_bits is not None:
                 codes, scale = quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
                 y = decode(codes, self.act_format, act_bits) * scale
-        return self._with_branch(self._product(y, frozen.weight, frozen.bias, x), x)
+        weight, bias = frozen.weight.to(y.dtype), frozen.bias
+        z = as_linear(F.linear(y, weight, None if bias is None else bias.to(weight.dtype)), x)
+        added = self._added(x)
+        return z if added is None else z + added
 
     def extra_repr(self) -> str:
         bits = "/".join(map(str, self.act_groups or (self.act_bits,)))

@@ -9,12 +9,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attar.quantize.formats import fake_quantize_tokens
-from attar.quantize.recompute import recomputed_by_rows
-from attar.runtime.autocast import as_linear, full_precision
+from attar.quantize.product import quantized_acts, quantized_product
 from attar.runtime.formats import wide
 from attar.runtime.layers import PackedLinear
 
@@ -36,24 +33,18 @@ class ScaledCodes(nn.Module):
         self.clip = None if packed.act_clip is None else nn.Parameter(packed.act_clip.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = (self.numbers * self.scale().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
-        z = recomputed_by_rows(partial(self._rows, weight), x)
-        return z if self.packed.frame_gate is None else self._with_branch(z, x)  # by frames, not by rows
-
-    def _rows(self, weight: Tensor, x: Tensor) -> Tensor:
         packed = self.packed
-        with full_precision(x.device):
-            y = wide(x)
-            for transform in packed.transforms:
-                y = transform(y)
-            if packed.act_bits is not None:
-                y = fake_quantize_tokens(y, packed.act_bits, self.clip, packed.act_format)
-        z = as_linear(F.linear(y, weight.to(y.dtype), self.bias), x)
-        return z if packed.frame_gate is not None else self._with_branch(z, x)
+        weight = (self.numbers * self.scale().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
+        quantize = partial(quantized_acts, bits=packed.act_bits, clip=self.clip, number=packed.act_format)
+        return quantized_product(
+            x, self._transform, quantize, weight, self.bias, packed.branch, packed.frame_gate is not None
+        )
 
-    def _with_branch(self, z: Tensor, x: Tensor) -> Tensor:
-        added = self.packed.branch(x)
-        return z if added is None else z + added
+    def _transform(self, x: Tensor) -> Tensor:
+        x = wide(x)
+        for transform in self.packed.transforms:
+            x = transform(x)
+        return x
 
     def scale(self) -> Tensor:
         """(out, groups)."""
