@@ -1,4 +1,4 @@
-# make demo   compress the built-in model with S²Q-VDiT and compare it with the original in a report
+# make demo   compress the built-in model with the default recipe and compare it with the original in a report
 # make test   linters, type checker and tests
 # make lint | format | slow | quality | clean
 #
@@ -9,8 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Index of torch's CPU builds, for Linux without an NVIDIA GPU, where pip would else fetch the CUDA build; see README.
 TORCH_INDEX ?=
-# About half of the recipe's epochs, so that the demo takes minutes on two cores; DEMO_ARGS= runs it whole.
-DEMO_ARGS ?= --set reconstruct.epochs=8
+# More for the demo's compression, another recipe for example: DEMO_ARGS="--recipe s2q-vdit".
+DEMO_ARGS ?=
 COMPARE_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that share the tests; 0 runs them in this one, as a debugger wants it.
@@ -23,7 +23,7 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/.core
-	$(BIN)/attar compress digits-video --recipe s2q-vdit --weights 4 --acts 6 -o demo/digits-w4a6 --overwrite $(DEMO_ARGS)
+	$(BIN)/attar compress digits-video --weights 4 --acts 6 -o demo/digits-w4a6 --overwrite $(DEMO_ARGS)
 	$(BIN)/attar compare digits-video demo/digits-w4a6 -o demo/report $(COMPARE_ARGS)
 	@echo
 	@echo "The report: $(CURDIR)/demo/report/index.html"

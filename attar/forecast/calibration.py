@@ -86,8 +86,9 @@ def allocation_seconds(
     step_seconds: float,
     unet: bool = False,
 ) -> float:
-    """Seconds of one block for choosing bits: each sample passes it once for each layer and width, once for each
-    width's statistics, for its target, and with all layers quantized. 0 without a budget.
+    """Seconds of one block for choosing bits, at most: each sample passes it once for each layer and width, which take
+    what comes before the layer from one run for each width; twice for its inputs, once for its target, and once with
+    all layers quantized. 0 without a budget.
 
     step_seconds: of the whole model, which each sample passes with the block's weights quantized, and with its
     activations, where errors are followed into the latents; with metrics also for each group of layers."""
@@ -96,7 +97,7 @@ def allocation_seconds(
     widths = len(recipe.widths) + (len(recipe.allocate.act_widths) if recipe.chooses_acts else 0)
     followed = {"block": 0, "latents": 1, "metrics": 1 + 3}[recipe.allocate.objective]  # three groups
     followed *= 1 + recipe.chooses_acts
-    passes = widths * (len(planned) + 1) + 2 + followed
+    passes = widths * (len(planned) + 1) + 4 + followed
     return recipe.allocate.samples * (passes * block.forward + followed * step_seconds)
 
 
