@@ -38,6 +38,7 @@ from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.transformers_integration import mark_text_encoder
 from attar.stages import Trace
+from attar.synthesis import autoencoders, make_samples
 from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
@@ -80,7 +81,8 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Any:
-    """Compresses the transformers of a diffusers pipeline and returns the pipeline, ready for `save_pretrained`.
+    """Compresses the transformers of a diffusers pipeline, or with a recipe that synthesises its samples the decoder of
+    its autoencoder, and returns the pipeline, ready for `save_pretrained`.
 
     model: a pipeline, which is changed in place, or anything that `attar.load` takes (a built-in name, a folder, a
     hub id). recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
@@ -105,7 +107,7 @@ def compress(
     else:
         source, pipe = Source(type(model).__name__, classes=known_classes(model)), model
     if layers is not None:
-        recipe = with_plan(recipe, layers, transformer_components(pipe))
+        recipe = with_plan(recipe, layers, components_of(pipe, recipe))
     if workspace is None:
         with tempfile.TemporaryDirectory(prefix="attar-") as folder:
             return run(pipe, source, recipe, Workspace(folder), prompts, generation, seed, progress)
@@ -136,7 +138,7 @@ def run(
         report, store = job
         if report.allocation is not None:
             recipe = report.allocation.apply(recipe)
-        components = transformer_components(pipe)
+        components = components_of(pipe, recipe)
         report.plans = plan_components(components, recipe)
         for name, transformer in components.items():
             started = time.monotonic()
@@ -193,7 +195,7 @@ def _prepared(
     progress: Progress,
 ) -> Iterator[tuple[Compression, TraceStore]]:
     """Inside, the workspace is claimed, the pipeline traced and bits chosen, and no layer is touched yet."""
-    components = transformer_components(pipe)
+    components = components_of(pipe, recipe)
     bits = recipe.quantize.weights
     plans = plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))
     check_trainable(components, plans, recipe)
@@ -209,7 +211,7 @@ def _prepared(
     workspace.claim(
         {
             "recipe": recipe.model_dump(mode="json"),
-            "model": fingerprint(pipe, source),
+            "model": fingerprint(pipe, source, components),
             "prompts": chosen_prompts,
             "generation": call,
             "seed": seed,
@@ -222,6 +224,11 @@ def _prepared(
             started = time.monotonic()
             _trace(pipe, recipe.traced, store, chosen_prompts, call, seed, progress)
             report.seconds["trace"] = time.monotonic() - started
+        if recipe.synthesize is not None and (recipe.needs_data or recipe.allocate is not None):
+            started = time.monotonic()
+            for name, part in components.items():
+                make_samples(name, part, recipe.synthesize, workspace, seed, progress)
+            report.seconds["synthesize"] = time.monotonic() - started
         if recipe.allocate is not None:
             started = time.monotonic()
             report.allocation = allocate(
@@ -251,11 +258,19 @@ def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | N
     return pool[: recipe.traced.prompts]
 
 
-def fingerprint(pipe: Any, source: Source) -> str:
+def components_of(pipe: Any, recipe: Recipe) -> dict[str, nn.Module]:
+    """What a recipe compresses, by component name: the denoisers, or with synthesised samples the autoencoder.
+
+    Raises AttarError where the pipeline has none.
+    """
+    return transformer_components(pipe) if recipe.synthesize is None else autoencoders(pipe)
+
+
+def fingerprint(pipe: Any, source: Source, components: Mapping[str, nn.Module]) -> str:
     """Of the folder that the pipeline comes from, with the type that it works in; else of the pipeline itself."""
     if source.folder is None:
         return pipeline_fingerprint(pipe)
-    return folder_fingerprint(source.folder, next(iter(transformer_components(pipe).values())).dtype)  # type: ignore[arg-type]
+    return folder_fingerprint(source.folder, next(iter(components.values())).dtype)  # type: ignore[arg-type]
 
 
 def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
@@ -265,6 +280,12 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) 
         raise AttarError(
             f"{ranks.size()} processes cannot share allocate.samples = {recipe.allocate.samples}",
             where="allocate.samples",
+            fix="Start fewer processes, or ask for more samples",
+        )
+    if recipe.synthesize is not None and recipe.synthesize.count < ranks.size():
+        raise AttarError(
+            f"{ranks.size()} processes cannot share synthesize.count = {recipe.synthesize.count} calibration samples",
+            where="synthesize.count",
             fix="Start fewer processes, or ask for more samples",
         )
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:

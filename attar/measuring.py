@@ -41,6 +41,7 @@ from attar.recipe import Recipe
 from attar.runtime.step_groups import ARGUMENT, StepGroups, choose_group
 from attar.samples import Calls, catch_samples, traced_groups
 from attar.settings import block_settings
+from attar.synthesis import read_samples
 from attar.workspace import Workspace
 
 # what is measured of a block, a file each: errors of weights with activations, of weights, of activations, what errors
@@ -94,8 +95,13 @@ class Measuring:
         self.steps = [1]  # of each group of steps, as many as it has
         if recipe.quantize.step_groups > 1:
             self.groups, self.steps = traced_groups(store, name, prompts, recipe.quantize.step_groups)
-        self.trajectory, self.places = _places(store, name, prompts, recipe.allocate.samples, self.followed)
-        self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
+        self.trajectory, self.places, self.calls = 1, [], []
+        count = recipe.allocate.samples
+        if recipe.synthesize is not None:
+            self.calls = list(ranks.mine(read_samples(name, transformer, workspace)[0][:count]))
+        else:
+            self.trajectory, self.places = _places(store, name, prompts, count, self.followed)
+            self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
         self.adapter.observe(ranks.first(lambda: self.calls[0][0]))  # units come in the order of their calls
         self.settings = block_settings(recipe)
         self.weights = weights_of(transformer)

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from attar import __version__
 from attar.allocation import PLAN, Allocation
 from attar.assemble import Packed, write_weights
-from attar.calibration.trace import transformer_components
 from attar.conductor import Compression
 from attar.errors import AttarError
 from attar.evaluate.model_card import ModelCard, model_card
@@ -139,10 +138,15 @@ def _passing(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.attar-partial"), folder.with_name(f".{folder.name}.attar-former")
 
 
+def _compressed(pipe: Any) -> dict[str, Any]:
+    """The components that the compression was of."""
+    return {name: pipe.components[name] for name in pipe.attar_compression.components}
+
+
 def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspace) -> list[str]:
     """Returns the files of the components that were copied as they are."""
     assert source.folder is not None
-    transformers, evidence = transformer_components(pipe), pipe.attar_compression.components
+    transformers, evidence = _compressed(pipe), pipe.attar_compression.components
     target.mkdir(parents=True)
     for name, transformer in transformers.items():
         transformer.save_config(target / name)  # type: ignore[operator]
@@ -204,7 +208,7 @@ def linear_bytes(pipe: Any, plans: dict[str, list[LayerPlan]]) -> tuple[int, int
     Biases count two bytes an element in both, whatever type this pipeline holds them in.
     """
     dense = packed = 0
-    for name, transformer in transformer_components(pipe).items():
+    for name, transformer in _compressed(pipe).items():
         for plan in plans[name]:
             if not plan.skipped:
                 dense += 2 * plan.in_features * plan.out_features + (
@@ -230,6 +234,8 @@ def _card(
     }
     if recipe.needs_data and recipe.select is not None:
         settings |= {"calibration samples": recipe.select.count, "selection": recipe.select.policy}
+    if recipe.synthesize is not None:
+        settings |= {"calibration samples": recipe.synthesize.count, "synthesised by": recipe.synthesize.by}
     if recipe.text_encoder is not None:
         settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
     allocation: Allocation | None = pipe.attar_compression.allocation
@@ -249,7 +255,7 @@ def _card(
     }
     call = {k: v for k, v in source.generation.items() if k in _CALL}
     prompts = source.prompts or source.classes or ["a red fox runs through snow"]
-    first = next(next(iter(transformer_components(pipe).values())).parameters())
+    first = next(next(iter(_compressed(pipe).values())).parameters())
     return ModelCard(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
         pipeline_tag="text-to-video" if makes_videos(pipe) else "text-to-image", by_class=by_class(pipe),

@@ -17,7 +17,7 @@ from torch import nn
 from attar.errors import AttarError, reason
 from attar.files import named_path
 from attar.models.calls import class_names
-from attar.models.components import check_complete
+from attar.models.components import check_complete, load_complete
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD
@@ -125,6 +125,13 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             align(part)
     return pipe
+
+
+def load_part(cls: Any, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A component alone, as it is in a pipeline that was loaded whole. AttarError where its files lack a tensor."""
+    model = load_complete(cls, folder, torch_dtype=dtype).to(device)
+    align(model)
+    return model
 
 
 def default_dtype(device: str) -> torch.dtype:
