@@ -29,6 +29,7 @@ from attar.candidates import check_budget
 from attar.errors import AttarError
 from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
+from attar.models.alone import Alone
 from attar.models.calls import known_classes
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
@@ -85,7 +86,8 @@ def compress(
     its autoencoder, and returns the pipeline, ready for `save_pretrained`.
 
     model: a pipeline, which is changed in place, or anything that `attar.load` takes (a built-in name, a folder, a
-    hub id). recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
+    hub id). An autoencoder may also be given alone, as an object or a folder; what is returned then has it as `vae`.
+    recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
     "quantize.weights" and "quantize.acts". budget: "0.30x", "3.2bits", "0.5dB" or "same", short for
     "allocate.budget": bits for each layer by measured sensitivity. plan: a plan file with the bits of each layer, in
     the place of a budget that the recipe has. prompts: for calibration; default: the model's own, else general ones.
@@ -102,8 +104,10 @@ def compress(
     recipe = load_recipe(recipe, overrides)
     layers = None if plan is None else read_plan_for(plan, overrides)
     if isinstance(model, (str, Path)):
-        source = find_source(str(model))
+        source = find_source(str(model), alone=recipe.synthesize is not None)
         pipe = load_pipeline(source)
+    elif isinstance(model, nn.Module):
+        source, pipe = Source(type(model).__name__, alone=True), Alone(model)
     else:
         source, pipe = Source(type(model).__name__, classes=known_classes(model)), model
     if layers is not None:

@@ -87,12 +87,20 @@ def _check_apart(place: Path, what: str, source: Source) -> None:
     if source.folder is None:
         return
     real, home = Path(os.path.realpath(place)), Path(os.path.realpath(source.folder))
-    index = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = {Path(os.path.realpath(source.folder / name)) for name in index if not name.startswith("_")}
+    parts = {Path(os.path.realpath(source.folder / name)) for name in _index(source)}
     if real in (home, *home.parents) or parts & {real, *real.parents}:
         where = "around" if real in home.parents else "in"
         fix = f"Name {'an' if what == 'output' else 'a'} {what} folder beside it"
         raise AttarError(f"the {what} lies {where} the model that is compressed", where=str(place), fix=fix)
+
+
+def _index(source: Source) -> list[str]:
+    """The components that the folder of a pipeline says it has, and its other arguments."""
+    assert source.folder is not None
+    if source.alone:
+        return []
+    index = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
+    return [name for name in index if not name.startswith("_")]
 
 
 def save_compressed(
@@ -149,18 +157,18 @@ def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspa
     transformers, evidence = _compressed(pipe), pipe.attar_compression.components
     target.mkdir(parents=True)
     for name, transformer in transformers.items():
-        transformer.save_config(target / name)  # type: ignore[operator]
+        place = source.place(target, name)
+        transformer.save_config(place)
         files = [
             Packed(f"{name}/{block_file(index)}", f"{block['block']}.")
             for index, block in enumerate(evidence[name]["blocks"])
         ]
         if workspace.has(f"{name}/{OUTSIDE}"):
             files.append(Packed(f"{name}/{OUTSIDE}", ""))
-        shards = Shards(source.folder / name)
-        write_weights(transformer, files, workspace, shards, target / name, "diffusion_pytorch_model")
+        shards = Shards(source.place(source.folder, name))
+        write_weights(transformer, files, workspace, shards, place, "diffusion_pytorch_model")
     copied: list[str] = []
-    parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
-    for name in parts:
+    for name in _index(source):
         if name in pipe.attar_compression.text_encoders:
             layers = pipe.attar_compression.text_encoders[name]["layers"]
             _save_text_encoder(name, pipe.components[name], layers, target, source, workspace)
@@ -227,6 +235,8 @@ def _card(
     if source.folder is not None and any(source.folder.rglob("*.safetensors")):
         before, after = model_size(source.folder), model_size(folder)
         sizes = {part: (before.get(part, size), size) for part, size in after.items()}
+        if source.alone:
+            sizes = {name: sizes["."] for name in pipe.components}
     settings: dict[str, Any] = {
         "recipe": recipe.name,
         "weights": recipe.quantize.weights,
@@ -256,9 +266,11 @@ def _card(
     call = {k: v for k, v in source.generation.items() if k in _CALL}
     prompts = source.prompts or source.classes or ["a red fox runs through snow"]
     first = next(next(iter(_compressed(pipe).values())).parameters())
+    use: dict[str, Any] = {"alone": type(pipe.vae).__name__} if source.alone else {
+        "pipeline_tag": "text-to-video" if makes_videos(pipe) else "text-to-image", "by_class": by_class(pipe),
+    }  # fmt: skip
     return ModelCard(
-        name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
-        pipeline_tag="text-to-video" if makes_videos(pipe) else "text-to-image", by_class=by_class(pipe),
+        name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__, **use,
         fps=source.fps, dtype="float32" if first.dtype == torch.float32 else "bfloat16",
         call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), **_license(source),
         example_prompt=prompts[0],

@@ -22,16 +22,18 @@ LATENTS = "latents"
 
 def autoencoders(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's autoencoders whose decoder keeps running statistics, by component name. AttarError for none."""
-    found = {}
+    found, others = {}, []
     for name, part in pipe.components.items():
         decoder = decoder_of(part) if isinstance(part, nn.Module) else None
         if decoder is not None and keeps_statistics(decoder):
             found[name] = part
+        elif decoder is not None:
+            others.append(type(part).__name__)
     if not found:
         raise AttarError(
-            "no decoder of the pipeline keeps running statistics (batch normalisation), of which the recipe makes its "
+            "no decoder of the model keeps running statistics (batch normalisation), of which the recipe makes its "
             "calibration samples",
-            where=type(pipe).__name__,
+            where=", ".join(others) or type(pipe).__name__,
             fix="Take a recipe that traces the pipeline, such as attar, to compress its denoiser",
         )
     return found

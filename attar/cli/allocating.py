@@ -84,7 +84,7 @@ def allocate(
     if output.is_dir():
         raise AttarError("the output is a folder", where=str(output), fix="Name a file, such as plan.yaml")
     check_writable(output.parent)
-    source = find_source(model)
+    source = find_source(model, alone=chosen.synthesize is not None)
     choice = ranks.first(
         lambda: choose(
             source, True, precision, device, stream,

@@ -132,7 +132,7 @@ def compress(
     precision = torch_dtype(dtype)
     given = None if prompts is None else read_prompts(prompts)
     generation = without_none({"height": height, "width": width, "num_frames": frames})
-    source = find_source(model)
+    source = find_source(model, alone=chosen.synthesize is not None)
     choice = ranks.first(
         lambda: choose(
             source,
@@ -200,7 +200,7 @@ def compress(
         for name, (before, after) in text.items():
             print(f"{name}: {before / 1e6:.1f} → {after / 1e6:.1f} MB in its files")
         following = shlex.join(["attar", "compare", model, str(output), "-o", f"{target.name}-report"])
-        print(f"resume data in {place} can be deleted; next: {following}")
+        print(f"resume data in {place} can be deleted" + ("" if source.alone else f"; next: {following}"))
 
 
 @app.command()

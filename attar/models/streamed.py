@@ -88,6 +88,8 @@ def not_streamable(source: Source) -> str | None:
     """Why the transformers of a source cannot be streamed, or None. Only headers and configs are read."""
     if source.folder is None:
         return "the pipeline was given as an object"
+    if source.alone:
+        return "it is one autoencoder"
     if is_compressed(source.folder):
         return "the model is already compressed"
     with loading(source):

@@ -152,7 +152,68 @@ def test_what_is_seen_of_an_autoencoder():
     assert outside == {"encoder", "embedding", "head"}
 
 
+def test_an_autoencoder_in_a_folder_of_its_own(commands, cli, model, whole, tmp_path):
+    """Also after a kill its layers are those that it gets in a pipeline, and both loaders give it back."""
+    arguments = ("compress", model / "vae", "--recipe", "genie", *settings("genie"), "-o", tmp_path / "small")
+    assert [commands.run(*arguments, writes=writes) for writes in (3, None)] == [-9, 0]
+    vae = AutoencoderDC.from_pretrained(tmp_path / "small")
+    packed = {name: layer.state_dict() for name, layer in packed_layers(vae).items()}
+    other = packed_layers(AutoencoderDC.from_pretrained(whole("genie") / "vae"))
+    assert set(packed) == set(LAYERS)
+    assert all(
+        torch.equal(packed[n][k], v) for n, layer in other.items() for k, v in layer.state_dict().items()
+    )
+    assert torch.equal(decoded(vae), decoded(attar.load(tmp_path / "small")))
+    assert sorted(contents(tmp_path / "small")) == [
+        "README.md", "compression.json", "config.json", "diffusion_pytorch_model.safetensors"
+    ]  # fmt: skip
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "vae = AutoencoderDC.from_pretrained" in card and "| vae |" in card and "pipeline_tag" not in card
+    vae.save_pretrained(tmp_path / "again")
+    assert torch.equal(decoded(AutoencoderDC.from_pretrained(tmp_path / "again")), decoded(vae))
+    budget = ("--recipe", "zeroq", *settings("zeroq"), "--budget", "3.2bits", "-o", tmp_path / "plan.yaml")
+    done = cli("allocate", model / "vae", *budget)
+    assert done.code == 0 and "decoder.up_blocks.0.0.conv.linear" in done.out, done.err
+    done = cli(
+        *(
+            "compress",
+            model / "vae",
+            *budget[:-4],
+            "--plan",
+            tmp_path / "plan.yaml",
+            "-o",
+            tmp_path / "planned",
+        )
+    )
+    assert done.code == 0, done.err
+
+
+def test_an_autoencoder_as_an_object(model):
+    vae = AutoencoderDC.from_pretrained(model / "vae")
+    made = attar.compress(vae, "genie", overrides=SMALL["genie"])
+    assert made.vae is vae and set(packed_layers(vae)) == set(LAYERS)
+    assert torch.equal(
+        decoded(vae), decoded(attar.compress(str(model), "genie", overrides=SMALL["genie"]).vae)
+    )
+
+
 # ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_autoencoders_alone_are_for_their_recipes(cli, model, tmp_path):
+    out = ("-o", tmp_path / "out")
+    assert (
+        "the folder holds an autoencoder alone (AutoencoderDC)"
+        in cli("compress", model / "vae", *out).message
+    )
+    assert "the folder holds an autoencoder alone" in cli("generate", model / "vae", "a dog").message
+    asked = cli("compress", model / "vae", "--recipe", "zeroq", "--stream", *out).message
+    assert "cannot be streamed: it is one autoencoder" in asked
+    missing = cli("compress", model / "transformer", "--recipe", "zeroq", *out).message
+    assert "holds no diffusers pipeline" in missing
+    pipelines.image_vae(4).save_pretrained(tmp_path / "kl")
+    message = cli("compress", tmp_path / "kl", "--recipe", "genie", *out).message
+    assert "no decoder of the model keeps running statistics" in message and "[AutoencoderKL]" in message
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -161,11 +222,11 @@ def test_models_without_statistics_are_refused_at_once(recipe, kind, cli, wan_fo
     folder = wan_folder if kind == "wan" else unets.save(tmp_path / "sd")
     message = cli("compress", folder, "--recipe", recipe, "-o", tmp_path / "out").message
     assert (
-        "no decoder of the pipeline keeps running statistics" in message
+        "no decoder of the model keeps running statistics" in message
         and "Take a recipe that traces" in message
     )
     assert not (tmp_path / "out.work").exists()
-    with pytest.raises(AttarError, match="no decoder of the pipeline keeps running statistics"):
+    with pytest.raises(AttarError, match="no decoder of the model keeps running statistics"):
         attar.compress(pipelines.make("wan"), recipe)
 
 
