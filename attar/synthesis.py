@@ -52,8 +52,10 @@ def make_samples(
         shape = (config["latent_channels"], settings.side, settings.side)
         own = (config.get("shift_factor") or 0.0, 1 / (config.get("scaling_factor") or 1.0))
         with progress.task(f"{name}: synthesise latents", 1) as advance:
-            latents = _latents(decoder, shape, own, settings, seed, advance)
-            distance = statistics_error(decoder, latents.to(next(decoder.parameters()).dtype))
+            latents = _latents(decoder, shape, own, settings, seed, advance).to(
+                next(decoder.parameters()).dtype
+            )
+            distance = statistics_error(decoder, latents)
         workspace.write_tensors(_file(name), {LATENTS: latents}, {"distance": float(f"{distance:.6g}")})
     ranks.barrier()
 

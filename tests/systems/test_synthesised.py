@@ -188,6 +188,15 @@ def test_an_autoencoder_in_a_folder_of_its_own(commands, cli, model, whole, tmp_
     assert done.code == 0, done.err
 
 
+def test_in_sixteen_bits(cli, model, tmp_path):
+    options = ("--recipe", "genie", *settings("genie"), "--dtype", "bfloat16", "-o", tmp_path / "small")
+    done = cli("compress", model, *options)
+    assert done.code == 0, done.err
+    vae = AutoencoderDC.from_pretrained(tmp_path / "small" / "vae", torch_dtype=torch.bfloat16)
+    with torch.no_grad(), use_backend("reference"):
+        assert torch.isfinite(vae.decode(autoencoders.latents(2).bfloat16()).sample).all()
+
+
 def test_an_autoencoder_as_an_object(model):
     vae = AutoencoderDC.from_pretrained(model / "vae")
     made = attar.compress(vae, "genie", overrides=SMALL["genie"])
