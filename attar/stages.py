@@ -76,11 +76,15 @@ class Synthesize(Stage):
         "control",
     )
     count: int = Field(default=64, ge=1, description="latents, each of which is a calibration sample")
-    side: int = Field(default=16, ge=1, description="their height and width")
+    side: int = Field(default=8, ge=1, description="their height and width")
     steps: int | None = Field(
         default=None, ge=1, description="of training; null for 500 or, by a generator, 4000"
     )
-    batch_size: int = Field(default=128, ge=1, description="latents that are trained together")
+    batch_size: int = Field(
+        default=16,
+        ge=1,
+        description="latents that are trained together; their pictures' features lie in memory",
+    )
     statistics: Literal["batch", "sample"] = Field(
         default="batch", description="of all latents of a batch together, or of each alone"
     )

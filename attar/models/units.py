@@ -41,7 +41,7 @@ def find_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     where = type(model).__name__
     if decoder_of(model) is not None:
-        found = _units(model, DECODER_UNITS, "decoder.")
+        found = _units(model, DECODER_UNITS, "decoder.up_blocks.")
         if not found:
             sought = ", ".join(DECODER_UNITS)
             raise AttarError(f"no unit of a decoder found (looked for: {sought})", where=where)

@@ -12,15 +12,17 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2Model
 
 
-def make_autoencoder(seed=0, channels=(8, 16), latent_channels=4, blocks="ResBlock"):
-    """With random weights; its statistics are as they were born. blocks: of the decoder, one class or one a stage."""
+def make_autoencoder(seed=0, channels=(8, 16), latent_channels=4, blocks="ResBlock", first=1):
+    """With random weights; its statistics are as they were born. blocks: of the decoder, one class or one a stage.
+    first: blocks of the stage at full resolution; published ones have none."""
     torch.manual_seed(seed)
     stages = len(channels)
     model = AutoencoderDC(
         latent_channels=latent_channels, attention_head_dim=8,
         encoder_block_types="ResBlock", decoder_block_types=blocks,
         encoder_block_out_channels=channels, decoder_block_out_channels=channels,
-        encoder_layers_per_block=(1,) * stages, decoder_layers_per_block=(1,) * stages,
+        encoder_layers_per_block=(first,) + (1,) * (stages - 1),
+        decoder_layers_per_block=(first,) + (1,) * (stages - 1),
         encoder_qkv_multiscales=((),) * stages, decoder_qkv_multiscales=((3,),) * stages,
         decoder_norm_types="batch_norm", decoder_act_fns="relu",
     )  # fmt: skip

@@ -150,6 +150,11 @@ def test_what_is_seen_of_an_autoencoder():
     assert [block.index for block in adapter.blocks] == [0, 1, 2]
     outside = {x.role for x in adapter.outside_linears()}
     assert outside == {"encoder", "embedding", "head"}
+    published = ModelAdapter.of(autoencoders.make_autoencoder(channels=(8, 8, 16), first=0))
+    assert [block.name for block in published.blocks] == [
+        "decoder.up_blocks.1.0", "decoder.up_blocks.1.1", "decoder.up_blocks.2.0"
+    ]  # fmt: skip
+    assert {x.name: x.role for x in published.outside_linears()}["decoder.conv_out.conv.linear"] == "head"
 
 
 def test_an_autoencoder_in_a_folder_of_its_own(commands, cli, model, whole, tmp_path):
