@@ -71,6 +71,10 @@ class Recipe(Stage):
     @model_validator(mode="after")
     def _synthesised_instead_of_traced(self) -> Recipe:
         if self.synthesize is None:
+            if self.allocate is not None and self.allocate.objective == "output":
+                raise ValueError(
+                    "allocate.objective output is for autoencoders (synthesize): set it to latents or block"
+                )
             return self
         if self.trace is not None or self.select is not None:
             raise ValueError("synthesize makes the calibration samples: set trace and select to null")
@@ -82,8 +86,8 @@ class Recipe(Stage):
             raise ValueError(
                 "an autoencoder has no tokens that attention weighs: set reconstruct.loss to mse"
             )
-        if self.allocate is not None and self.allocate.objective != "block":
-            raise ValueError("an autoencoder has no final latents: set allocate.objective to block")
+        if self.allocate is not None and self.allocate.objective not in ("block", "output"):
+            raise ValueError("an autoencoder has no final latents: set allocate.objective to output or block")
         return self
 
     @model_validator(mode="after")

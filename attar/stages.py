@@ -312,10 +312,11 @@ class Allocate(Stage):
     budget: str = Field(
         description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
     )
-    objective: Literal["block", "latents", "metrics"] = Field(
+    objective: Literal["block", "latents", "metrics", "output"] = Field(
         default="block",
         description="what counts: all blocks' outputs alike, what their errors come to in the final latents, or that "
-        "between groups of layers and in each group what its own metric sees of it (ViDiT-Q)",
+        "between groups of layers and in each group what its own metric sees of it (ViDiT-Q); output is what they come "
+        "to in a decoder's pictures",
     )
     acts: bool = Field(
         default=False,

@@ -1,7 +1,8 @@
 """Synthesised calibration data for a decoder with batch normalisation: `python -m benchmarks.synthesis`.
 
     python -m benchmarks.synthesis            train, quantize, measure (minutes on one core)
-    python -m benchmarks.synthesis --table    print the table of what is there already
+    python -m benchmarks.synthesis --recipes  the same for the recipes zeroq and genie as they are
+    python -m benchmarks.synthesis --table    print the tables of what is there already
 
 A small AutoencoderDC, whose decoder normalises by batches, learns the pictures of handwriting that the built-in models
 were trained with. Its decoder's layers are then quantized, up block by up block, on noise, on latents synthesised as in
@@ -40,8 +41,10 @@ from benchmarks.store import FOLDER, load, save
 from benchmarks.tables import estimate_text, table_lines
 
 RESULTS = FOLDER / "synthesis.json"
+RECIPES = FOLDER / "synthesis-recipes.json"
 CALIBRATION, HELD_OUT, BATCH = 64, 256, 4  # pictures, pictures, and latents in a call of a block
 STEPS = {"inputs": 200, "generator": 200}  # of synthesis
+OWN = {"zeroq": "inputs", "genie": "generator"}  # how a recipe makes its latents
 SOURCES = {
     "noise": "noise of the latents' mean and deviation",
     "inputs": "ZeroQ's latents",
@@ -183,6 +186,35 @@ def measure(seeds: int, train_steps: int, steps: Mapping[str, int]) -> dict[str,
     return cells
 
 
+def measure_recipes(seeds: int, train_steps: int, steps: Mapping[str, int]) -> dict[str, list[float]]:
+    """Recipe, with what it is calibrated on -> PSNR in dB of each seed, at the recipe's own bits (W4A8)."""
+    vae, known, held_out = train(train_steps)
+    vae.register_to_config(scaling_factor=1 / known.std().item())
+    reference = pictures_of(vae.decoder, held_out)
+
+    def quality(recipe: str, seed: int, **changes: Any) -> float:
+        overrides = {
+            "synthesize.side": known.shape[-1],
+            **{key.replace("__", "."): v for key, v in changes.items()},
+        }
+        small = attar.compress(copy.deepcopy(vae), recipe, overrides=overrides, seed=seed).vae
+        return psnr(reference, pictures_of(small.decoder, held_out)).mean().item()
+
+    cells = {"rtn": [quality("rtn", 0, trace=None, quantize__weights=4, quantize__acts=8)]}
+    for recipe, own in OWN.items():
+        for by, name in (("noise", f"{recipe}, on noise"), (own, recipe)):
+            made = {} if by == "noise" else {"synthesize__steps": steps[by]}
+            cells[name] = [quality(recipe, seed, synthesize__by=by, **made) for seed in range(seeds)]
+            print(name, cells[name], flush=True)
+    return cells
+
+
+def recipe_table(cells: Mapping[str, Any]) -> str:
+    """A row for each recipe and what it is calibrated on."""
+    rows = [[name, estimate_text(mean_interval(values), 2)] for name, values in cells.items()]
+    return "\n".join(table_lines(["recipe", "PSNR, dB"], rows))
+
+
 def table(cells: Mapping[str, Any]) -> str:
     """A row for each source of data."""
     rows = [["none, rounded to nearest", "–", f"{cells['none']['nearest'][0]:.2f}", "–", "–"]]
@@ -200,13 +232,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train-steps", type=int, default=300)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--recipes", action="store_true", help="measure the recipes")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not args.table:
+    if args.recipes:
+        cells = measure_recipes(args.seeds, args.train_steps, STEPS)
+        save(RECIPES, {"steps": STEPS, "train_steps": args.train_steps, "cells": cells})
+    elif not args.table:
         cells = measure(args.seeds, args.train_steps, STEPS)
         save(args.results, {"steps": STEPS, "train_steps": args.train_steps, "cells": cells})
     print(table(load(args.results, "cells")["cells"]))
+    print(recipe_table(load(RECIPES, "cells")["cells"]))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,23 @@ def test_the_data_decide(model):
     assert not any(differ("zeroq", "codes"))
 
 
+def test_bits_by_the_error_of_the_pictures(model):
+    """Units whose errors come to little in the decoder's output count for little; alike, they count for one."""
+    few = {**SMALL["zeroq"], "reconstruct": None}
+    followed = attar.compress(str(model), "zeroq", overrides=few).attar_compression.allocation
+    alike = attar.compress(str(model), "zeroq", overrides={**few, "allocate.objective": "block"})
+    reach = followed.influence["vae"]
+    assert len(reach) == 3 and all(value > 0 for value in reach.values())
+    plain = alike.attar_compression.allocation.sensitivity["vae"]
+    for name, errors in followed.sensitivity["vae"].items():
+        factor = next(value for block, value in reach.items() if name.startswith(f"{block}."))
+        quantized = {bits: error / factor for bits, error in errors.items()}
+        assert all(
+            abs(quantized[b] / plain[name][b] - 1) < 0.2 for b in ("2", "3")
+        )  # activations in floating point
+    assert "error of the decoder's output" in followed.summary()
+
+
 def test_what_is_seen_of_an_autoencoder():
     vae = autoencoders.make_autoencoder(blocks=("ResBlock", "EfficientViTBlock"))
     adapter = ModelAdapter.of(vae)
@@ -263,7 +280,7 @@ def test_forecasts_are_of_denoisers(cli, model):
         ({"finetune": {"scale_lr": 1e-3}}, "finetune to null"),
         ({"quantize.step_groups": 2}, "step_groups to 1"),
         ({"reconstruct.loss": "token_weighted"}, "reconstruct.loss to mse"),
-        ({"allocate.objective": "latents"}, "allocate.objective to block"),
+        ({"allocate.objective": "latents"}, "allocate.objective to output or block"),
         ({"synthesize.by": "noise", "synthesize.known": False}, "no other statistics than known ones"),
         ({"synthesize.by": "generator", "synthesize.count": 1}, "count at least 2"),
     ],
