@@ -108,6 +108,28 @@ def test_a_killed_run_goes_on(recipe, commands, model, whole, tmp_path):
     assert "vae/synthesised.safetensors" in contents(tmp_path / "small.work")
 
 
+def test_two_processes_choose_the_same_bits(commands, model, whole, tmp_path):
+    """Codes are the nearest integers, so they are equal then; what is learned in batches rounds otherwise."""
+    arguments = (
+        "compress",
+        model,
+        "--recipe",
+        "zeroq",
+        *settings("zeroq"),
+        "-o",
+        tmp_path / "small",
+        "--device",
+        "cpu",
+    )
+    command = commands.start(*arguments, processes=2)
+    assert command.wait_all() == [0, 0], command.log.read_text()
+    one, two = (
+        packed_layers(AutoencoderDC.from_pretrained(f / "vae")) for f in (whole("zeroq"), tmp_path / "small")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name].get_buffer("codes"), two[name].get_buffer("codes")) for name in one)
+
+
 def test_in_memory_are_the_same_bytes(commands, model, whole, tmp_path):
     """Otherwise only the autoencoder is loaded."""
     arguments = (
