@@ -107,6 +107,12 @@ def compress(
         source = find_source(str(model), alone=recipe.synthesize is not None)
         pipe = load_pipeline(source)
     elif isinstance(model, nn.Module):
+        if recipe.synthesize is None:
+            raise AttarError(
+                "a model without its pipeline cannot be traced",
+                where=type(model).__name__,
+                fix="Give the pipeline; autoencoders alone are compressed by recipes such as zeroq",
+            )
         source, pipe = Source(type(model).__name__, alone=True), Alone(model)
     else:
         source, pipe = Source(type(model).__name__, classes=known_classes(model)), model

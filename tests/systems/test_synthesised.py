@@ -283,6 +283,13 @@ def test_models_without_statistics_are_refused_at_once(recipe, kind, cli, wan_fo
         attar.compress(pipelines.make("wan"), recipe)
 
 
+def test_denoisers_without_a_pipeline_are_refused():
+    with pytest.raises(AttarError, match="a model without its pipeline cannot be traced"):
+        attar.compress(pipelines.make("wan").transformer, "rtn")
+    with pytest.raises(AttarError, match="no decoder of the model keeps running statistics"):
+        attar.compress(pipelines.make("wan").transformer, "zeroq")
+
+
 def test_statistics_that_saw_no_data_are_refused(tmp_path):
     with pytest.raises(AttarError, match="no data ever passed"):
         attar.compress(autoencoders.sana_pipeline(autoencoders.make_autoencoder()), "zeroq", overrides=FEW)
