@@ -42,7 +42,8 @@ def autoencoders(pipe: Any) -> dict[str, nn.Module]:
 def make_samples(
     name: str, model: nn.Module, settings: Synthesize, workspace: Workspace, seed: int, progress: Progress
 ) -> None:
-    """Latents for an autoencoder's decoder, unless they are in the workspace already. They are kept when all are made.
+    """Latents for an autoencoder's decoder, unless they are in the workspace already. They are kept when all are made,
+    with what synthesis makes small (`statistics_error`), a mean over batches.
 
     Of several processes the first makes them for all. Raises AttarError as `attar.synthesize` does.
     """
@@ -52,10 +53,10 @@ def make_samples(
         shape = (config["latent_channels"], settings.side, settings.side)
         own = (config.get("shift_factor") or 0.0, 1 / (config.get("scaling_factor") or 1.0))
         with progress.task(f"{name}: synthesise latents", 1) as advance:
-            latents = _latents(decoder, shape, own, settings, seed, advance).to(
-                next(decoder.parameters()).dtype
-            )
-            distance = statistics_error(decoder, latents)
+            latents = _latents(decoder, shape, own, settings, seed, advance)
+            latents = latents.to(next(decoder.parameters()).dtype)
+        batches = latents.split(settings.batch_size)
+        distance = sum(statistics_error(decoder, batch) * len(batch) for batch in batches) / len(latents)
         workspace.write_tensors(_file(name), {LATENTS: latents}, {"distance": float(f"{distance:.6g}")})
     ranks.barrier()
 
