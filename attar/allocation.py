@@ -44,6 +44,7 @@ SAME = Budget.parse("same")
 ERRORS_OF = {
     "block": "the blocks' outputs",
     "latents": "the final latents, added up over the steps",
+    "output": "the decoder's output",
     "metrics": "the final latents, added up over the steps; inside each group by what its metric sees of them",
 }
 
@@ -56,8 +57,8 @@ class Allocation:
     each causes alone; uniform_error: the same with the recipe's own bits in every layer; measured_error: sum over
     blocks with all layers of a block quantized; all before learning. bits: component -> layer -> bits, of the layers
     that were chosen for. sensitivity: component -> layer -> bits -> error. blocks: component -> [block, predicted
-    error, measured error]. objective: see `Allocate`; errors are relative to the final latents, or to a block's own
-    update. influence: component -> block -> what its weights' error is multiplied with.
+    error, measured error]. objective: see `Allocate`; errors are relative to the final latents, to a decoder's
+    output, or to a block's own update. influence: component -> block -> what its weights' error is multiplied with.
     metrics: component -> layer -> the metric that decided inside its group; {} where one error decides.
     acts, act_sensitivity, mean_act_bits: of the activations, where these were chosen too, the mean over
     multiplications. With groups of steps, bits are a list where the groups differ, and each error is a list: what that
@@ -88,7 +89,9 @@ class Allocation:
     def summary(self) -> str:
         """One line for people."""
         acts = "" if self.mean_act_bits is None else f", activations {self.mean_act_bits:.3f}"
-        what = "summed block error" if self.objective == "block" else "error of the final latents"
+        what = {"block": "summed block error", "output": "error of the decoder's output"}.get(
+            self.objective, "error of the final latents"
+        )
         text = (
             f"{self.budget}: {self.mean_bits:.3f} bits on average{acts}, linears {self.ratio:.4f}x of bfloat16, "
             f"{what} {self.predicted_error:.4g} predicted, {self.measured_error:.4g} measured block by block"

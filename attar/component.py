@@ -1,4 +1,5 @@
-"""The compression of one transformer: selection, then block after block, with everything finished kept on disk."""
+"""The compression of one transformer, or of an autoencoder's decoder: its samples, then block after block, with
+everything finished kept on disk."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ from attar.stored import (
     save_block,
     write_boundary,
 )
+from attar.synthesis import read_samples
 
 LAMBDA_PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 
@@ -68,15 +70,8 @@ class ComponentJob(Job):
         evidence: dict[str, Any] = {}
         calls: list[Sample] = []
         if self.recipe.needs_data:
-            table, chosen = self._selection(prompts)
-            assert self.recipe.select is not None
-            evidence["selection"] = {
-                "policy": self.recipe.select.policy,
-                "table": vars(table),
-                "chosen": chosen,
-                "histogram": selection_histogram(table, chosen),
-            }
-            calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in ranks.mine(chosen)]
+            calls, samples = self._samples(prompts)
+            evidence |= samples
             example = ranks.first(lambda: calls[0][0])
             self.adapter.observe(example)
             learned = self.recipe.reconstruct
@@ -154,6 +149,22 @@ class ComponentJob(Job):
         return SegmentStarts(
             self.transformer, self.adapter, heads, calls, self.workspace, self.name, self.groups
         )
+
+    def _samples(self, prompts: int) -> tuple[list[Sample], dict[str, Any]]:
+        """This process's calibration samples, and how they came to be."""
+        if self.recipe.synthesize is not None:
+            made, known = read_samples(self.name, self.transformer, self.workspace)
+            return list(ranks.mine(made)), {"synthesis": known}
+        table, chosen = self._selection(prompts)
+        assert self.recipe.select is not None
+        calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in ranks.mine(chosen)]
+        evidence = {
+            "policy": self.recipe.select.policy,
+            "table": vars(table),
+            "chosen": chosen,
+            "histogram": selection_histogram(table, chosen),
+        }
+        return calls, {"selection": evidence}
 
     def _selection(self, prompts: int) -> tuple[ScoreTable, list[int]]:
         """The score table and the chosen rows, from the workspace where they are there already."""

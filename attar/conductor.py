@@ -29,6 +29,7 @@ from attar.candidates import check_budget
 from attar.errors import AttarError
 from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
+from attar.models.alone import Alone
 from attar.models.calls import known_classes
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
@@ -38,6 +39,7 @@ from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
 from attar.runtime.transformers_integration import mark_text_encoder
 from attar.stages import Trace
+from attar.synthesis import autoencoders, make_samples
 from attar.text_encoder import compress_text_encoder, plan_text_encoders, text_encoders
 from attar.workspace import Workspace
 
@@ -80,10 +82,12 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Any:
-    """Compresses the transformers of a diffusers pipeline and returns the pipeline, ready for `save_pretrained`.
+    """Compresses the transformers of a diffusers pipeline, or with a recipe that synthesises its samples the decoder of
+    its autoencoder, and returns the pipeline, ready for `save_pretrained`.
 
     model: a pipeline, which is changed in place, or anything that `attar.load` takes (a built-in name, a folder, a
-    hub id). recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
+    hub id). An autoencoder may also be given alone, as an object or a folder; what is returned then has it as `vae`.
+    recipe: published name, YAML path, mapping or Recipe. weights, acts: bits, short for the overrides
     "quantize.weights" and "quantize.acts". budget: "0.30x", "3.2bits", "0.5dB" or "same", short for
     "allocate.budget": bits for each layer by measured sensitivity. plan: a plan file with the bits of each layer, in
     the place of a budget that the recipe has. prompts: for calibration; default: the model's own, else general ones.
@@ -100,12 +104,20 @@ def compress(
     recipe = load_recipe(recipe, overrides)
     layers = None if plan is None else read_plan_for(plan, overrides)
     if isinstance(model, (str, Path)):
-        source = find_source(str(model))
+        source = find_source(str(model), alone=recipe.synthesize is not None)
         pipe = load_pipeline(source)
+    elif isinstance(model, nn.Module):
+        if recipe.synthesize is None:
+            raise AttarError(
+                "a model without its pipeline cannot be traced",
+                where=type(model).__name__,
+                fix="Give the pipeline; autoencoders alone are compressed by recipes such as zeroq",
+            )
+        source, pipe = Source(type(model).__name__, alone=True), Alone(model)
     else:
         source, pipe = Source(type(model).__name__, classes=known_classes(model)), model
     if layers is not None:
-        recipe = with_plan(recipe, layers, transformer_components(pipe))
+        recipe = with_plan(recipe, layers, components_of(pipe, recipe))
     if workspace is None:
         with tempfile.TemporaryDirectory(prefix="attar-") as folder:
             return run(pipe, source, recipe, Workspace(folder), prompts, generation, seed, progress)
@@ -136,7 +148,7 @@ def run(
         report, store = job
         if report.allocation is not None:
             recipe = report.allocation.apply(recipe)
-        components = transformer_components(pipe)
+        components = components_of(pipe, recipe)
         report.plans = plan_components(components, recipe)
         for name, transformer in components.items():
             started = time.monotonic()
@@ -193,7 +205,7 @@ def _prepared(
     progress: Progress,
 ) -> Iterator[tuple[Compression, TraceStore]]:
     """Inside, the workspace is claimed, the pipeline traced and bits chosen, and no layer is touched yet."""
-    components = transformer_components(pipe)
+    components = components_of(pipe, recipe)
     bits = recipe.quantize.weights
     plans = plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))
     check_trainable(components, plans, recipe)
@@ -209,7 +221,7 @@ def _prepared(
     workspace.claim(
         {
             "recipe": recipe.model_dump(mode="json"),
-            "model": fingerprint(pipe, source),
+            "model": fingerprint(pipe, source, components),
             "prompts": chosen_prompts,
             "generation": call,
             "seed": seed,
@@ -222,6 +234,11 @@ def _prepared(
             started = time.monotonic()
             _trace(pipe, recipe.traced, store, chosen_prompts, call, seed, progress)
             report.seconds["trace"] = time.monotonic() - started
+        if recipe.synthesize is not None and (recipe.needs_data or recipe.allocate is not None):
+            started = time.monotonic()
+            for name, part in components.items():
+                make_samples(name, part, recipe.synthesize, workspace, seed, progress)
+            report.seconds["synthesize"] = time.monotonic() - started
         if recipe.allocate is not None:
             started = time.monotonic()
             report.allocation = allocate(
@@ -251,11 +268,19 @@ def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | N
     return pool[: recipe.traced.prompts]
 
 
-def fingerprint(pipe: Any, source: Source) -> str:
+def components_of(pipe: Any, recipe: Recipe) -> dict[str, nn.Module]:
+    """What a recipe compresses, by component name: the denoisers, or with synthesised samples the autoencoder.
+
+    Raises AttarError where the pipeline has none.
+    """
+    return transformer_components(pipe) if recipe.synthesize is None else autoencoders(pipe)
+
+
+def fingerprint(pipe: Any, source: Source, components: Mapping[str, nn.Module]) -> str:
     """Of the folder that the pipeline comes from, with the type that it works in; else of the pipeline itself."""
     if source.folder is None:
         return pipeline_fingerprint(pipe)
-    return folder_fingerprint(source.folder, next(iter(transformer_components(pipe).values())).dtype)  # type: ignore[arg-type]
+    return folder_fingerprint(source.folder, next(iter(components.values())).dtype)  # type: ignore[arg-type]
 
 
 def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
@@ -265,6 +290,12 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) 
         raise AttarError(
             f"{ranks.size()} processes cannot share allocate.samples = {recipe.allocate.samples}",
             where="allocate.samples",
+            fix="Start fewer processes, or ask for more samples",
+        )
+    if recipe.synthesize is not None and recipe.synthesize.count < ranks.size():
+        raise AttarError(
+            f"{ranks.size()} processes cannot share synthesize.count = {recipe.synthesize.count} calibration samples",
+            where="synthesize.count",
             fix="Start fewer processes, or ask for more samples",
         )
     if not recipe.needs_data or recipe.trace is None or recipe.select is None:

@@ -37,8 +37,10 @@ def pipeline_fingerprint(pipe: Any) -> str:
 
 
 def folder_fingerprint(folder: Path, dtype: torch.dtype) -> str:
-    """The same of a pipeline's folder that is worked on in `dtype`, without loading anything."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    """The same of a pipeline's folder that is worked on in `dtype`, or of one model's own, without loading anything."""
+    index: dict[str, Any] = {".": None}
+    if (folder / "model_index.json").is_file():
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(f"{index.get('_class_name')}{dtype}".encode())
     for name in sorted(index):
         part = folder / name

@@ -8,13 +8,15 @@ over the trajectory. Errors of weights are much the same in every step and add u
 to step and average out; so the two are followed apart, with the other one left in floating point.
 
 Objective "metrics": the same between groups of layers; inside a group, what its own metric sees of the group's errors.
+
+Objective "output": the error of the block times what its errors come to in what a decoder gives.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.budget.influence import Step, accumulated, standing_in
+from attar.budget.influence import Picture, Step, accumulated, standing_in
 from attar.budget.metrics import METRICS, Metric, metric_of, parts, video_of
 from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
 from attar.calibration.store import TraceStore
@@ -41,6 +43,7 @@ from attar.recipe import Recipe
 from attar.runtime.step_groups import ARGUMENT, StepGroups, choose_group
 from attar.samples import Calls, catch_samples, traced_groups
 from attar.settings import block_settings
+from attar.synthesis import read_samples
 from attar.workspace import Workspace
 
 # what is measured of a block, a file each: errors of weights with activations, of weights, of activations, what errors
@@ -94,8 +97,13 @@ class Measuring:
         self.steps = [1]  # of each group of steps, as many as it has
         if recipe.quantize.step_groups > 1:
             self.groups, self.steps = traced_groups(store, name, prompts, recipe.quantize.step_groups)
-        self.trajectory, self.places = _places(store, name, prompts, recipe.allocate.samples, self.followed)
-        self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
+        self.trajectory, self.places, self.calls = 1, [], []
+        count, self.decodes = recipe.allocate.samples, recipe.synthesize is not None
+        if self.decodes:
+            self.calls = list(ranks.mine(read_samples(name, transformer, workspace)[0][:count]))
+        else:
+            self.trajectory, self.places = _places(store, name, prompts, count, self.followed)
+            self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
         self.adapter.observe(ranks.first(lambda: self.calls[0][0]))  # units come in the order of their calls
         self.settings = block_settings(recipe)
         self.weights = weights_of(transformer)
@@ -113,7 +121,8 @@ class Measuring:
             self.grid = (grid.frames, grid.height, grid.width)
             self.metrics = {p.name: metric_of(p.role, grid.frames) for p in self.own if not p.skipped}
         self._steps: list[Step] = []
-        self._whole = 0.0  # squared length of the trajectory's final latents
+        self._pictures: list[Picture] = []
+        self._whole = 0.0  # squared length of the trajectory's final latents, or of all pictures
 
     def measure(self, progress: Progress) -> None:
         """Puts what is not known yet of every block into the workspace."""
@@ -258,15 +267,26 @@ class Measuring:
         """The error of the block with these layers quantized, and the change of the latents in every measured step."""
         module = copy.deepcopy(one.module)
         alone = self._together(one, module, planned, kind)
-        if not self._steps:
+        followed = self._followed()
+        with standing_in(one.block.module, self.arithmetic.bound(module)):
+            return alone, ranks.collected([self._change(step, module) for step in followed])
+
+    def _followed(self) -> Sequence[Step | Picture]:
+        """What errors are followed through, this process's part of it."""
+        if self.decodes and not self._pictures:
+            self._pictures = [Picture(self.adapter.entry, sample) for sample in self.calls]
+            self._whole = math.fsum(ranks.collected([picture.size for picture in self._pictures]))
+        elif not self.decodes and not self._steps:
             self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
             self._whole = self._final()
-        with standing_in(one.block.module, self.arithmetic.bound(module)):
-            return alone, ranks.collected([self._change(step, module) for step in self._steps])
+        return self._pictures if self.decodes else self._steps
 
     def _share(self, one: _Open, changes: list[Tensor]) -> float:
-        """What changes come to over the trajectory, relative to its final latents."""
-        error = accumulated(changes, self.trajectory) / self._whole
+        """What changes come to over the trajectory, relative to its final latents, or in all pictures."""
+        if self.decodes:
+            error = math.fsum(change.square().sum().item() for change in changes) / self._whole
+        else:
+            error = accumulated(changes, self.trajectory) / self._whole
         if not math.isfinite(error):
             raise AttarError(
                 "what the model gives is not finite with this block quantized",
@@ -276,10 +296,10 @@ class Measuring:
         # the fit's last digits depend on where tensors lie in memory, and a resumed run should choose the same
         return float(f"{error:.9g}")
 
-    def _change(self, step: Step, module: nn.Module) -> Tensor:
+    def _change(self, step: Step | Picture, module: nn.Module) -> Tensor:
         if self.groups is not None:
             choose_group(module, self.groups.group(step.sample[0].get(ARGUMENT)))
-        return step.change(self.transformer)
+        return step.change(self.adapter.entry)
 
     def _together(
         self,

@@ -33,6 +33,7 @@ from attar.stages import (
     Rounding,
     Select,
     Stage,
+    Synthesize,
     TextEncoder,
     Trace,
 )
@@ -47,6 +48,7 @@ class Recipe(Stage):
     notes: list[str] = Field(default_factory=list)
     trace: Trace | None = Trace()
     select: Select | None = Select()
+    synthesize: Synthesize | None = None
     quantize: Quantize = Quantize()
     allocate: Allocate | None = None
     reconstruct: Reconstruct | None = Reconstruct()
@@ -62,7 +64,31 @@ class Recipe(Stage):
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # who does not ask for it has the digests, jobs and evidence of the time before
-        return {k: v for k, v in handler(self).items() if k != "precision" or v is not None}
+        return {
+            k: v for k, v in handler(self).items() if k not in ("precision", "synthesize") or v is not None
+        }
+
+    @model_validator(mode="after")
+    def _synthesised_instead_of_traced(self) -> Recipe:
+        if self.synthesize is None:
+            if self.allocate is not None and self.allocate.objective == "output":
+                raise ValueError(
+                    "allocate.objective output is for autoencoders (synthesize): set it to latents or block"
+                )
+            return self
+        if self.trace is not None or self.select is not None:
+            raise ValueError("synthesize makes the calibration samples: set trace and select to null")
+        if self.finetune is not None or self.quantize.step_groups > 1:
+            raise ValueError(
+                "synthesised samples are of no denoising step: set finetune to null, and quantize.step_groups to 1"
+            )
+        if self.reconstruct is not None and self.reconstruct.loss != "mse":
+            raise ValueError(
+                "an autoencoder has no tokens that attention weighs: set reconstruct.loss to mse"
+            )
+        if self.allocate is not None and self.allocate.objective not in ("block", "output"):
+            raise ValueError("an autoencoder has no final latents: set allocate.objective to output or block")
+        return self
 
     @model_validator(mode="after")
     def _levels_can_be_trained(self) -> Recipe:
@@ -198,6 +224,8 @@ class Recipe(Stage):
     @property
     def traced(self) -> Trace | None:
         """What is traced: for learning, or for a budget or groups of steps alone; None where no data is needed."""
+        if self.synthesize is not None:
+            return None
         if self.needs_data:
             return self.trace
         if self.allocate is not None:
@@ -225,6 +253,15 @@ class Recipe(Stage):
         """The bits that activations have where nothing else is chosen, alike in all groups of steps."""
         assert isinstance(self.quantize.acts, int)  # where bits of activations are chosen
         return self.quantize.acts
+
+    def refuse_autoencoder(self, what: str) -> None:
+        """Raises AttarError where the recipe compresses an autoencoder. what: that is known of denoisers alone."""
+        if self.synthesize is not None:
+            raise AttarError(
+                f"{what} is made for denoisers, and the recipe compresses an autoencoder",
+                where=self.name,
+                fix="Take another recipe; attar compress shows how far it is and what it saves",
+            )
 
     def refuse_budget(self) -> None:
         """Raises AttarError where the bits are yet to be chosen under a budget."""
@@ -297,7 +334,8 @@ def load_recipe(
             # the widest for all: there is nothing to choose
             recipe = recipe.model_copy(update={"allocate": None})
     selects = recipe.finetune is None or recipe.polishes  # training alone uses every traced step
-    if recipe.needs_data and (recipe.trace is None or (selects and recipe.select is None)):
+    traced = recipe.trace is not None and (recipe.select is not None or not selects)
+    if recipe.needs_data and recipe.synthesize is None and not traced:
         raise AttarError("the recipe learns from data but has no trace or select stage", where=where)
     return recipe
 

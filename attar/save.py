@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from attar import __version__
 from attar.allocation import PLAN, Allocation
 from attar.assemble import Packed, write_weights
-from attar.calibration.trace import transformer_components
 from attar.conductor import Compression
 from attar.errors import AttarError
 from attar.evaluate.model_card import ModelCard, model_card
@@ -88,12 +87,20 @@ def _check_apart(place: Path, what: str, source: Source) -> None:
     if source.folder is None:
         return
     real, home = Path(os.path.realpath(place)), Path(os.path.realpath(source.folder))
-    index = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = {Path(os.path.realpath(source.folder / name)) for name in index if not name.startswith("_")}
+    parts = {Path(os.path.realpath(source.folder / name)) for name in _index(source)}
     if real in (home, *home.parents) or parts & {real, *real.parents}:
         where = "around" if real in home.parents else "in"
         fix = f"Name {'an' if what == 'output' else 'a'} {what} folder beside it"
         raise AttarError(f"the {what} lies {where} the model that is compressed", where=str(place), fix=fix)
+
+
+def _index(source: Source) -> list[str]:
+    """The components that the folder of a pipeline says it has, and its other arguments."""
+    assert source.folder is not None
+    if source.alone:
+        return []
+    index = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
+    return [name for name in index if not name.startswith("_")]
 
 
 def save_compressed(
@@ -139,24 +146,29 @@ def _passing(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.attar-partial"), folder.with_name(f".{folder.name}.attar-former")
 
 
+def _compressed(pipe: Any) -> dict[str, Any]:
+    """The components that the compression was of."""
+    return {name: pipe.components[name] for name in pipe.attar_compression.components}
+
+
 def _save_components(pipe: Any, target: Path, source: Source, workspace: Workspace) -> list[str]:
     """Returns the files of the components that were copied as they are."""
     assert source.folder is not None
-    transformers, evidence = transformer_components(pipe), pipe.attar_compression.components
+    transformers, evidence = _compressed(pipe), pipe.attar_compression.components
     target.mkdir(parents=True)
     for name, transformer in transformers.items():
-        transformer.save_config(target / name)  # type: ignore[operator]
+        place = source.place(target, name)
+        transformer.save_config(place)
         files = [
             Packed(f"{name}/{block_file(index)}", f"{block['block']}.")
             for index, block in enumerate(evidence[name]["blocks"])
         ]
         if workspace.has(f"{name}/{OUTSIDE}"):
             files.append(Packed(f"{name}/{OUTSIDE}", ""))
-        shards = Shards(source.folder / name)
-        write_weights(transformer, files, workspace, shards, target / name, "diffusion_pytorch_model")
+        shards = Shards(source.place(source.folder, name))
+        write_weights(transformer, files, workspace, shards, place, "diffusion_pytorch_model")
     copied: list[str] = []
-    parts = json.loads((source.folder / "model_index.json").read_text(encoding="utf-8"))
-    for name in parts:
+    for name in _index(source):
         if name in pipe.attar_compression.text_encoders:
             layers = pipe.attar_compression.text_encoders[name]["layers"]
             _save_text_encoder(name, pipe.components[name], layers, target, source, workspace)
@@ -204,7 +216,7 @@ def linear_bytes(pipe: Any, plans: dict[str, list[LayerPlan]]) -> tuple[int, int
     Biases count two bytes an element in both, whatever type this pipeline holds them in.
     """
     dense = packed = 0
-    for name, transformer in transformer_components(pipe).items():
+    for name, transformer in _compressed(pipe).items():
         for plan in plans[name]:
             if not plan.skipped:
                 dense += 2 * plan.in_features * plan.out_features + (
@@ -223,6 +235,8 @@ def _card(
     if source.folder is not None and any(source.folder.rglob("*.safetensors")):
         before, after = model_size(source.folder), model_size(folder)
         sizes = {part: (before.get(part, size), size) for part, size in after.items()}
+        if source.alone:
+            sizes = {name: sizes["."] for name in pipe.components}
     settings: dict[str, Any] = {
         "recipe": recipe.name,
         "weights": recipe.quantize.weights,
@@ -230,6 +244,8 @@ def _card(
     }
     if recipe.needs_data and recipe.select is not None:
         settings |= {"calibration samples": recipe.select.count, "selection": recipe.select.policy}
+    if recipe.synthesize is not None:
+        settings |= {"calibration samples": recipe.synthesize.count, "synthesised by": recipe.synthesize.by}
     if recipe.text_encoder is not None:
         settings["text encoder"] = f"{recipe.text_encoder.weights}-bit weights"
     allocation: Allocation | None = pipe.attar_compression.allocation
@@ -249,10 +265,12 @@ def _card(
     }
     call = {k: v for k, v in source.generation.items() if k in _CALL}
     prompts = source.prompts or source.classes or ["a red fox runs through snow"]
-    first = next(next(iter(transformer_components(pipe).values())).parameters())
+    first = next(next(iter(_compressed(pipe).values())).parameters())
+    use: dict[str, Any] = {"alone": type(pipe.vae).__name__} if source.alone else {
+        "pipeline_tag": "text-to-video" if makes_videos(pipe) else "text-to-image", "by_class": by_class(pipe),
+    }  # fmt: skip
     return ModelCard(
-        name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__,
-        pipeline_tag="text-to-video" if makes_videos(pipe) else "text-to-image", by_class=by_class(pipe),
+        name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__, **use,
         fps=source.fps, dtype="float32" if first.dtype == torch.float32 else "bfloat16",
         call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), **_license(source),
         example_prompt=prompts[0],

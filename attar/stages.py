@@ -67,6 +67,42 @@ class Select(Stage):
         return _one_of(value, FEATURES)
 
 
+class Synthesize(Stage):
+    """Calibration latents of an autoencoder's decoder, made of the statistics that its normalisation layers keep."""
+
+    by: Literal["inputs", "generator", "noise"] = Field(
+        default="inputs",
+        description="latents are trained themselves (ZeroQ) or by a generator (Genie); noise of their statistics is a "
+        "control",
+    )
+    count: int = Field(default=64, ge=1, description="latents, each of which is a calibration sample")
+    side: int = Field(default=8, ge=1, description="their height and width")
+    steps: int | None = Field(
+        default=None, ge=1, description="of training; null for 500 or, by a generator, 4000"
+    )
+    batch_size: int = Field(
+        default=16,
+        ge=1,
+        description="latents that are trained together; their pictures' features lie in memory",
+    )
+    statistics: Literal["batch", "sample"] = Field(
+        default="batch", description="of all latents of a batch together, or of each alone"
+    )
+    known: bool = Field(
+        default=True,
+        description="the latents' own mean and deviation are those that the autoencoder's configuration gives",
+    )
+    swing: int = Field(default=0, ge=0, description="pixels by which strided convolutions swing; 1 in Genie")
+
+    @model_validator(mode="after")
+    def _noise_is_not_trained(self) -> Synthesize:
+        if self.by == "noise" and not self.known:
+            raise ValueError("noise has no other statistics than known ones")
+        if self.by == "generator" and self.count < 2:
+            raise ValueError("a generator normalises over a batch, and one latent is none: count at least 2")
+        return self
+
+
 class LowRank(Stage):
     """A branch of low rank in high precision beside each quantized product."""
 
@@ -276,10 +312,11 @@ class Allocate(Stage):
     budget: str = Field(
         description="share of the linears' size (0.30x), mean bits (3.2bits), loss (0.5dB), or same"
     )
-    objective: Literal["block", "latents", "metrics"] = Field(
+    objective: Literal["block", "latents", "metrics", "output"] = Field(
         default="block",
         description="what counts: all blocks' outputs alike, what their errors come to in the final latents, or that "
-        "between groups of layers and in each group what its own metric sees of it (ViDiT-Q)",
+        "between groups of layers and in each group what its own metric sees of it (ViDiT-Q); output is what they come "
+        "to in a decoder's pictures",
     )
     acts: bool = Field(
         default=False,

@@ -1,7 +1,8 @@
 """Synthesised calibration data for a decoder with batch normalisation: `python -m benchmarks.synthesis`.
 
     python -m benchmarks.synthesis            train, quantize, measure (minutes on one core)
-    python -m benchmarks.synthesis --table    print the table of what is there already
+    python -m benchmarks.synthesis --recipes  the same for the recipes zeroq and genie as they are
+    python -m benchmarks.synthesis --table    print the tables of what is there already
 
 A small AutoencoderDC, whose decoder normalises by batches, learns the pictures of handwriting that the built-in models
 were trained with. Its decoder's layers are then quantized, up block by up block, on noise, on latents synthesised as in
@@ -36,10 +37,12 @@ from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
+from attar.recipe import load_recipe
 from benchmarks.store import FOLDER, load, save
 from benchmarks.tables import estimate_text, table_lines
 
 RESULTS = FOLDER / "synthesis.json"
+RECIPES = FOLDER / "synthesis-recipes.json"
 CALIBRATION, HELD_OUT, BATCH = 64, 256, 4  # pictures, pictures, and latents in a call of a block
 STEPS = {"inputs": 200, "generator": 200}  # of synthesis
 SOURCES = {
@@ -47,6 +50,15 @@ SOURCES = {
     "inputs": "ZeroQ's latents",
     "generator": "Genie's latents",
     "real": "latents of real pictures",
+}
+NOISE = {"synthesize.by": "noise"}
+RECIPE_CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {"quantize.weights": 4, "quantize.acts": 8, **NOISE}),  # which needs no data
+    "zeroq, on noise, blocks alike": ("zeroq", {**NOISE, "allocate.objective": "block"}),
+    "zeroq, on noise": ("zeroq", NOISE),
+    "zeroq": ("zeroq", {}),
+    "genie, on noise": ("genie", NOISE),
+    "genie": ("genie", {}),
 }
 PLAIN = BlockSettings(TransformSettings(scale=False, rotation="none"), weight_clip=False, act_clip=False)
 CALIBRATED = BlockSettings(TransformSettings(rotation="none"), clip_search=True, gptq_damping=0.01)
@@ -183,6 +195,38 @@ def measure(seeds: int, train_steps: int, steps: Mapping[str, int]) -> dict[str,
     return cells
 
 
+def measure_recipes(
+    seeds: int, train_steps: int, steps: Mapping[str, int], known: Mapping[str, list[float]]
+) -> dict[str, list[float]]:
+    """Recipe, with what is changed in it -> PSNR in dB of each seed, at the recipe's own bits (W4A8).
+
+    known: what was measured before, which is not measured again.
+    """
+    if RECIPE_CELLS.keys() <= known.keys():
+        return {name: known[name] for name in RECIPE_CELLS}
+    vae, latents, held_out = train(train_steps)
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    reference = pictures_of(vae.decoder, held_out)
+    cells = {}
+    for name, (recipe, changes) in RECIPE_CELLS.items():
+        overrides = {"synthesize.side": latents.shape[-1], **changes}
+        if "synthesize.by" not in changes:
+            overrides["synthesize.steps"] = steps[load_recipe(recipe, overrides).synthesize.by]  # type: ignore[union-attr]
+        values = list(known.get(name, ()))
+        for seed in range(len(values), seeds):
+            small = attar.compress(copy.deepcopy(vae), recipe, overrides=overrides, seed=seed).vae
+            values.append(psnr(reference, pictures_of(small.decoder, held_out)).mean().item())
+        cells[name] = values
+        print(name, values, flush=True)
+    return cells
+
+
+def recipe_table(cells: Mapping[str, Any]) -> str:
+    """A row for each recipe and what it is calibrated on."""
+    rows = [[name, estimate_text(mean_interval(values), 2)] for name, values in cells.items()]
+    return "\n".join(table_lines(["recipe", "PSNR, dB"], rows))
+
+
 def table(cells: Mapping[str, Any]) -> str:
     """A row for each source of data."""
     rows = [["none, rounded to nearest", "–", f"{cells['none']['nearest'][0]:.2f}", "–", "–"]]
@@ -200,13 +244,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train-steps", type=int, default=300)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--recipes", action="store_true", help="measure the recipes")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not args.table:
+    if args.recipes:
+        cells = measure_recipes(args.seeds, args.train_steps, STEPS, load(RECIPES, "cells")["cells"])
+        save(RECIPES, {"steps": STEPS, "train_steps": args.train_steps, "cells": cells})
+    elif not args.table:
         cells = measure(args.seeds, args.train_steps, STEPS)
         save(args.results, {"steps": STEPS, "train_steps": args.train_steps, "cells": cells})
     print(table(load(args.results, "cells")["cells"]))
+    print(recipe_table(load(RECIPES, "cells")["cells"]))
 
 
 if __name__ == "__main__":

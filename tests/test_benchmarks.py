@@ -125,6 +125,7 @@ def test_the_figures_of_synthesised_data_in_the_docs_are_the_measured_ones():
     page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     assert synthesis.table(content["cells"]) in page
     assert content["steps"] == synthesis.STEPS
+    assert synthesis.recipe_table(json.loads(synthesis.RECIPES.read_text())["cells"]) in page
 
 
 def test_budgets_table_pairs_plans_over_seeds():

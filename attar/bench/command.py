@@ -35,6 +35,7 @@ def bench(
     """
     if tokens < 1:
         raise AttarError(f"{tokens} tokens cannot be measured", where="--tokens", fix="Give at least 1")
+    recipe.refuse_autoencoder("the bench")
     folder = Path(model) if is_compressed(Path(model)) else None
     architecture = find_architecture(model, compressed=folder is not None)
     name = next(iter(architecture.transformers))

@@ -1,4 +1,5 @@
-"""How much of a block's error reaches the latents: in a denoising step, and added up over a trajectory."""
+"""How much of a block's error reaches the latents, in a denoising step and added up over a trajectory, or what a
+decoder makes of latents."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ class Step:
 
     def _run(self, transformer: nn.Module) -> list[Tensor]:
         """The output of every branch, in the shape of the latents."""
-        return [part for call in self.sample for part in self._branches(_output(transformer, call))]
+        calls = [{**call, "return_dict": False} for call in self.sample]
+        return [part for call in calls for part in self._branches(_output(transformer, call))]
 
     def _branches(self, output: Tensor) -> list[Tensor]:
         batch, *rest = self.shape
@@ -87,6 +89,26 @@ class Step:
                 fix="Let all blocks count alike: --set allocate.objective=block",
             )
         return list(output.split(batch))
+
+
+class Picture:
+    """What a decoder makes of one calibration sample."""
+
+    def __init__(self, decoder: nn.Module, sample: Sample) -> None:
+        self.sample = sample
+        self.output = self._run(decoder)
+
+    @property
+    def size(self) -> float:
+        """Its squared length."""
+        return self.output.square().sum().item()
+
+    def change(self, decoder: nn.Module) -> Tensor:
+        """(numel,) float64: by how much it changes with what the decoder gives now."""
+        return (self._run(decoder) - self.output).flatten()
+
+    def _run(self, decoder: nn.Module) -> Tensor:
+        return _output(decoder, self.sample[0]).double()
 
 
 def accumulated(changes: Sequence[Tensor], steps: int) -> float:
@@ -105,8 +127,8 @@ def accumulated(changes: Sequence[Tensor], steps: int) -> float:
     return steps / count * own + steps * (steps - 1) / (count * (count - 1)) * cross
 
 
-def _output(transformer: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    device = weights_of(transformer).device
-    with evaluating(transformer):
-        given = transformer(**map_tensors(dict(call), lambda t: t.to(device)) | {"return_dict": False})
+def _output(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    device = weights_of(model).device
+    with evaluating(model):
+        given = model(**map_tensors(dict(call), lambda t: t.to(device)))
     return as_outputs(given)[0].float().cpu()

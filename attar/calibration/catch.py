@@ -79,7 +79,7 @@ def each_catch(
         ]
         try:
             with evaluating(transformer):
-                transformer(**map_tensors(dict(call), lambda tensor: tensor.to(device)))
+                adapter.entry(**map_tensors(dict(call), lambda tensor: tensor.to(device)))
         except _Reached:
             pass
         else:

@@ -116,11 +116,7 @@ def statistics_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
     Raises AttarError where there is none, and for one whose statistics are not finite or as they were at its birth.
     """
-    found = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
-    }
+    found = _layers(model)
     if not found:
         raise AttarError(
             "no layer keeps running statistics (batch normalisation), and data cannot be synthesised without",
@@ -139,6 +135,19 @@ def statistics_layers(model: nn.Module) -> dict[str, _BatchNorm]:
                 fix="Load the trained weights, buffers included",
             )
     return found
+
+
+def keeps_statistics(model: nn.Module) -> bool:
+    """Whether a normalisation layer of the model keeps running statistics; these may be on the meta device."""
+    return bool(_layers(model))
+
+
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
+    }
 
 
 class _Inputs:

@@ -84,8 +84,13 @@ def allocate(
     if output.is_dir():
         raise AttarError("the output is a folder", where=str(output), fix="Name a file, such as plan.yaml")
     check_writable(output.parent)
-    source = find_source(model)
-    choice = ranks.first(lambda: choose(source, True, precision, device, stream, processes=ranks.here()))
+    source = find_source(model, alone=chosen.synthesize is not None)
+    choice = ranks.first(
+        lambda: choose(
+            source, True, precision, device, stream,
+            processes=ranks.here(), decodes=chosen.synthesize is not None,
+        )
+    )  # fmt: skip
     note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
     work = Workspace(workspace or Path(f"{output}.work"))
     pipe = open_pipeline(source, choice, precision, device)

@@ -107,10 +107,10 @@ def compress(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a pipeline's transformers, and its text encoders if asked for. A killed run can be started again."""
+    """Compress a pipeline's transformers, or its autoencoder with a recipe for that (zeroq, genie), and its text
+    encoders if asked for. A killed run can be started again."""
     from attar import conductor, ranks
     from attar.allocation import PLAN
-    from attar.calibration.trace import transformer_components
     from attar.forecast.dry_run import forecast_job, forecast_text
     from attar.models.memory import choose, open_pipeline
     from attar.models.source import find_source, read_prompts
@@ -132,14 +132,24 @@ def compress(
     precision = torch_dtype(dtype)
     given = None if prompts is None else read_prompts(prompts)
     generation = without_none({"height": height, "width": width, "num_frames": frames})
-    source = find_source(model)
+    source = find_source(model, alone=chosen.synthesize is not None)
     choice = ranks.first(
-        lambda: choose(source, chosen.traced is not None, precision, device, stream, processes=ranks.here())
+        lambda: choose(
+            source,
+            chosen.traced is not None,
+            precision,
+            device,
+            stream,
+            processes=ranks.here(),
+            decodes=chosen.synthesize is not None,
+        )
     )
     note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
     if dry_run:
         pipe = open_pipeline(source, choice, precision, device)
-        chosen = chosen if layers is None else with_plan(chosen, layers, transformer_components(pipe))
+        chosen = (
+            chosen if layers is None else with_plan(chosen, layers, conductor.components_of(pipe, chosen))
+        )
         result = forecast_job(pipe, source, chosen, given, generation)
         emit(result) if as_json else print(forecast_text(result))
         return
@@ -155,7 +165,7 @@ def compress(
     if ranks.size() > 1:
         note(f"{ranks.size()} processes: {conductor.division(chosen)}")
     pipe = open_pipeline(source, choice, precision, device)
-    chosen = chosen if layers is None else with_plan(chosen, layers, transformer_components(pipe))
+    chosen = chosen if layers is None else with_plan(chosen, layers, conductor.components_of(pipe, chosen))
     text = text_encoder_bytes(pipe, plan_text_encoders(pipe, chosen), source)
     progress = RichProgress() if ranks.is_first() else SilentProgress()
     pipe = conductor.run(pipe, source, chosen, work, given, generation, seed, progress)
@@ -190,7 +200,7 @@ def compress(
         for name, (before, after) in text.items():
             print(f"{name}: {before / 1e6:.1f} → {after / 1e6:.1f} MB in its files")
         following = shlex.join(["attar", "compare", model, str(output), "-o", f"{target.name}-report"])
-        print(f"resume data in {place} can be deleted; next: {following}")
+        print(f"resume data in {place} can be deleted" + ("" if source.alone else f"; next: {following}"))
 
 
 @app.command()

@@ -33,7 +33,8 @@ class ModelCard:
     matter). sizes: bytes by component as (original, compressed). settings: of calibration, by name.
     generation: of the figures, by name (steps, guidance, seeds, …). call: arguments of the example's
     pipeline call besides the prompt (num_frames, height, …), where the pipeline's defaults do not suit the
-    model. by_class: the example's prompt is the name of a class. dtype: of the example, a torch name.
+    model. by_class: the example's prompt is the name of a class. alone: class of an autoencoder
+    without a pipeline. dtype: of the example, a torch name.
     license: an SPDX or hub identifier, inherited from the base model.
     """
 
@@ -50,6 +51,7 @@ class ModelCard:
     tags: list[str] = field(default_factory=list)
     example_prompt: str = "a red fox runs through snow"
     by_class: bool = False
+    alone: str | None = None
     fps: float = 16
     dtype: str = "bfloat16"
     call: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +75,9 @@ def model_card(info: ModelCard | Mapping[str, Any]) -> str:
     front: dict[str, Any] = {}
     if on_hub:
         front |= {"base_model": base, "base_model_relation": "quantized"}
-    front |= {"pipeline_tag": card.pipeline_tag, "library_name": card.library_name}
+    if card.alone is None:
+        front["pipeline_tag"] = card.pipeline_tag
+    front["library_name"] = card.library_name
     named = {key: getattr(card, key) for key in ("license", "license_name", "license_link")}
     front |= {key: value for key, value in named.items() if value}
     front["tags"] = list(dict.fromkeys(["attar", "quantized", card.bits.lower(), card.recipe, *card.tags]))

@@ -65,6 +65,7 @@ def forecast_job(
     the same class and their linears the same plan. Nothing of the pipeline is changed.
     Raises AttarError for everything that `compress` would refuse before its first step.
     """
+    recipe.refuse_autoencoder("the forecast")
     components = transformer_components(pipe)
     presumed, free = presume(components, recipe)
     plans = plan_components(components, presumed)

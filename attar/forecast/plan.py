@@ -89,6 +89,7 @@ def plan_model(
     is one of the first. Under a budget the bits are presumed ones that keep to it.
     Raises AttarError for whatever does not fit.
     """
+    recipe.refuse_autoencoder("the forecast")
     first, transformer = next(iter(architecture.transformers.items()))
     steps = int(steps or architecture.default.get("steps", 50))
     if guidance is None:

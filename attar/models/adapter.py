@@ -22,7 +22,7 @@ from attar.models.families import FAMILIES
 from attar.models.joint import find_joint_order
 from attar.models.linears import Linear, open_linears
 from attar.models.tree import map_tensors
-from attar.models.units import find_units, is_unet
+from attar.models.units import decoder_of, find_units, is_unet
 from attar.models.weights import weights_of
 from attar.models.wiring import watch
 
@@ -31,8 +31,8 @@ SECOND_STREAM = ("encoder_hidden_states", "context", "txt", "encoder_hidden_stat
 
 @dataclass(eq=False)
 class Block:
-    """One transformer block, or one unit of a U-Net. `outputs` and `streams` are known once the adapter has observed a
-    call."""
+    """One transformer block, or one unit of a U-Net or a decoder. `outputs` and `streams` are known once the adapter
+    has observed a call."""
 
     name: str  # "blocks.3"
     module: nn.Module
@@ -84,8 +84,10 @@ class TokenGrid:
 
 
 class ModelAdapter:
-    """Answers what must be known of one transformer or U-Net. Make it with `ModelAdapter.of(transformer)`.
+    """Answers what must be known of one transformer, U-Net or autoencoder. Make it with `ModelAdapter.of(transformer)`.
 
+    entry: what a calibration sample is a call of: the model, or an autoencoder's decoder. convolutions: whether these
+    count as linears.
     splits: layers whose input is a concatenation, by name -> channels of each part; they count as one layer a part.
     """
 
@@ -93,13 +95,16 @@ class ModelAdapter:
         self.transformer = transformer
         self.blocks = blocks
         self.unet = is_unet(transformer)
+        decoder = decoder_of(transformer)
+        self.entry = transformer if decoder is None else decoder
+        self.convolutions = self.unet or decoder is not None
         self.splits: Mapping[str, Sequence[int]] = {}
         self._segments: list[list[Block]] = []
         self._joint_orders: dict[type, tuple[str, ...] | AttarError] = {}
 
     @classmethod
     def of(cls, transformer: nn.Module) -> ModelAdapter:
-        """The adapter of a diffusers transformer or U-Net, found generically (`attar.models.units`).
+        """The adapter of a diffusers transformer, U-Net or autoencoder, found generically (`attar.models.units`).
 
         Raises AttarError when no blocks are found, or when they hold no linear layer.
         """
@@ -123,13 +128,13 @@ class ModelAdapter:
     def linears(self, block: Block) -> list[Linear]:
         """The linear layers of a block with their roles; layers that are already packed are left out.
 
-        Of a U-Net also the convolutions, under the names that they have as linears.
+        Of a U-Net or a decoder also the convolutions, under the names that they have as linears.
         """
         attentions, found = self.attentions(block), []
-        for path, module, kept in open_linears(block.module, self.unet, self._splits_in(block)):
+        for path, module, kept in open_linears(block.module, self.convolutions, self._splits_in(block)):
             name = f"{block.name}.{path}"
             inside = next((a for a in attentions if name.startswith(f"{a.name}.")), None)
-            role = roles.convolution_role(block.name, path) if self.unet else None
+            role = roles.convolution_role(block.name, path) if self.convolutions else None
             if inside is not None:
                 role = roles.attention_role(name.removeprefix(f"{inside.name}."), inside.kind) or role
             found.append(Linear(name, module, role or roles.block_role(path, module), kept))
@@ -144,10 +149,10 @@ class ModelAdapter:
     def outside_linears(self) -> list[Linear]:
         """The linear layers that are in no block: embeddings, conditioning, refiners, head."""
         prefixes = tuple(f"{block.name}." for block in self.blocks)
-        role = roles.unet_outside_role if self.unet else roles.outside_role
+        role = roles.unet_outside_role if self.convolutions else roles.outside_role
         return [
             Linear(path, module, role(path), kept)
-            for path, module, kept in open_linears(self.transformer, self.unet, {})
+            for path, module, kept in open_linears(self.transformer, self.convolutions, {})
             if not path.startswith(prefixes)
         ]
 
@@ -179,7 +184,7 @@ class ModelAdapter:
     def observe(self, call: Mapping[str, Any]) -> None:
         """Watches one forward of the transformer (no gradient) and derives streams, segments and joint order.
 
-        `call`: keyword arguments of the transformer. Does nothing the second time. If the model runs its
+        `call`: keyword arguments of `entry`. Does nothing the second time. If the model runs its
         blocks in another order than it registers them, `blocks` is put into the order of execution.
         Raises AttarError when a block does not run exactly once, or its outputs cannot be told apart.
         """
@@ -188,7 +193,7 @@ class ModelAdapter:
         device = weights_of(self.transformer).device
         with evaluating(self.transformer):
             call = map_tensors(dict(call), lambda tensor: tensor.to(device))
-            wiring = watch(self.transformer, [block.module for block in self.blocks], call)
+            wiring = watch(self.entry, [block.module for block in self.blocks], call)
             blocks = [self.blocks[i] for i in wiring.order]
             for k, block in enumerate(blocks):
                 block.index, block._outputs, block._streams = k, wiring.outputs[k], wiring.streams[k]

@@ -17,10 +17,12 @@ HEADROOM = 1.5  # what blocks, samples and activations take beside the weights, 
 
 @dataclass(frozen=True)
 class Choice:
-    """streamed: read the weights block by block. reason: one line that says why."""
+    """streamed: read the weights block by block. reason: one line that says why. decodes: autoencoders get their
+    weights all the same."""
 
     streamed: bool
     reason: str
+    decodes: bool = False
 
 
 def choose(
@@ -30,18 +32,21 @@ def choose(
     device: str | None,
     wanted: bool | None,
     processes: int = 1,
+    decodes: bool = False,
 ) -> Choice:
     """How the source is opened. wanted: what the user said, or None. processes: that work on this machine; each needs
-    the memory, but has a GPU of its own.
+    the memory, but has a GPU of its own. decodes: only the autoencoder is worked on.
 
     Without data every weight is needed once, so streaming costs little. With data the model runs many times, and is
     loaded whole where it fits.
     """
     if wanted is not None:
-        return Choice(wanted, "as asked for")
+        return Choice(wanted, "as asked for", decodes)
     why = not_streamable(source)
     if why is not None:
         return Choice(False, f"not streamable: {why}")
+    if decodes:
+        return Choice(True, "the recipe works on the autoencoder alone, which is loaded", decodes)
     if not needs_data:
         return Choice(True, "the recipe needs no data, so each weight is needed once")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +59,9 @@ def choose(
 
 def open_pipeline(source: Source, choice: Choice, dtype: torch.dtype | None, device: str | None) -> Any:
     """The pipeline, whole or streamed. Raises AttarError as `load_pipeline` and `streamed_pipeline` do."""
-    return (streamed_pipeline if choice.streamed else load_pipeline)(source, dtype=dtype, device=device)
+    if choice.streamed:
+        return streamed_pipeline(source, dtype=dtype, device=device, decodes=choice.decodes)
+    return load_pipeline(source, dtype=dtype, device=device)
 
 
 def weight_bytes(source: Source, dtype: torch.dtype) -> int:

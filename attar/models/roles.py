@@ -28,6 +28,7 @@ IMAGE = ("image_embed", "img_emb")
 HEAD = ("proj_out", "norm_out", "final_layer", "head")
 
 RESNET = {"conv1": "conv1", "conv2": "conv2", "conv_shortcut": "shortcut", "time_emb_proj": "time"}
+GATED = {"conv_inverted": "ffn.up", "conv_point": "ffn.down"}  # the gated convolutions of a decoder's blocks
 UNET_OUTSIDE = {"conv_in": "embedding", "conv_out": "head", "add_embedding": "text_conditioning"}
 
 
@@ -60,19 +61,29 @@ def block_role(path: str, linear: nn.Linear) -> str:
 
 
 def convolution_role(block: str, path: str) -> str | None:
-    """Role of a layer of a U-Net's unit, which is named `block`, or None where that is an attention or a feed-forward.
+    """Role of a layer of a unit of a U-Net or a decoder, which is named `block`, or None where that is an attention or
+    a feed-forward of linears.
 
-    "resnet.conv1", "resnet.conv2", "resnet.shortcut", "resnet.time", "downsample" or "upsample".
+    "resnet.conv1", "resnet.conv2", "resnet.shortcut", "resnet.time", "downsample" or "upsample"; in a decoder also
+    "ffn.up" and "ffn.down".
     """
-    leaf = path.split(".")[0]
-    if leaf in RESNET:
-        return f"resnet.{RESNET[leaf]}"
-    return next((kind for kind in ("downsample", "upsample") if f".{kind}rs." in f".{block}."), None)
+    parts = path.split(".")
+    if parts[0] in RESNET:
+        return f"resnet.{RESNET[parts[0]]}"
+    if parts[0] == "conv" and block.startswith(
+        "decoder."
+    ):  # all else that has one there changes the resolution
+        return "upsample"
+    gated = next((GATED[part] for part in parts if part in GATED), None)
+    return gated or next((kind for kind in ("downsample", "upsample") if f".{kind}rs." in f".{block}."), None)
 
 
 def unet_outside_role(path: str) -> str:
-    """Role of a layer of a U-Net that is in no unit; what leads into transformer blocks and out of them has its own."""
-    parts = path.split(".")
+    """Role of a layer of a U-Net or an autoencoder that is in no unit; what leads into transformer blocks and out of
+    them has its own, and so has the encoder."""
+    parts = path.removeprefix("decoder.").split(".")
+    if parts[0] == "encoder":
+        return "encoder"
     if parts[0] in UNET_OUTSIDE:
         return UNET_OUTSIDE[parts[0]]
     for name in ("proj_in", "proj_out"):

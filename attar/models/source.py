@@ -16,8 +16,9 @@ from torch import nn
 
 from attar.errors import AttarError, reason
 from attar.files import named_path
+from attar.models.alone import Alone, autoencoder_class
 from attar.models.calls import class_names
-from attar.models.components import check_complete
+from attar.models.components import check_complete, load_complete
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD
@@ -44,14 +45,19 @@ class Source:
     classes: list[str] = field(
         default_factory=list
     )  # names of a class-conditional model's classes, well mixed
+    alone: bool = False  # the folder is an autoencoder's own, with no pipeline around it
 
     @property
     def pipeline_class(self) -> type | None:
         """The class that diffusers has for the folder's pipeline; None where the code is someone else's."""
         import diffusers
 
-        name = None if self.folder is None else _index(self.folder).get("_class_name")
+        name = None if self.folder is None or self.alone else _index(self.folder).get("_class_name")
         return getattr(diffusers, name, None) if isinstance(name, str) else None
+
+    def place(self, root: Path, component: str) -> Path:
+        """Where a component lies below a folder of such a model."""
+        return root if self.alone else root / component
 
     @property
     def fps(self) -> float:
@@ -63,16 +69,17 @@ class Source:
         return {k: v for k, v in {**self.generation, **given}.items() if k != "fps"}
 
 
-def find_source(model: str) -> Source:
+def find_source(model: str, *, alone: bool = False) -> Source:
     """Resolves a name without loading weights; a hub id is downloaded (HF_HOME and HF_HUB_OFFLINE are honoured).
 
-    Raises AttarError when nothing is found, or the folder holds no pipeline.
+    alone: an autoencoder without a pipeline will do. Raises AttarError when nothing is found, or the folder holds no
+    pipeline.
     """
     if model in zoo_names():
         return _folder_source(model, zoo_folder(model))
     path = named_path(model)
     if path.is_dir():
-        return _folder_source(model, path)
+        return _folder_source(model, path, alone)
     if path.is_file():
         raise AttarError("a model is a diffusers folder, not a file", where=model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -83,7 +90,7 @@ def find_source(model: str) -> Source:
     from huggingface_hub import snapshot_download
 
     try:
-        return _folder_source(model, Path(snapshot_download(model)))
+        return _folder_source(model, Path(snapshot_download(model)), alone)
     except AttarError:
         raise
     except Exception as error:  # network, authentication, unknown repository: all the hub's own words
@@ -91,14 +98,18 @@ def find_source(model: str) -> Source:
 
 
 def load(model: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
-    """A pipeline by built-in name, folder or hub id, compressed or not, on a device. See `load_pipeline`."""
-    return load_pipeline(find_source(str(model)), dtype=dtype, device=device)
+    """A pipeline, or an autoencoder in a folder of its own, by built-in name, folder or hub id, compressed or not, on a
+    device. See `load_pipeline`."""
+    source = find_source(str(model), alone=True)
+    pipe = load_pipeline(source, dtype=dtype, device=device)
+    return pipe.vae if source.alone else pipe
 
 
 def load_pipeline(
     source: Source, *, dtype: torch.dtype | None = None, device: str | None = None, quiet: bool = True
 ) -> Any:
-    """The pipeline of a source on a device. dtype defaults to float32 on CPU and bfloat16 elsewhere.
+    """The pipeline of a source on a device, or what stands for it (`Alone`). dtype defaults to float32 on CPU and
+    bfloat16 elsewhere.
 
     Raises AttarError for folders that diffusers cannot read, and for weight files that are damaged or lack a tensor.
     """
@@ -111,6 +122,9 @@ def load_pipeline(
     check_weight_files(source.folder)
     if is_compressed(source.folder):
         verify_folder(source.folder)
+    if source.alone:
+        with loading(source, quiet):
+            return Alone(load_part(autoencoder_class(source.folder), source.folder, dtype, device))
     with loading(source, quiet):
         pipe = DiffusionPipeline.from_pretrained(source.folder, torch_dtype=dtype)
         for name, part in pipe.components.items():
@@ -125,6 +139,13 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             align(part)
     return pipe
+
+
+def load_part(cls: Any, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A component alone, as it is in a pipeline that was loaded whole. AttarError where its files lack a tensor."""
+    model = load_complete(cls, folder, torch_dtype=dtype).to(device)
+    align(model)
+    return model
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -195,10 +216,9 @@ def check_weight_files(folder: Path) -> None:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a component of the pipeline folder is an attar checkpoint."""
-    return any(
-        f'"{QUANT_METHOD}"' in path.read_text(errors="replace") for path in folder.glob("*/config.json")
-    )
+    """Whether a component of the pipeline folder, or the folder itself, is an attar checkpoint."""
+    configs = (path for pattern in ("config.json", "*/config.json") for path in folder.glob(pattern))
+    return any(f'"{QUANT_METHOD}"' in path.read_text(errors="replace") for path in configs)
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
@@ -233,8 +253,17 @@ def read_prompts(path: str | Path, what: Callable[[str], bool] = bool) -> list[s
     return prompts
 
 
-def _folder_source(name: str, folder: Path) -> Source:
+def _folder_source(name: str, folder: Path, alone: bool = False) -> Source:
     if not (folder / "model_index.json").is_file():
+        own = autoencoder_class(folder)
+        if own is not None and alone:
+            return Source(name, folder, alone=True)
+        if own is not None:
+            raise AttarError(
+                f"the folder holds an autoencoder alone ({own.__name__}), and no pipeline",
+                where=name,
+                fix="Compress it with a recipe for autoencoders, such as zeroq, or give a pipeline's folder",
+            )
         raise AttarError(
             "the folder holds no diffusers pipeline (model_index.json is missing)",
             where=name,

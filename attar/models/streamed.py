@@ -1,7 +1,7 @@
 """A pipeline whose weights stay in its folder: models on the meta device that read one block at a time.
 
 Transformers and text encoders run as they do in memory, to the same bits, from their shards. Autoencoders get no
-weights, since latents are all that is traced.
+weights, since latents are all that is traced, unless they are what is worked on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from attar.models.source import (
     check_weight_files,
     default_dtype,
     is_compressed,
+    load_part,
     loading,
 )
 from attar.models.weights import StoredWeights, StreamedWeights, Turn
@@ -37,12 +38,14 @@ from attar.models.weights import StoredWeights, StreamedWeights, Turn
 _WHOLE = "Load it whole with --no-stream"
 
 
-def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+def streamed_pipeline(
+    source: Source, *, dtype: torch.dtype | None = None, device: str | None = None, decodes: bool = False
+) -> Any:
     """The pipeline of a local folder, of which only what lies outside the blocks is in memory.
 
     dtype and device are what the blocks are opened in, with the defaults of `load_pipeline`. A text encoder whose
-    files name their tensors otherwise than the model is loaded whole. Raises AttarError where a transformer
-    cannot be streamed, and for all that `load_pipeline` refuses.
+    files name their tensors otherwise than the model is loaded whole, and with `decodes` so is an autoencoder. Raises
+    AttarError where a transformer cannot be streamed, and for all that `load_pipeline` refuses.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -68,6 +71,8 @@ def streamed_pipeline(source: Source, *, dtype: torch.dtype | None = None, devic
                     model = load_complete(cls, folder, dtype=dtype).to(device)
                 else:
                     StreamedWeights(model, layer_names(model), shards, where, turn)
+            elif decodes:
+                model = load_part(cls, folder, dtype, device)
             else:
                 check_complete(model, folder)
                 StoredWeights(model, shards)
@@ -83,6 +88,8 @@ def not_streamable(source: Source) -> str | None:
     """Why the transformers of a source cannot be streamed, or None. Only headers and configs are read."""
     if source.folder is None:
         return "the pipeline was given as an object"
+    if source.alone:
+        return "it is one autoencoder"
     if is_compressed(source.folder):
         return "the model is already compressed"
     with loading(source):

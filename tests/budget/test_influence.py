@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import pipelines
+from support import autoencoders, pipelines
 from torch import nn
 
-from attar.budget.influence import Step, accumulated, standing_in
+from attar.budget.influence import Picture, Step, accumulated, standing_in
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
 from attar.errors import AttarError
@@ -154,3 +154,16 @@ def test_what_is_known_of_all_steps_is_the_square_of_their_sum():
     torch.manual_seed(0)
     changes = torch.randn(12, 40, dtype=torch.float64) + 0.5
     assert accumulated(list(changes), steps=12) == pytest.approx(changes.sum(0).square().sum().item())
+
+
+def test_the_change_of_a_picture_is_what_a_stand_in_makes_of_it():
+    decoder = autoencoders.trained_decoder()
+    latent = autoencoders.latents(1)
+    picture, block = Picture(decoder, [{"hidden_states": latent}]), decoder.up_blocks[1][0]
+    assert not picture.change(decoder).any()
+    with torch.no_grad():
+        before = decoder(latent).double()
+        with standing_in(block, lambda x: 1.5 * block.forward(x)):
+            found, after = picture.change(decoder), decoder(latent).double()
+    assert torch.equal(found, (after - before).flatten()) and found.any()
+    assert picture.size == pytest.approx(before.square().sum().item())
