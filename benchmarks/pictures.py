@@ -40,7 +40,7 @@ from benchmarks.tables import mean_text, table_lines
 
 DOCS, RESULTS = Path(__file__).parent.parent / "docs", FOLDER / "pictures.json"
 MODELS = ("digits-dit", "digits-image")
-BITS = ("W4A8", "W4A6", "W4A4", "W3A6")
+BITS = ("W4A6", "W4A4", "W3A6", "W8A8", "W4A8", "W2A6")
 SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
