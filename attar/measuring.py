@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.budget.influence import Picture, Step, accumulated, standing_in
+from attar.budget.influence import Picture, Pictures, Step, Trajectory, standing_in
 from attar.budget.metrics import METRICS, Metric, metric_of, parts, video_of
 from attar.budget.sensitivity import Sensitivity, block_sensitivity, multiplications, together
 from attar.calibration.store import TraceStore
@@ -112,17 +112,12 @@ class Measuring:
         self.own = options[recipe.quantize.weights]
         chosen = [WEIGHTS if self.followed else BOTH, *([ACTS] if act_options else [])]
         self.kinds = [*chosen, *(name for name, kind in REACH.items() if self.followed and kind in chosen)]
-        self.metrics: dict[
-            str, Metric
-        ] = {}  # layer -> the metric that it is measured by; none where all are alike
+        self.metrics: dict[str, Metric] = {}  # layer -> what it is measured by; none where all are alike
         if recipe.allocate.objective == "metrics":
             self.kinds += [name for name, kind in SEEN.items() if kind in chosen]
             grid = ranks.first(lambda: self.adapter.token_grid(self.calls[0][0]))
             self.grid = (grid.frames, grid.height, grid.width)
             self.metrics = {p.name: metric_of(p.role, grid.frames) for p in self.own if not p.skipped}
-        self._steps: list[Step] = []
-        self._pictures: list[Picture] = []
-        self._whole = 0.0  # squared length of the trajectory's final latents, or of all pictures
 
     def measure(self, progress: Progress) -> None:
         """Puts what is not known yet of every block into the workspace."""
@@ -261,32 +256,28 @@ class Measuring:
         return found
 
     def _video(self, latents: Tensor) -> Tensor:
-        return video_of(latents.view(self._steps[0].shape), latent_layout(self.transformer), self.grid)
+        return video_of(latents.view(self._latents(0)[1].shape), latent_layout(self.transformer), self.grid)
 
     def _changes(self, one: _Open, planned: Mapping[str, LayerPlan], kind: str) -> tuple[float, list[Tensor]]:
         """The error of the block with these layers quantized, and the change of the latents in every measured step."""
         module = copy.deepcopy(one.module)
         alone = self._together(one, module, planned, kind)
-        followed = self._followed()
+        samples = self._end.samples  # made with the model as it is
         with standing_in(one.block.module, self.arithmetic.bound(module)):
-            return alone, ranks.collected([self._change(step, module) for step in followed])
+            return alone, ranks.collected([self._change(sample, module) for sample in samples])
 
-    def _followed(self) -> Sequence[Step | Picture]:
-        """What errors are followed through, this process's part of it."""
-        if self.decodes and not self._pictures:
-            self._pictures = [Picture(self.adapter.entry, sample) for sample in self.calls]
-            self._whole = math.fsum(ranks.collected([picture.size for picture in self._pictures]))
-        elif not self.decodes and not self._steps:
-            self._steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
-            self._whole = self._final()
-        return self._pictures if self.decodes else self._steps
+    @cached_property
+    def _end(self) -> Trajectory | Pictures:
+        """Where errors are followed to."""
+        if self.decodes:
+            pictures = [Picture(self.adapter.entry, sample) for sample in self.calls]
+            return Pictures(pictures, math.fsum(ranks.collected([picture.size for picture in pictures])))
+        steps = [Step(self.transformer, *self._latents(n)) for n in range(len(self.places))]
+        return Trajectory(steps, self.trajectory, self._final())
 
     def _share(self, one: _Open, changes: list[Tensor]) -> float:
-        """What changes come to over the trajectory, relative to its final latents, or in all pictures."""
-        if self.decodes:
-            error = math.fsum(change.square().sum().item() for change in changes) / self._whole
-        else:
-            error = accumulated(changes, self.trajectory) / self._whole
+        """What changes come to at the end."""
+        error = self._end.error(changes)
         if not math.isfinite(error):
             raise AttarError(
                 "what the model gives is not finite with this block quantized",

@@ -3,8 +3,10 @@ decoder makes of latents."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,6 +127,34 @@ def accumulated(changes: Sequence[Tensor], steps: int) -> float:
         return steps * own
     cross = max(0.0, products.sum().item() - own)
     return steps / count * own + steps * (steps - 1) / (count * (count - 1)) * cross
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What errors come to in the final latents of a denoising trajectory.
+
+    samples: its steps that this process follows. steps: how many it has. size: squared length of its final latents.
+    """
+
+    samples: Sequence[Step]
+    steps: int
+    size: float
+
+    def error(self, changes: Sequence[Tensor]) -> float:
+        """Of the changes of all processes' steps, relative to the final latents."""
+        return accumulated(changes, self.steps) / self.size
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What errors come to in what a decoder gives. samples: of this process. size: squared length of all processes'."""
+
+    samples: Sequence[Picture]
+    size: float
+
+    def error(self, changes: Sequence[Tensor]) -> float:
+        """Of the changes of all processes' pictures, relative to these."""
+        return math.fsum(change.square().sum().item() for change in changes) / self.size
 
 
 def _output(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
