@@ -457,12 +457,22 @@ MIXED = Study(
     "mixed",
     "Which error should decide the bits of ViDiT-Q's layers, of weights and activations?",
     ((4, 6), (3, 6)),
-    tuple(
+    (
+        *(
+            Method(
+                f"ViDiT-Q, bits by {name}", "vidit-q",
+                {"allocate": {"budget": "same", "objective": objective, "acts": True}},
+            )
+            for objective, name in (("block", "blocks' errors"), ("latents", "latents' errors"), ("metrics", "metrics"))
+        ),
         Method(
-            f"ViDiT-Q, bits by {name}", "vidit-q",
-            {"allocate": {"budget": "same", "objective": objective, "acts": True}},
-        )
-        for objective, name in (("block", "blocks' errors"), ("latents", "latents' errors"), ("metrics", "metrics"))
+            "ViDiT-Q, bits by latents' errors, three at least", "vidit-q",
+            {"allocate": {"budget": "same", "objective": "latents", "acts": True, "bits": [3, 4, 5, 6, 8]}},
+        ),
+        Method(
+            "ViDiT-Q, bits of weights by latents' errors", "vidit-q",
+            {"allocate": {"budget": "same", "objective": "latents"}},
+        ),
     ),
 )  # fmt: skip
 
