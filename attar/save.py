@@ -88,6 +88,7 @@ def _check_apart(place: Path, what: str, source: Source) -> None:
         return
     real, home = Path(os.path.realpath(place)), Path(os.path.realpath(source.folder))
     parts = {Path(os.path.realpath(source.folder / name)) for name in _index(source)}
+    parts |= {home} if source.alone else set()
     if real in (home, *home.parents) or parts & {real, *real.parents}:
         where = "around" if real in home.parents else "in"
         fix = f"Name {'an' if what == 'output' else 'a'} {what} folder beside it"

@@ -98,8 +98,11 @@ class Synthesize(Stage):
     def _noise_is_not_trained(self) -> Synthesize:
         if self.by == "noise" and not self.known:
             raise ValueError("noise has no other statistics than known ones")
-        if self.by == "generator" and self.count < 2:
-            raise ValueError("a generator normalises over a batch, and one latent is none: count at least 2")
+        if self.by == "generator" and self.count // -(-self.count // self.batch_size) < 2:
+            raise ValueError(
+                "a generator normalises over a batch, and one latent is none: "
+                f"a count of {self.count} in batches of {self.batch_size} leaves one alone"
+            )
         return self
 
 

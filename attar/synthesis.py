@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -51,14 +53,34 @@ def make_samples(
         decoder, config = decoder_of(model), getattr(model, "config", {})
         assert decoder is not None
         shape = (config["latent_channels"], settings.side, settings.side)
-        own = (config.get("shift_factor") or 0.0, 1 / (config.get("scaling_factor") or 1.0))
+        own = (_number(config, "shift_factor", 0.0), 1 / _number(config, "scaling_factor", 1.0))
         with progress.task(f"{name}: synthesise latents", 1) as advance:
             latents = _latents(decoder, shape, own, settings, seed, advance)
             latents = latents.to(next(decoder.parameters()).dtype)
-        batches = latents.split(settings.batch_size)
-        distance = sum(statistics_error(decoder, batch) * len(batch) for batch in batches) / len(latents)
+        batches = latents.tensor_split(
+            -(-len(latents) // settings.batch_size)
+        )  # those that they were made in
+        distances = [statistics_error(decoder, b, statistics=settings.statistics) * len(b) for b in batches]
+        distance = sum(distances) / len(latents)
         workspace.write_tensors(_file(name), {LATENTS: latents}, {"distance": float(f"{distance:.6g}")})
     ranks.barrier()
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A factor of the configuration, which may be null."""
+    value = config.get(key)
+    if value is None:
+        return default
+    scales = key == "scaling_factor"
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not isfinite(value)
+        or (scales and value <= 0)
+    ):
+        what = "a number above zero" if scales else "a number"
+        raise AttarError(f"{key} is {value!r}, and not {what}", where="config.json", fix="Check the model")
+    return float(value)
 
 
 def _latents(

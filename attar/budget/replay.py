@@ -15,16 +15,20 @@ from torch.overrides import TorchFunctionMode
 KEPT = 2**30  # bytes of results at most
 
 
-def _rows(args: tuple, _: Any) -> int:
-    return args[0].shape[-1]
+def _given(place: int, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    return args[place] if len(args) > place else kwargs[name]
+
+
+def _rows(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    return _given(0, "input", args, kwargs).shape[-1]
 
 
 def _keys(args: tuple, kwargs: Mapping[str, Any]) -> int:
-    return 2 * (args[1] if len(args) > 1 else kwargs["key"]).shape[-2]
+    return 2 * _given(1, "key", args, kwargs).shape[-2]
 
 
 def _window(args: tuple, kwargs: Mapping[str, Any]) -> int:
-    return (args[1] if len(args) > 1 else kwargs["weight"])[0].numel()
+    return _given(1, "weight", args, kwargs)[0].numel()
 
 
 # what is worth keeping -> multiplications for each number of the result; the rest is computed again
@@ -48,8 +52,9 @@ class Replay:
 
     Inside `recorded()` the block runs once, with its own layers, without gradients; inside `until(name)` it runs again,
     with another layer in the place of that one. layers: by name, those that may be exchanged. limit: bytes that are
-    kept; above it results go whose numbers took least to compute. A result that is written to later in the run is not
-    kept.
+    kept; above it results go whose numbers took least to compute. Not kept are a result that is written to later in the
+    run (by an operation that torch counts: not through `.data` or NumPy) and one that is written into a given tensor;
+    nor is anything behind the first place where a layer's own parameters are used, whether or not it is called there.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], limit: int = KEPT) -> None:
@@ -73,7 +78,14 @@ class Replay:
 
             return called
 
+        owners = {id(p): name for name, layer in self.layers.items() for p in layer.parameters()}
+
         def keep(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, Tensor):
+                    for tensor in (given, given._base):  # itself, or a view of it
+                        if id(tensor) in owners:
+                            self._starts.setdefault(owners[id(tensor)], len(self._results))
             result = func(*args, **kwargs)
             self._results.append(_Result(result, result._version, HEAVY[func](args, kwargs)))
             self._let_go()
@@ -116,6 +128,6 @@ class _Heavy(TorchFunctionMode):
         self.instead = instead
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in HEAVY:
+        if func in HEAVY and (kwargs or {}).get("out") is None:
             return self.instead(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))

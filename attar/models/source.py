@@ -216,9 +216,15 @@ def check_weight_files(folder: Path) -> None:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a component of the pipeline folder, or the folder itself, is an attar checkpoint."""
-    configs = (path for pattern in ("config.json", "*/config.json") for path in folder.glob(pattern))
-    return any(f'"{QUANT_METHOD}"' in path.read_text(errors="replace") for path in configs)
+    """Whether a component of the pipeline folder, or the autoencoder that the folder holds, is an attar checkpoint."""
+    try:
+        named = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        named = None
+    if not isinstance(named, dict):  # no pipeline's
+        named = {".": None}
+    configs = (folder / name / "config.json" for name in named if not name.startswith("_"))
+    return any(f'"{QUANT_METHOD}"' in path.read_text(errors="replace") for path in configs if path.is_file())
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:

@@ -112,3 +112,42 @@ def test_what_took_least_goes_first():
         narrow(x), wide(y)
     assert replay.kept == 3 * 8 * 4
     assert [r.value is not None for r in replay._results] == [False, True]
+
+
+class Odd(nn.Module):
+    """How else a block may come to its products."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.second = how, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.how == "out":
+            y = torch.zeros(3, 4)
+            torch.matmul(x, self.first.weight.T, out=y)
+        elif self.how == "read before it is called":
+            y = F.linear(x, self.second.weight)
+        elif self.how == "a view is read":
+            y = torch.matmul(x, self.second.weight.T)
+        elif self.how == "keywords":
+            y = F.linear(input=x, weight=self.first.weight, bias=self.first.bias)
+        else:
+            y = self.second(self.first(x))
+        return self.second(y)
+
+
+@pytest.mark.parametrize(
+    "how", ["out", "read before it is called", "a view is read", "keywords", "called twice"]
+)
+@torch.no_grad()
+def test_odd_blocks_give_the_same_numbers(how):
+    torch.manual_seed(2)
+    block, x = Odd(how), torch.randn(3, 4)
+    own, other = block.second, nn.Linear(4, 4)
+    replay = Replay({"first": block.first, "second": own})
+    with replay.recorded():
+        block(x)
+    block.second = other
+    expected = block(x)
+    with replay.until("second"):
+        assert torch.equal(block(x), expected)

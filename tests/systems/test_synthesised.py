@@ -11,9 +11,11 @@ from support.commands import contents
 import attar
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter
+from attar.models.source import is_compressed
 from attar.recipe import load_recipe
 from attar.runtime.backend import use_backend
 from attar.runtime.layers import packed_layers
+from attar.synthesis import _number
 
 FEW = {"synthesize.count": 4, "synthesize.side": 8, "synthesize.steps": 20, "reconstruct.epochs": 1}
 SMALL = {"zeroq": {**FEW, "allocate.samples": 2}, "genie": {**FEW, "rounding.epochs": 1, "rounding.lr": 0.05}}
@@ -311,9 +313,27 @@ def test_forecasts_are_of_denoisers(cli, model):
         ({"reconstruct.loss": "token_weighted"}, "reconstruct.loss to mse"),
         ({"allocate.objective": "latents"}, "allocate.objective to output or block"),
         ({"synthesize.by": "noise", "synthesize.known": False}, "no other statistics than known ones"),
-        ({"synthesize.by": "generator", "synthesize.count": 1}, "count at least 2"),
+        ({"synthesize.by": "generator", "synthesize.count": 1}, "leaves one alone"),
     ],
 )
 def test_settings_that_do_not_fit(change, said):
     with pytest.raises(AttarError, match=said):
         load_recipe("zeroq", change)
+
+
+def test_output_beside_the_model(cli, model, tmp_path):
+    """A folder inside an autoencoder would be copied with it; one inside a pipeline is none of its components."""
+    done = cli("compress", model / "vae", "--recipe", "zeroq", *settings("zeroq"), "-o", model / "vae" / "x")
+    assert done.code == 1 and "lies in the model" in done.err and not (model / "vae" / "x").exists()
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "out").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text('{"_class_name": "SanaPipeline", "vae": ["diffusers", "X"]}')
+    (pipeline / "out" / "config.json").write_text('{"quantization_config": {"quant_method": "attar"}}')
+    assert not is_compressed(pipeline) and is_compressed(pipeline / "out")
+
+
+@pytest.mark.parametrize("factor", ["a", 0, -1.0, float("inf")])
+def test_a_factor_that_is_none(factor):
+    with pytest.raises(AttarError, match="scaling_factor is"):
+        _number({"scaling_factor": factor}, "scaling_factor", 1.0)
+    assert _number({"scaling_factor": None}, "scaling_factor", 1.0) == 1.0
