@@ -494,7 +494,6 @@ LEADERBOARD = Study(
         Method("attar-mixed", "attar-mixed"),
         Method("attar", "attar"),
         Method("attar, activations alike", "attar", ACTS_ALIKE),
-        Method("attar, three bits at least", "attar", {"allocate.bits": [3, 4, 5, 6, 8]}, least=4),
     ),
 )
 
