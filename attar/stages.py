@@ -17,6 +17,7 @@ from pydantic import (
 from attar.budget.amount import Budget
 from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
+from attar.calibration.synthesize import batch_sizes
 from attar.errors import AttarError
 from attar.quantize.rank_decay import RankDecay
 from attar.quantize.row_bits import RowBitsSettings
@@ -98,7 +99,7 @@ class Synthesize(Stage):
     def _noise_is_not_trained(self) -> Synthesize:
         if self.by == "noise" and not self.known:
             raise ValueError("noise has no other statistics than known ones")
-        if self.by == "generator" and self.count // -(-self.count // self.batch_size) < 2:
+        if self.by == "generator" and min(batch_sizes(self.count, self.batch_size)) < 2:
             raise ValueError(
                 "a generator normalises over a batch, and one latent is none: "
                 f"a count of {self.count} in batches of {self.batch_size} leaves one alone"

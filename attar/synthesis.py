@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attar import ranks
-from attar.calibration.synthesize import keeps_statistics, statistics_error, synthesize
+from attar.calibration.synthesize import batch_sizes, keeps_statistics, statistics_error, synthesize
 from attar.errors import AttarError
 from attar.models.block import signature_of
 from attar.models.units import decoder_of
@@ -57,8 +57,8 @@ def make_samples(
         with progress.task(f"{name}: synthesise latents", 1) as advance:
             latents = _latents(decoder, shape, own, settings, seed, advance)
             latents = latents.to(next(decoder.parameters()).dtype)
-        batches = latents.tensor_split(
-            -(-len(latents) // settings.batch_size)
+        batches = latents.split(
+            batch_sizes(len(latents), settings.batch_size)
         )  # those that they were made in
         distances = [statistics_error(decoder, b, statistics=settings.statistics) * len(b) for b in batches]
         distance = sum(distances) / len(latents)

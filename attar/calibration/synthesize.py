@@ -271,12 +271,17 @@ def _check(
             f"the generator makes images (C, H, W), not {tuple(shape)}",
             fix='Use by="inputs" for other shapes',
         )
-    sizes = [len(part) for part in torch.arange(count).tensor_split(-(-count // batch_size))]
+    sizes = batch_sizes(count, batch_size)
     if by == "generator" and min(sizes) < 2:
         raise AttarError(
             "the generator normalises over a batch, and one input is none", fix="Ask for two or more"
         )
     return sizes
+
+
+def batch_sizes(count: int, batch_size: int) -> list[int]:
+    """Of as few batches as hold so many inputs, as equal as they can be, the largest first."""
+    return [len(part) for part in torch.arange(count).tensor_split(-(-count // batch_size))]
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
