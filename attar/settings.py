@@ -39,6 +39,7 @@ def plan_for(
     return plan_layers(
         inside, outside, q.weights, q.acts, q.roles, q.group_size, q.weight_format, q.act_format,
         0 if q.low_rank is None else q.low_rank.rank, _row_bits(recipe), q.step_groups,
+        q.calibrate_modulation,
     )  # fmt: skip
 
 

@@ -194,6 +194,11 @@ class Quantize(Stage):
         default_factory=dict,
         description="overrides by role or layer pattern: {weights, acts} or {skip: true}",
     )
+    calibrate_modulation: bool = Field(
+        default=False,
+        description="round the weights of modulation, and of a U-Net's time projections, as those of other layers "
+        "(shift, searched clipping, GPTQ), on the samples' steps; else to nearest",
+    )
     shift: bool = Field(
         default=False, description="take the mean of each channel out of the inputs, and put it into the bias"
     )
@@ -297,7 +302,7 @@ class Quantize(Stage):
         # who uses nothing of what came later has the digests, jobs and evidence of the time before
         later = {
             "split": self.split, "row_bits": self.row_bits, "clip_search": self.clip_search, "shift": self.shift,
-            "step_groups": self.step_groups > 1,
+            "step_groups": self.step_groups > 1, "calibrate_modulation": self.calibrate_modulation,
         }  # fmt: skip
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
 

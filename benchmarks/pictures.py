@@ -45,14 +45,26 @@ SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
-AS_LARGE, ALIKE = "attar, as large as svdquant", "attar, activations alike"
+AS_LARGE, ALIKE, NEAREST = (
+    "attar, as large as svdquant",
+    "attar, activations alike",
+    "attar, modulation to nearest",
+)
+TO_NEAREST = {"quantize.calibrate_modulation": False}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
     AS_LARGE: ("attar", {}),
     ALIKE: ("attar", ACTS_ALIKE),
-    "attar, 160 samples": ("attar", {"select.count": 160}),
-    f"{ALIKE}, blocks too": ("attar", {**ACTS_ALIKE, "allocate.objective": "block"}),
-    f"{ALIKE}, without shifts": ("attar", {**ACTS_ALIKE, "quantize.shift": False}),
-    f"{ALIKE}, all codes of weights": ("attar", {**ACTS_ALIKE, "quantize.weight_format": "full_range"}),
+    NEAREST: ("attar", TO_NEAREST),
+    **{
+        f"{NEAREST}, {what}": ("attar", {**TO_NEAREST, **overrides})
+        for what, overrides in {
+            "160 samples": {"select.count": 160},
+            "activations alike": ACTS_ALIKE,
+            "activations and blocks alike": {**ACTS_ALIKE, "allocate.objective": "block"},
+            "activations alike, without shifts": {**ACTS_ALIKE, "quantize.shift": False},
+            "activations alike, all codes of weights": {**ACTS_ALIKE, "quantize.weight_format": "full_range"},
+        }.items()
+    },
 }
 TRAINED = ("efficientdm", "quest", "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2")  # whole models
 ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model

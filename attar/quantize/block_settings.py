@@ -60,6 +60,7 @@ class BlockSettings:
             return [] if plan.skipped else ["nearest"]
         chosen = self.transforms
         steps = [("channel scale", chosen.scale), (chosen.rotation, chosen.rotation != "none")]
+        steps = steps if plan.transformed else []
         if chosen.order == "rotate_then_scale":
             steps.reverse()
         steps = [("channel shift", chosen.shift), *steps]

@@ -46,7 +46,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
     for the same in all; who runs the layer says which group its input is of (`choose_group`).
     transforms: learnable transforms in the order in which they act on x.
     shift: z (in,), what is taken from the input first, or None. The bias gets it with the weight before rounding, so
-    that what rounding does to the mean of the inputs is none of the error.
+    that what rounding does to the mean of the inputs is none of the error. A weight-only layer with a bias is packed
+    without it: its bias makes up for what the rounding does to z (bias correction, arXiv 1906.04721).
     group_size: None for one scale per output channel, else scales per group of input channels (weight-only).
     weight_clip, act_clip: whether the clipping factors σ(g) are learned; σ(4) = 0.982 at first.
     weight_format: "int", "full_range", "fp8" or a table (tables.py), which is fitted to the weight as the
@@ -263,6 +264,13 @@ class QuantizedLinear(GroupedActs, nn.Module):
             found = found - up @ (down @ shift)
         return found if self.bias is None else found + self.bias.to(rest.dtype)
 
+    def _final_bias(self, less: Tensor | float = 0.0) -> Tensor | None:
+        """The bias of shifted inputs, less something (out,), in the dtype of the model."""
+        if self.shift is None:
+            return self.bias
+        shifted = self._shifted_bias(self._rest(self.weight.double()))
+        return None if shifted is None else (shifted - less).to(self.weight.dtype)
+
     def _transformed_weight(self, matrices: list[Matrices], rest: Tensor | None = None) -> Tensor:
         weight = self._rest(wide(self.weight)) if rest is None else rest
         for transform, m in zip(self.transforms, matrices, strict=True):
@@ -357,10 +365,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
             raise AttarError(f"codes of shape {tuple(codes.shape)} do not fit {tuple(weight.shape)}")
         fake = self.quantizer.decode(codes, scale)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
-        bias = self.bias
-        if self.shift is not None:
-            shifted = self._shifted_bias(self._rest(self.weight.double()))
-            bias = None if shifted is None else shifted.to(self.weight.dtype)
+        bias = self._final_bias()
         self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch(), bias)
         self._cache = None
 
@@ -398,13 +403,21 @@ class QuantizedLinear(GroupedActs, nn.Module):
             self.freeze(codes, scales)
         frozen = self._frozen
         assert frozen is not None
+        transforms, bias = frozen.transforms, frozen.bias
+        if self.shift is not None and self.act_bits is None and self.bias is not None:
+            # what stays as it comes needs no shift: Ŵ T (x - z) + b = Ŵ T x + (b - Ŵ T z)
+            _, *transforms = transforms
+            point = wide(self.shift)[None]
+            for transform in transforms:
+                point = transform(point)
+            bias = self._final_bias(frozen.weight.double() @ point[0].double())
         return PackedLinear.from_codes(
             frozen.codes,
             frozen.scale,
-            bias=frozen.bias,
+            bias=bias,
             act_bits=self.act_bits,
             act_clip=frozen.act_clip,
-            transforms=frozen.transforms,
+            transforms=transforms,
             group_size=self.group_size,
             compute_dtype=self.weight.dtype,
             act_format=self.act_format if self.act_bits is not None else "int",

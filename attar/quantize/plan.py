@@ -54,7 +54,8 @@ class LayerPlan:
     weight_format, act_format: of the numbers, see tables.py and attar.runtime.formats. low_rank: rank of a branch in
     high precision beside the product, 0 for none. row_bits: how its rows get one bit more or less, at `weight_bits` on
     average; None for as many in all.
-    plain: rounded to nearest, with no transforms, no clipping and no GPTQ, since there is no use in calibrating it.
+    plain: rounded to nearest, with no transforms, no clipping and no GPTQ.
+    one_token: its input is a single token, which stays in floating point.
     """
 
     name: str
@@ -67,6 +68,7 @@ class LayerPlan:
     bias: bool
     group_size: int | None = None
     plain: bool = False
+    one_token: bool = False
     weight_format: str = "int"
     act_format: str = "int"
     low_rank: int = 0
@@ -76,6 +78,11 @@ class LayerPlan:
     @property
     def skipped(self) -> bool:
         return self.weight_bits is None
+
+    @property
+    def transformed(self) -> bool:
+        """Whether a channel scale and a rotation stand before it; a lone token in floating point needs none."""
+        return not (self.skipped or self.plain or self.one_token)
 
     @property
     def numbers(self) -> tuple[str, str]:
@@ -118,14 +125,16 @@ def plan_layers(
     low_rank: int = 0,
     row_bits: RowBitsSettings | None = None,
     step_groups: int = 1,
+    calibrate_modulation: bool = False,
 ) -> list[LayerPlan]:
     """The plan of every linear layer of a transformer, in the order given.
 
     Defaults (S²Q-VDiT; the modulation rule is ours, its inputs being a single token whose error reaches all
     others): linears in blocks get `weights` and `acts` bits; modulation, and in a U-Net the projections of the time,
     get `weights` bits with floating-point activations; linears outside blocks, and the embedding of time where blocks
-    have one, stay as they are, or become weight-only by an override. Modulation with floating-point activations and
-    linears outside blocks are plain: nothing is to be learned from one token, and no calibration data passes outside.
+    have one, stay as they are, or become weight-only by an override. Linears outside blocks are plain, since no
+    calibration data passes there; so is modulation with floating-point activations, unless `calibrate_modulation`
+    rounds its weights as those of others, on the tokens that the samples have.
     weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only, or
     a list of 2..8 for each of the `step_groups` groups of denoising steps, noisiest first; so in overrides.
     group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
@@ -160,7 +169,7 @@ def plan_layers(
                 unmatched.discard(pattern)
                 chosen.update(options)
                 last = pattern
-        plan = _plan(linear, inside, weights, acts, chosen, last, group_size)
+        plan = _plan(linear, inside, weights, acts, chosen, last, group_size, calibrate_modulation)
         plans.append(_with_formats(plan, weight_format, act_format, low_rank, row_bits))
     if unmatched:
         roles = sorted({plan.role for plan in plans})
@@ -248,8 +257,8 @@ def open_planned(module: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
 def check_rotations(plans: Iterable[LayerPlan], transforms: TransformSettings) -> None:
     """Raises AttarError for the first layer whose width has no rotation of the kind that these settings ask for."""
     for plan in plans:
-        if plan.skipped or plan.plain:
-            continue  # no transforms
+        if not plan.transformed:
+            continue
         try:
             check_rotation(plan.in_features, transforms.rotation)
         except AttarError as error:
@@ -273,6 +282,7 @@ def _plan(
     chosen: Mapping[str, Any],
     pattern: str | None,
     group_size: int | None,
+    calibrate_modulation: bool,
 ) -> LayerPlan:
     reason = None
     if not inside:
@@ -299,6 +309,8 @@ def _plan(
     act_bits, act_groups = (None, None) if kept or acts in (None, KEEP) else _by_groups(acts)
     module: Any = linear.module
     groups, note = None, ""
+    one_token = not kept and act_bits is None and linear.role in {*ONE_TOKEN, "time_conditioning"}
+    plain = (not kept and not inside) or (one_token and not calibrate_modulation)
     if not kept and act_bits is None:
         groups, note = fitting_group(module.in_features, group_size)
     return LayerPlan(
@@ -311,9 +323,8 @@ def _plan(
         out_features=module.out_features,
         bias=module.bias is not None,
         group_size=groups,
-        plain=not kept
-        and act_bits is None
-        and (not inside or linear.role in {*ONE_TOKEN, "time_conditioning"}),
+        plain=plain,
+        one_token=one_token,
         act_groups=act_groups,
     )
 
@@ -401,8 +412,10 @@ def forecast(plan: LayerPlan, transforms: TransformSettings) -> Forecast:
     if plan.plain:
         return Forecast(dense, packed)
     packed += 2 * plan.low_rank * (d + out)
-    packed += 4 * d if transforms.scale else 0
-    packed += 2 * d + 2 * out - bias if transforms.shift else 0  # with a bias where there was none
-    packed += _rotation_bytes(d, transforms.rotation)
+    if transforms.shift and not (plan.act_bits is None and plan.bias):  # else the bias has all of it
+        packed += 2 * d + 2 * out - bias
+    if plan.transformed:
+        packed += 4 * d if transforms.scale else 0
+        packed += _rotation_bytes(d, transforms.rotation)
     packed += 8 if plan.act_bits is not None else 0
     return Forecast(dense, packed)

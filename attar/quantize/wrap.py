@@ -56,32 +56,31 @@ def input_facts(
 ) -> InputFacts:
     """What the transforms of the planned layers start from. linears: the planned ones by name, in their places.
 
-    run, calls, seed: as in `quantize_block`. Plain layers get no transforms. Raises AttarError when the settings need
+    run, calls, seed: as in `quantize_block`. Plain layers need nothing of it. Raises AttarError when the settings need
     data and there is none.
     """
     calibrated = {name: linears[name] for name, plan in plans.items() if not plan.plain}
-    if not calibrated:
-        return InputFacts()
+    transformed = {name: linears[name] for name, plan in plans.items() if plan.transformed}
     chosen = settings.transforms
     samples: dict[str, InputSample] = {}
-    if chosen.rotation == "adaptive":
+    if chosen.rotation == "adaptive" and transformed:
         _need(calls, "adaptive rotations")
-        samples = collect_input_samples(run, calls, calibrated)
+        samples = collect_input_samples(run, calls, transformed)
     shifts: dict[str, Tensor] = {}
-    if chosen.shift:
+    if chosen.shift and calibrated:
         _need(calls, "channel shifts")
         means = collect_input_means(run, calls, calibrated)
         shifts = {name: half(mean).float() for name, mean in means.items()}  # as they will be deployed
         samples = {name: sample.shifted(shifts[name]) for name, sample in samples.items()}
     rotations = {}
     if chosen.order == "rotate_then_scale":  # its scales are of rotated inputs
-        for name in calibrated:
+        for name in transformed:
             generator = torch.Generator().manual_seed(seed_of(seed, name))
             rotation = build_rotation(plans[name].in_features, chosen, generator, samples.get(name))
             if rotation is not None:
                 rotations[name] = rotation
     maxima: dict[str, Tensor] = {}
-    if chosen.scale:
+    if chosen.scale and transformed:
         _need(calls, "channel scales")
         if settings.stats_ema is not None and ranks.size() > 1:
             raise AttarError(
@@ -90,9 +89,9 @@ def input_facts(
                 fix="Leave it out, or use one process",
             )
         found = collect_input_stats(
-            run, calls, calibrated, ema=settings.stats_ema, rotations=rotations, shifts=shifts
+            run, calls, transformed, ema=settings.stats_ema, rotations=rotations, shifts=shifts
         )
-        maxima = {name: ranks.max_(found[name]) for name in calibrated}
+        maxima = {name: ranks.max_(found[name]) for name in transformed}
     return InputFacts(samples, shifts, rotations, maxima)
 
 
@@ -120,7 +119,7 @@ def wrap_linears(
     for name, plan in plans.items():
         linear: Any = linears[name]
         transforms = []
-        if not plan.plain:
+        if plan.transformed:
             transforms = build_transforms(
                 linear, inputs.maxima.get(name), settings.transforms,
                 torch.Generator().manual_seed(seed_of(seed, name)),

@@ -33,8 +33,8 @@ def make_model():
     return inside, outside
 
 
-def plan(weights=4, acts=6, overrides=None):
-    return {p.name: p for p in plan_layers(*make_model(), weights, acts, overrides)}
+def plan(weights=4, acts=6, overrides=None, **options):
+    return {p.name: p for p in plan_layers(*make_model(), weights, acts, overrides, **options)}
 
 
 def test_defaults_by_role():
@@ -83,6 +83,23 @@ def test_layers_that_calibration_cannot_help_are_plain():
     plans = plan(acts=16, overrides={"head": {"weights": 8}})
     assert {n for n, p in plans.items() if p.plain} == {n for n in plans if "norm" in n} | {"proj_out"}
     assert not any(p.plain for p in plan(overrides={"modulation": {"acts": 8}}).values())
+
+
+def test_calibrated_modulation_has_no_scale_and_no_rotation():
+    plans = plan(overrides={"head": {"weights": 8}}, calibrate_modulation=True)
+    assert {n for n, p in plans.items() if p.plain} == {"proj_out"}
+    assert {n for n, p in plans.items() if p.one_token} == {n for n in plans if "norm" in n}
+    assert {n for n, p in plans.items() if p.transformed} == {
+        n for n, p in plans.items() if not (p.skipped or p.plain or p.one_token)
+    }
+    some = TransformSettings(shift=True, rotation="kronecker")
+    norm = next(p for p in plans.values() if p.one_token)
+    assert forecast(norm, some) == forecast(replace(norm, plain=True), some)  # the shift is in its bias
+    without = replace(norm, bias=False)
+    more = forecast(without, some).packed - forecast(replace(without, plain=True), some).packed
+    assert more == 2 * norm.in_features + 2 * norm.out_features
+    inputs = plan(overrides={"modulation": {"acts": 8}}, calibrate_modulation=True)
+    assert not any(p.one_token for p in inputs.values())  # rounded inputs get all that others get
 
 
 def test_groups_are_for_floating_point_activations():

@@ -116,6 +116,25 @@ def test_what_is_constant_in_the_input_costs_no_error():
     torch.testing.assert_close(constant(SHIFT.half().float()[None]), linear(SHIFT.half().float()[None]))
 
 
+@pytest.mark.parametrize("names", STACKS)
+@pytest.mark.parametrize("branch", [False, True])
+def test_without_rounded_inputs_the_bias_takes_the_whole_shift(names, branch):
+    layer = QuantizedLinear(make_linear(), 3, None, make_transforms(*names), shift=SHIFT)
+    if branch:
+        layer.set_branch(torch.randn(4, D) / D**0.5, torch.randn(OUT, 4), subtract=True)
+    packed, x = layer.bake(), torch.randn(7, D) + SHIFT
+    assert [t.kind for t in packed.transforms] == [t.kind for t in layer._frozen.transforms[1:]]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), layer(x), rtol=1e-4, atol=1e-4)
+        mean = SHIFT.half().float()[None]
+        torch.testing.assert_close(packed(mean), make_linear()(mean), rtol=1e-4, atol=1e-4)
+    again = QuantizedLinear(make_linear(), 3, None, shift=SHIFT)
+    again.bake(codes=torch.zeros(OUT, D, dtype=torch.int8))  # of other codes the bias is another one
+    torch.testing.assert_close(again.bake().bias, make_linear()(SHIFT.half().float()), rtol=1e-4, atol=1e-4)
+    half = QuantizedLinear(make_linear(torch.bfloat16), 3, None, shift=SHIFT)
+    assert half.bake().bias.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["branch", "branch beside", "rounded base"])
 def test_a_shift_goes_with_branches_and_adapters(kind):
     """At the mean of the inputs the layer is its original, whatever else stands beside the weight."""

@@ -21,7 +21,7 @@ LEARNED = BlockSettings(TransformSettings(), learning=ReconstructionSettings(epo
 KINDS = {"channel scale": "channel_scale", "orthogonal": "dense"}
 
 
-def quantized(name, settings, acts=16, weights=4, group=None, overrides=None):
+def quantized(name, settings, acts=16, weights=4, group=None, overrides=None, **options):
     """(module, plans, outcome, held-out error) of the first block of a tiny model."""
     make, call = tiny.MODELS[name]
     model = make().requires_grad_(False)
@@ -30,7 +30,8 @@ def quantized(name, settings, acts=16, weights=4, group=None, overrides=None):
     block = adapter.blocks[0]
     plans = {
         p.name.removeprefix(f"{block.name}."): p
-        for p in plan_layers(adapter.linears(block), [], weights, acts, overrides, group)
+        for p in plan_layers(adapter.linears(block), [], weights, acts, overrides, group, **options)
+        if not p.skipped
     }
 
     def run(call):
@@ -104,6 +105,27 @@ def test_only_modulation_stays_plain():
     for name, layer in outcome.layers.items():
         assert (len(layer.transforms) == 0) == (name in plain)
         assert LEARNED.treatment(plans[name])[-1] == ("nearest" if name in plain else "gptq")
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox", "dit", "flux"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_calibrated_modulation_errs_less_and_is_as_large(name, learned):
+    settings = BlockSettings(
+        TransformSettings(shift=True), clip_search=True, gptq_damping=0.01, gptq_whole=True, round_weights=False,
+        learning=ReconstructionSettings(epochs=3) if learned else None,
+    )  # fmt: skip
+    errors, sizes = [], []
+    for calibrated in (False, True):
+        _, plans, outcome, error = quantized(name, settings, acts=8, calibrate_modulation=calibrated)
+        modulation = {n: layer for n, layer in outcome.layers.items() if plans[n].role == "modulation"}
+        assert modulation
+        for path, layer in modulation.items():
+            assert len(layer.transforms) == 0  # what the shift is for is in the bias
+            steps = ["channel shift", "searched weight clipping", "gptq"] if calibrated else ["nearest"]
+            assert settings.treatment(plans[path]) == steps
+        errors.append(error)
+        sizes.append(sum(b.numel() for layer in modulation.values() for b in layer.buffers()))
+    assert errors[1] < 0.95 * errors[0] and sizes[0] == sizes[1]
 
 
 def test_an_override_of_the_activations_keeps_the_treatment():
