@@ -91,7 +91,7 @@ def quantized_counts(
         packed = calls * weight_bytes(plan)
         inputs = operation.read - operation.weights
         format = execution_format(plan, hardware, operation.format)
-        transformed = not plan.plain and (transforms.scale or transforms.rotation != "none")
+        transformed = plan.transformed and (transforms.scale or transforms.rotation != "none")
         if plan.act_bits is not None or transformed:
             written = inputs
             if plan.act_bits is not None:

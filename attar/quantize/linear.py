@@ -91,6 +91,9 @@ class QuantizedLinear(GroupedActs, nn.Module):
         self.act_groups = None if act_groups is None else check_act_groups(act_groups, act_bits, act_format)
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self._has_bias = (
+            linear.bias is not None
+        )  # the original: training may give one to a layer that has none
         device = linear.weight.device
         grid = Grid(weight_bits, weight_format)
         start = clip_start if weight_clip else None
@@ -404,7 +407,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         frozen = self._frozen
         assert frozen is not None
         transforms, bias = frozen.transforms, frozen.bias
-        if self.shift is not None and self.act_bits is None and self.bias is not None:
+        if self.shift is not None and self.act_bits is None and self._has_bias:
             # what stays as it comes needs no shift: Ŵ T (x - z) + b = Ŵ T x + (b - Ŵ T z)
             _, *transforms = transforms
             point = wide(self.shift)[None]

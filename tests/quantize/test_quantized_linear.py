@@ -131,6 +131,11 @@ def test_without_rounded_inputs_the_bias_takes_the_whole_shift(names, branch):
     again = QuantizedLinear(make_linear(), 3, None, shift=SHIFT)
     again.bake(codes=torch.zeros(OUT, D, dtype=torch.int8))  # of other codes the bias is another one
     torch.testing.assert_close(again.bake().bias, make_linear()(SHIFT.half().float()), rtol=1e-4, atol=1e-4)
+    none = QuantizedLinear(make_linear(bias=False), 3, None, shift=SHIFT)
+    none.bias = torch.nn.Parameter(
+        torch.ones(OUT)
+    )  # trained where the original has none: a folder keeps it by the shift
+    assert [t.kind for t in none.bake().transforms] == ["channel_shift"]
     half = QuantizedLinear(make_linear(torch.bfloat16), 3, None, shift=SHIFT)
     assert half.bake().bias.dtype == torch.bfloat16
 
