@@ -91,9 +91,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         self.act_groups = None if act_groups is None else check_act_groups(act_groups, act_bits, act_format)
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self._has_bias = (
-            linear.bias is not None
-        )  # the original: training may give one to a layer that has none
+        self._has_bias = linear.bias is not None  # training may give one to a layer that has none
         device = linear.weight.device
         grid = Grid(weight_bits, weight_format)
         start = clip_start if weight_clip else None
@@ -409,11 +407,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
         transforms, bias = frozen.transforms, frozen.bias
         if self.shift is not None and self.act_bits is None and self._has_bias:
             # what stays as it comes needs no shift: Ŵ T (x - z) + b = Ŵ T x + (b - Ŵ T z)
-            _, *transforms = transforms
-            point = wide(self.shift)[None]
-            for transform in transforms:
-                point = transform(point)
-            bias = self._final_bias(frozen.weight.double() @ point[0].double())
+            less = -self.transform_input(torch.zeros_like(self.shift)[None])[0]
+            transforms, bias = transforms[1:], self._final_bias(frozen.weight.double() @ less.double())
         return PackedLinear.from_codes(
             frozen.codes,
             frozen.scale,

@@ -132,9 +132,8 @@ def test_without_rounded_inputs_the_bias_takes_the_whole_shift(names, branch):
     again.bake(codes=torch.zeros(OUT, D, dtype=torch.int8))  # of other codes the bias is another one
     torch.testing.assert_close(again.bake().bias, make_linear()(SHIFT.half().float()), rtol=1e-4, atol=1e-4)
     none = QuantizedLinear(make_linear(bias=False), 3, None, shift=SHIFT)
-    none.bias = torch.nn.Parameter(
-        torch.ones(OUT)
-    )  # trained where the original has none: a folder keeps it by the shift
+    # trained where the original has none: a folder keeps it by the shift
+    none.bias = torch.nn.Parameter(torch.ones(OUT))
     assert [t.kind for t in none.bake().transforms] == ["channel_shift"]
     half = QuantizedLinear(make_linear(torch.bfloat16), 3, None, shift=SHIFT)
     assert half.bake().bias.dtype == torch.bfloat16
