@@ -38,7 +38,7 @@ def plan_for(
     q = recipe.quantize
     return plan_layers(
         inside, outside, q.weights, q.acts, q.roles, q.group_size, q.weight_format, q.act_format,
-        0 if q.low_rank is None else q.low_rank.rank, _row_bits(recipe), q.step_groups,
+        _low_rank(recipe), _row_bits(recipe), q.step_groups,
         q.calibrate_modulation,
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
         train_clip=r is not None and r.train_clip, train_levels=recipe.trains_levels,
         train_branch=r is not None and r.train_branch,
-        low_rank=None if q.low_rank is None else LowRankSettings(**q.low_rank.model_dump()),
+        low_rank=_low_rank(recipe),
         row_bits=_row_bits(recipe),
         gptq_damping=rounding.damping if rounding.method == "gptq" else None, gptq_block=rounding.block,
         gptq_whole=rounding.target == "weight", gptq_by_activation=rounding.order == "activation",
@@ -76,6 +76,11 @@ def _rounding(recipe: Recipe) -> ReconstructionSettings | None:
         epochs=rounding.epochs, batch_size=1 if r is None else r.batch_size, code_lr=rounding.lr,
         scale_lr=rounding.scale_lr, normalise_loss=True,
     )  # fmt: skip
+
+
+def _low_rank(recipe: Recipe) -> LowRankSettings | None:
+    branch = recipe.quantize.low_rank
+    return None if branch is None else LowRankSettings(**branch.model_dump())
 
 
 def _row_bits(recipe: Recipe) -> RowBitsSettings | None:

@@ -127,9 +127,18 @@ class LowRank(Stage):
         description="one factor of the branch for each frame of a video: by its inputs (Q-VDiT's paper), or learned",
     )
 
+    acts: int | None = Field(
+        default=None,
+        ge=2,
+        le=8,
+        description="only where activations are asked to have no more bits than this, and only beside layers whose "
+        "inputs are rounded and whose narrower side is at least 8 times the rank; null for all layers",
+    )
+
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "gate" or value != "none"}
+        before = {"gate": "none", "acts": None}
+        return {key: value for key, value in handler(self).items() if before.get(key, ...) != value}
 
 
 class RowBits(Stage):

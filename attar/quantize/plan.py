@@ -12,6 +12,7 @@ from torch import nn
 from attar.errors import AttarError
 from attar.quantize.formats import group_count
 from attar.quantize.initialize import TransformSettings
+from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.row_bits import RowBitsSettings
 from attar.quantize.tables import check_weight_format, least_bits, own_tables
 from attar.quantize.transforms import check_rotation, kronecker_factors
@@ -122,7 +123,7 @@ def plan_layers(
     group_size: int | None = None,
     weight_format: str = "int",
     act_format: str = "int",
-    low_rank: int = 0,
+    low_rank: LowRankSettings | None = None,
     row_bits: RowBitsSettings | None = None,
     step_groups: int = 1,
     calibrate_modulation: bool = False,
@@ -170,7 +171,8 @@ def plan_layers(
                 chosen.update(options)
                 last = pattern
         plan = _plan(linear, inside, weights, acts, chosen, last, group_size, calibrate_modulation)
-        plans.append(_with_formats(plan, weight_format, act_format, low_rank, row_bits))
+        plan = _with_formats(plan, weight_format, act_format, row_bits)
+        plans.append(_with_branch(plan, low_rank, _widest(acts)))
     if unmatched:
         roles = sorted({plan.role for plan in plans})
         raise AttarError(
@@ -201,7 +203,7 @@ def _check_parts(plans: Iterable[LayerPlan]) -> None:
 
 
 def _with_formats(
-    plan: LayerPlan, weight_format: str, act_format: str, low_rank: int, row_bits: RowBitsSettings | None
+    plan: LayerPlan, weight_format: str, act_format: str, row_bits: RowBitsSettings | None
 ) -> LayerPlan:
     if plan.weight_bits is None:
         return plan
@@ -215,19 +217,30 @@ def _with_formats(
             if plan.group_size is not None:
                 raise AttarError("rows of several widths have one scale each", fix="Leave group_size out")
             row_bits.grids(plan.weight_bits, weight_format)
-        if not plan.plain and low_rank > min(plan.in_features, plan.out_features):
-            raise AttarError(
-                f"a branch of rank {low_rank} is no smaller than the layer", fix="Choose a smaller rank"
-            )
     except AttarError as error:
         raise AttarError(error.what, where=plan.name, fix=error.fix) from error
     return replace(
         plan,
         weight_format=weight_format,
         act_format="int" if plan.act_bits is None else act_format,
-        low_rank=0 if plan.plain else low_rank,
         row_bits=row_bits,
     )
+
+
+def _with_branch(plan: LayerPlan, low_rank: LowRankSettings | None, asked: int | None) -> LayerPlan:
+    if low_rank is None or plan.skipped or plan.plain:
+        return plan
+    try:
+        rank = low_rank.rank_for(plan.in_features, plan.out_features, plan.act_bits, asked)
+    except AttarError as error:
+        raise AttarError(error.what, where=plan.name, fix=error.fix) from error
+    return replace(plan, low_rank=rank)
+
+
+def _widest(acts: int | Sequence[int] | None) -> int | None:
+    """Of the bits asked for, None for floating point."""
+    widest = acts if acts is None or isinstance(acts, int) else max(acts)
+    return None if widest == KEEP else widest
 
 
 def matching(plans: Iterable[LayerPlan], patterns: Sequence[str]) -> list[str]:

@@ -141,8 +141,10 @@ def wrap_linears(
         _mix_rows(layers, plans, run, calls, settings.row_bits, seed, settings.clip_search)
     if settings.low_rank is not None:
         _start_branches(layers, plans, run, calls, settings.low_rank, seed)
-    if settings.row_bits is not None or settings.low_rank is not None:
-        search_clips(searched)  # other bits, or another weight, are rounded now
+    if settings.clip_search:  # other bits, or another weight, are rounded now
+        search_clips(
+            layers[name] for name, plan in plans.items() if plan.low_rank or plan.row_bits is not None
+        )
     return layers
 
 

@@ -8,6 +8,7 @@ from attar.errors import AttarError
 from attar.quantize.adaptive import InputSample
 from attar.quantize.initialize import TransformSettings, build_transforms
 from attar.quantize.linear import QuantizedLinear
+from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.plan import SALIENT_SHARE, Forecast, forecast, plan_layers
 from attar.runtime.size import packed_size
 
@@ -229,3 +230,20 @@ def test_forecast_of_a_kept_layer_and_sums():
     assert kept + Forecast(1, 2) == Forecast(kept.dense + 1, kept.packed + 2)
     with pytest.raises(AttarError, match="groups"):
         forecast(replace(plans["blocks.0.ffn.0"], group_size=5), TransformSettings())
+
+
+def test_a_branch_for_few_bits_stands_beside_rounded_inputs_alone():
+    """As in the recipe attar: not with more bits, not where activations stay floats, not beside narrow layers."""
+
+    def ranks(asked, overrides=None, **branch):
+        plans = plan(4, asked, overrides, low_rank=LowRankSettings(**branch), calibrate_modulation=True)
+        return {name: p.low_rank for name, p in plans.items() if not p.skipped}
+
+    few = ranks(4, rank=4, acts=4)
+    assert few == {name: 0 if "norm" in name else 4 for name in few}
+    assert ranks(4, {"self_attn.q": {"acts": 8}}, rank=4, acts=4) == few  # bits by layer change nothing
+    for none in (ranks(6, rank=4, acts=4), ranks(16, rank=4, acts=4), ranks(4, rank=5, acts=4)):
+        assert not any(none.values())
+    assert set(ranks(6, rank=4).values()) == {4}  # in all layers, whatever their bits
+    with pytest.raises(AttarError, match="no smaller than the layer"):
+        ranks(4, rank=33)

@@ -11,7 +11,7 @@ from torch import nn
 from attar.errors import AttarError
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.rank_decay import RankDecay, decay, start_auxiliary
-from attar.quantize.terms import LowRankTerm
+from attar.quantize.terms import LowRankTerm, leading
 
 
 def matrix(rows, columns, seed=0):
@@ -31,6 +31,20 @@ def test_the_leading_part_is_the_best_one(rank, rows, columns, seed):
     term = LowRankTerm.leading(whole, rank)
     rest = torch.linalg.svdvals(whole.double())[rank:].square().sum()
     assert torch.isclose((whole - term()).double().square().sum(), rest, rtol=1e-4, atol=1e-6)
+
+
+def test_of_wide_matrices_the_leading_part_is_nearly_the_best_and_always_the_same():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(600, 600, generator=generator))[0] for _ in range(2))
+    values = torch.arange(1, 601).float() ** -0.5
+    matrix = left * values @ right
+    state = torch.random.get_rng_state()
+    up, down = leading(matrix, 8)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    best = values[8:].square().sum()
+    assert (matrix - up @ down).square().sum() < 1.001 * best
+    torch.manual_seed(5)
+    assert all(map(torch.equal, (up, down), leading(matrix, 8)))
 
 
 def test_nothing_is_zero_and_can_learn():
