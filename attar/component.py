@@ -77,7 +77,7 @@ class ComponentJob(Job):
             learned = self.recipe.reconstruct
             if learned is not None and learned.epochs and learned.temporal_weight:
                 self.grid = self.adapter.token_grid(example)
-            branch = self.recipe.quantize.low_rank
+            branch = self.recipe.quantize.branch
             if branch is not None and branch.gate != "none":
                 grid = self.adapter.token_grid(example)
                 self.frames = FrameGrid(grid.frames, grid.tokens)

@@ -171,7 +171,7 @@ class Recipe(Stage):
         branch = self.quantize.low_rank
         if branch is not None:
             try:
-                LowRankSettings(**branch.model_dump())
+                LowRankSettings(**branch.model_dump(exclude={"acts"}))
             except AttarError as error:
                 raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         trained = self.reconstruct is not None and self.reconstruct.train_branch
@@ -214,7 +214,7 @@ class Recipe(Stage):
         """Whether calibration samples are used at all."""
         learned = self.finetune is not None
         learned |= self.reconstruct is not None and self.reconstruct.epochs > 0
-        branch = self.quantize.low_rank
+        branch = self.quantize.branch
         measured = branch is not None and (branch.metric == "output" or branch.gate != "none")
         measured |= self.quantize.rotation == "adaptive"
         rows = self.quantize.row_bits

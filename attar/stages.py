@@ -239,6 +239,12 @@ class Quantize(Stage):
         return self.acts if isinstance(self.acts, list) else [self.acts]
 
     @property
+    def branch(self) -> LowRank | None:
+        """The branch, where the bits of activations call for one."""
+        most = None if self.low_rank is None else self.low_rank.acts
+        return self.low_rank if most is None or max(self.act_widths) <= most else None
+
+    @property
     def integer_acts(self) -> bool:
         """Whether activations are rounded to integers."""
         return self.acts != 16 and self.act_format in INTEGER_FORMATS

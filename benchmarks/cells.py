@@ -53,8 +53,12 @@ class Study:
     needs: str = "block_errors"
 
     def at(self, bits: tuple[int, int]) -> list[Method]:
-        """The methods that exist at these bits."""
-        return [method for method in self.methods if bits[0] >= method.least]
+        """The methods that exist at these bits; of those that do the same there the first."""
+        found: dict[str, Method] = {}
+        for method in self.methods:
+            if bits[0] >= method.least:
+                found.setdefault(digest(method.resolve(bits)), method)
+        return list(found.values())
 
 
 # Settings that are younger than the first cells: at these values a recipe does what it did before it had them.
@@ -74,6 +78,8 @@ def digest(recipe: Recipe, *without: str) -> str:
     """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
     unsaid = {"name", "summary", "notes", "paper", *without}
     content = recipe.model_dump(exclude=unsaid, exclude_none=True)
+    if recipe.quantize.branch is None:
+        content["quantize"].pop("low_rank", None)  # these bits do not call for it
     for path, former in LATER.items():
         *parents, stage = path.split(".")
         inside = content
@@ -367,12 +373,14 @@ SVDQUANT = Study(
     prompts=0,
 )
 
-UNIFORM = {"allocate": None}
-ACTS_ALIKE = {"allocate.acts": False, "allocate.act_bits": None}
+NO_BRANCH = {"quantize.low_rank": None}  # which attar has at four bits of activations
+UNIFORM = {"allocate": None, **NO_BRANCH}
+ACTS_ALIKE = {"allocate.acts": False, "allocate.act_bits": None, **NO_BRANCH}
 WITH_NEAREST = {"reconstruct.round_weights": True}
 OWN = Study(
     "own",
-    "What do the parts of the recipe attar give, taken away one at a time? (the same bits where a row does not say)",
+    "What do the parts of the recipe attar give, taken away one at a time? (the same bits where a row does not say; "
+    "branches in the row attar alone)",
     ((4, 4), (3, 6)),
     (
         Method("attar-ptq", "attar-ptq"),
@@ -390,7 +398,8 @@ OWN = Study(
         Method("attar, activations alike", "attar", ACTS_ALIKE),
         Method("attar, activations and blocks alike", "attar", {**ACTS_ALIKE, "allocate.objective": "block"}),
         Method("attar", "attar"),
-        Method("activations down to two bits", "attar", {"allocate.act_bits": None}),
+        Method("attar, without branches", "attar", NO_BRANCH),
+        Method("activations down to two bits", "attar", {"allocate.act_bits": None, **NO_BRANCH}),
     ),
     prompts=0,
 )
@@ -447,7 +456,7 @@ PRECISION = Study(
     "Does it matter that blocks are measured and learned with products and attention in bfloat16?",
     ((4, 6), (4, 4), (8, 8)),
     tuple(
-        Method(f"{recipe}{note}", recipe, overrides)
+        Method(f"{recipe}{note}", recipe, {**overrides, **NO_BRANCH})
         for recipe in ("attar-ptq", "attar")
         for note, overrides in {"": {}, ", bfloat16": {"precision": "bfloat16"}}.items()
     ),
@@ -493,6 +502,7 @@ LEADERBOARD = Study(
         Method("attar-ptq", "attar-ptq"),
         Method("attar-mixed", "attar-mixed"),
         Method("attar", "attar"),
+        Method("attar, without branches", "attar", NO_BRANCH),
         Method("attar, activations alike", "attar", ACTS_ALIKE),
     ),
 )

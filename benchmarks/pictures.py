@@ -32,7 +32,7 @@ from attar.recipe import Recipe, load_recipe
 from attar.runtime.layers import packed_layers
 from attar.runtime.patches import dense_biases
 from benchmarks import quality
-from benchmarks.cells import ACTS_ALIKE, digest
+from benchmarks.cells import ACTS_ALIKE, NO_BRANCH, digest
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load, save
@@ -45,14 +45,16 @@ SYSTEMS = (
     "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
     "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
-AS_LARGE, ALIKE, NEAREST = (
+AS_LARGE, WITHOUT, ALIKE, NEAREST = (
     "attar, as large as svdquant",
+    "attar, without branches",
     "attar, activations alike",
     "attar, modulation to nearest",
 )
-TO_NEAREST = {"quantize.calibrate_modulation": False}
+TO_NEAREST = {"quantize.calibrate_modulation": False, **NO_BRANCH}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its overrides
     AS_LARGE: ("attar", {}),
+    WITHOUT: ("attar", NO_BRANCH),
     ALIKE: ("attar", ACTS_ALIKE),
     NEAREST: ("attar", TO_NEAREST),
     **{

@@ -28,8 +28,8 @@ class LowRankSettings:
     since Q(W) does not change. metric: what "leading" and "best" mean, "weight": the squared error of the weight;
     "output": that of the layer's output on the calibration inputs, whose optimum is the SVD of the error times the
     square root of their second moment.
-    acts: only layers whose inputs are rounded have a branch, where these are asked to have no more bits than this, and
-    where the layer's narrower side is at least 8 times the rank; None for a branch in any layer.
+    rounded_inputs: a branch only beside layers whose inputs are rounded, and whose narrower side is at least 8 times the
+    rank; else in any layer.
     gate: over the frames of a video, "none", "calibrated" or "trained" (frame_gate.py); with `subtract` none, since
     W - B A + M B A is not W.
     """
@@ -40,7 +40,7 @@ class LowRankSettings:
     metric: str = "weight"
     subtract: bool = True
     gate: str = "none"
-    acts: int | None = None
+    rounded_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.iterations < 0:
@@ -60,15 +60,14 @@ class LowRankSettings:
                 fix="Use the start error or zero",
             )
 
-    def rank_for(self, in_features: int, out_features: int, act_bits: int | None, asked: int | None) -> int:
-        """Of the branch of a layer, 0 for none. act_bits: of its inputs. asked: of all layers' inputs; None for floats.
+    def rank_for(self, in_features: int, out_features: int, act_bits: int | None) -> int:
+        """Of the branch of a layer, 0 for none. act_bits: of its inputs, None for floats.
 
         Raises AttarError for a layer that is too narrow for a branch that it has to have.
         """
         narrower = min(in_features, out_features)
-        if self.acts is not None:
-            few = act_bits is not None and asked is not None and asked <= self.acts
-            return self.rank if few and self.rank * _NARROWEST <= narrower else 0
+        if self.rounded_inputs:
+            return self.rank if act_bits is not None and self.rank * _NARROWEST <= narrower else 0
         if self.rank > narrower:
             raise AttarError(
                 f"a branch of rank {self.rank} is no smaller than the layer", fix="Choose a smaller rank"

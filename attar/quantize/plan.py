@@ -172,7 +172,7 @@ def plan_layers(
                 last = pattern
         plan = _plan(linear, inside, weights, acts, chosen, last, group_size, calibrate_modulation)
         plan = _with_formats(plan, weight_format, act_format, row_bits)
-        plans.append(_with_branch(plan, low_rank, _widest(acts)))
+        plans.append(_with_branch(plan, low_rank))
     if unmatched:
         roles = sorted({plan.role for plan in plans})
         raise AttarError(
@@ -227,20 +227,14 @@ def _with_formats(
     )
 
 
-def _with_branch(plan: LayerPlan, low_rank: LowRankSettings | None, asked: int | None) -> LayerPlan:
+def _with_branch(plan: LayerPlan, low_rank: LowRankSettings | None) -> LayerPlan:
     if low_rank is None or plan.skipped or plan.plain:
         return plan
     try:
-        rank = low_rank.rank_for(plan.in_features, plan.out_features, plan.act_bits, asked)
+        rank = low_rank.rank_for(plan.in_features, plan.out_features, plan.act_bits)
     except AttarError as error:
         raise AttarError(error.what, where=plan.name, fix=error.fix) from error
     return replace(plan, low_rank=rank)
-
-
-def _widest(acts: int | Sequence[int] | None) -> int | None:
-    """Of the bits asked for, None for floating point."""
-    widest = acts if acts is None or isinstance(acts, int) else max(acts)
-    return None if widest == KEEP else widest
 
 
 def matching(plans: Iterable[LayerPlan], patterns: Sequence[str]) -> list[str]:

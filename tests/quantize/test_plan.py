@@ -232,18 +232,15 @@ def test_forecast_of_a_kept_layer_and_sums():
         forecast(replace(plans["blocks.0.ffn.0"], group_size=5), TransformSettings())
 
 
-def test_a_branch_for_few_bits_stands_beside_rounded_inputs_alone():
-    """As in the recipe attar: not with more bits, not where activations stay floats, not beside narrow layers."""
-
-    def ranks(asked, overrides=None, **branch):
-        plans = plan(4, asked, overrides, low_rank=LowRankSettings(**branch), calibrate_modulation=True)
+def test_a_branch_for_rounded_inputs_stands_beside_them_alone():
+    def ranks(acts, **branch):
+        plans = plan(4, acts, low_rank=LowRankSettings(**branch), calibrate_modulation=True)
         return {name: p.low_rank for name, p in plans.items() if not p.skipped}
 
-    few = ranks(4, rank=4, acts=4)
+    few = ranks(4, rank=4, rounded_inputs=True)
     assert few == {name: 0 if "norm" in name else 4 for name in few}
-    assert ranks(4, {"self_attn.q": {"acts": 8}}, rank=4, acts=4) == few  # bits by layer change nothing
-    for none in (ranks(6, rank=4, acts=4), ranks(16, rank=4, acts=4), ranks(4, rank=5, acts=4)):
+    for none in (ranks(16, rank=4, rounded_inputs=True), ranks(4, rank=5, rounded_inputs=True)):
         assert not any(none.values())
-    assert set(ranks(6, rank=4).values()) == {4}  # in all layers, whatever their bits
+    assert set(ranks(6, rank=4).values()) == {4}  # in all layers
     with pytest.raises(AttarError, match="no smaller than the layer"):
         ranks(4, rank=33)
