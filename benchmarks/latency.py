@@ -30,6 +30,8 @@ def competitors(wanted: set[tuple[int, int]]) -> list[Competitor]:
     found = [Competitor(BASELINE, "torch", plain, torch.bfloat16)]
     for weights, acts in (bits for bits in SHOWN if bits in wanted):
         for method in LEADERBOARD.at((weights, acts)):
+            if method.overrides:  # a variant of a system
+                continue
             make = attar(method.recipe, weights, acts)
             found.append(Competitor(f"{method.name}|W{weights}A{acts}", "attar", make, torch.bfloat16))
     return found

@@ -39,6 +39,17 @@ def test_settings_that_came_later_count_only_where_they_change_something(monkeyp
     assert digest(recipe) != before  # else the cells of the results file would all be stale
 
 
+def test_a_digest_knows_nothing_of_what_the_bits_do_not_call_for():
+    branches = [
+        load_recipe("attar", {"quantize.low_rank": branch}) for branch in (None, {"rank": 8, "acts": 4})
+    ]
+    assert len(set(map(digest, branches))) == 1  # at six bits of activations
+    few = [
+        load_recipe("attar", {"quantize.low_rank": r.quantize.low_rank, "quantize.acts": 4}) for r in branches
+    ]
+    assert len(set(map(digest, few))) == 2
+
+
 def test_the_faithful_recipe_differs_from_its_base_in_two_ideas_and_the_rounding():
     main = {m.name: load_recipe(m.recipe, m.overrides) for m in STUDIES["main"].methods}
     base, full = main["learned base"], main["S²Q-VDiT (with GPTQ)"]

@@ -89,7 +89,8 @@ def test_every_part_is_in_its_study():
         methods = {method.name: method for method in STUDIES[part.study].methods}
         for bits in {*STUDIES[part.study].bits} & {*ablations.BITS}:
             sides = {digest(methods[name].resolve(bits)) for name in (part.without, part.having)}
-            assert len(sides) == 2, part
+            there = part.name != "branches of rank 8" or bits[1] <= 4
+            assert len(sides) == 1 + there, (part, bits)
 
 
 def test_peers_are_other_libraries_that_ran(tmp_path):

@@ -141,3 +141,14 @@ def test_changed_settings_name_both_values_of_a_default():
         load_recipe("attar", {"quantize.clip_search": False, "rounding.order": "given"})
     )
     assert changed == {"quantize.clip_search": (False, True), "rounding.order": ("given", "activation")}
+
+
+def test_a_branch_for_few_bits_of_activations_is_there_with_few_bits_alone():
+    def branch(acts, **changes):
+        return load_recipe("attar", {"quantize.acts": acts, **changes}).quantize.branch
+
+    assert branch(4).rank == 8 and branch(3) == branch([4, 3], **{"quantize.step_groups": 2})
+    assert branch(5) is None and branch(16) is None
+    assert branch([5, 3], **{"quantize.step_groups": 2}) is None
+    assert branch(8, **{"quantize.low_rank.acts": None}).rank == 8
+    assert load_recipe("svdquant", {"quantize.acts": 8}).quantize.branch.rank == 32

@@ -28,8 +28,8 @@ class LowRankSettings:
     since Q(W) does not change. metric: what "leading" and "best" mean, "weight": the squared error of the weight;
     "output": that of the layer's output on the calibration inputs, whose optimum is the SVD of the error times the
     square root of their second moment.
-    rounded_inputs: a branch only beside layers whose inputs are rounded, and whose narrower side is at least 8 times the
-    rank; else in any layer.
+    rounded_inputs: a branch only beside layers whose inputs are rounded, and whose narrower side is at least 8 times
+    the rank; else in any layer.
     gate: over the frames of a video, "none", "calibrated" or "trained" (frame_gate.py); with `subtract` none, since
     W - B A + M B A is not W.
     """
