@@ -67,8 +67,11 @@ def with_widths(recipe: Recipe, bits: int) -> Recipe:
 
 
 def with_act_widths(recipe: Recipe, bits: int) -> Recipe:
-    """The same for the activations."""
-    return _changed(_without_budget(recipe), acts=bits)
+    """The same for the activations, with the branches that the recipe's own bits call for."""
+    branch = recipe.quantize.branch
+    if branch is not None and branch.acts is not None:
+        branch = branch.model_copy(update={"acts": 8})  # whatever a layer gets
+    return _changed(_without_budget(recipe), acts=bits, low_rank=branch)
 
 
 def with_plan(recipe: Recipe, plan: PlanFile, components: Mapping[str, nn.Module]) -> Recipe:

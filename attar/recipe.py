@@ -159,7 +159,7 @@ class Recipe(Stage):
 
     @model_validator(mode="after")
     def _adapters_know_the_whole_weight(self) -> Recipe:
-        whole, branch = self.finetune, self.quantize.low_rank
+        whole, branch = self.finetune, self.quantize.branch
         if whole is not None and whole.adapter_start != "zero" and branch is not None:
             raise ValueError(
                 "finetune.adapter_start takes the rounded weight, which a branch (low_rank) is no part of"
@@ -174,9 +174,10 @@ class Recipe(Stage):
                 LowRankSettings(**branch.model_dump(exclude={"acts"}))
             except AttarError as error:
                 raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
+        branch = self.quantize.branch
         trained = self.reconstruct is not None and self.reconstruct.train_branch
         if branch is None and trained:
-            raise ValueError("reconstruct.train_branch needs a branch, quantize.low_rank")
+            raise ValueError("reconstruct.train_branch needs a branch, quantize.low_rank, at these bits")
         if branch is not None and branch.start == "zero" and not trained:
             raise ValueError("a branch that starts at zero needs reconstruct.train_branch")
         if branch is not None and branch.gate == "trained" and not trained:

@@ -23,6 +23,7 @@ from attar.files import writing
 FORMAT = 1
 HEAD = """\
 # Bits of each layer, chosen by attar. Edit them and give the file back: attar compress MODEL --plan FILE
+# with the recipe, --weights and --acts that it was made with (below), which say what else there is, such as branches.
 # A layer may have weights (2 to 8, or 16 to keep it), acts, and skip: true. Layers that are not listed, and whatever
 # is not said of a layer, are as the recipe has them. Names may have the wildcards of a shell; later lines win.
 """

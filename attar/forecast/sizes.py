@@ -33,15 +33,19 @@ def planned_sizes(
         types = (stored or {}).get(name, {})
         quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
         places = {dense_place(part, name) for name in quantized}
+        new = dict.fromkeys(places, 0)  # numbers in the model's type beside a weight
         for plan in quantized.values():
             size = layer_size(plan, recipe)
             dense, packed = dense + size.dense, packed + size.packed
             checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
+            new[dense_place(part, plan.name)] += plan.low_rank * (plan.in_features + plan.out_features)
         for key, tensor in part.state_dict().items():
             layer, _, leaf = key.rpartition(".")
+            width = (types.get(key) or tensor.dtype).itemsize
             if layer in places and leaf == "weight":
+                checkpoint += new[layer] * (width - 2)
                 continue
-            checkpoint += tensor.numel() * (types.get(key) or tensor.dtype).itemsize
+            checkpoint += tensor.numel() * width
             rest += 0 if layer in places else 2 * tensor.numel()
     return {
         "block_linears_bf16": dense,

@@ -96,7 +96,7 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if _SKETCHED * rank > min(matrix.shape):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
             torch.manual_seed(0)
             left, values, right_t = torch.svd_lowrank(matrix, rank + _OVERSAMPLED, niter=4)
         right = right_t.T
