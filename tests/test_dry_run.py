@@ -56,6 +56,8 @@ def test_every_linear_is_listed_with_its_bits_or_the_reason(cli, wan_folder):
         ("wan22", [*SMALL, "--set", "quantize.rotation=orthogonal"]),
         ("flux", [*SMALL, "--set", "quantize.affine=true", "--set", "trace.steps=3"]),
         ("flux", [*SMALL, "--acts", "16", "--set", "quantize.group_size=16"]),
+        ("wan", [*SMALL, "--acts", "4", "--set", "quantize.low_rank={rank: 2, acts: 4}"]),
+        ("flux", [*SMALL, "--acts", "4", "--set", "quantize.low_rank={rank: 2, acts: 4}"]),  # in float32
     ],
 )  # fmt: skip
 def test_forecast_sizes_are_the_real_ones(cli, folders, tmp_path, name, options):
