@@ -22,7 +22,6 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from attar.budget.amount import Budget
 from attar.defaults import DEFAULT_RECIPE as DEFAULT_RECIPE
 from attar.errors import AttarError
-from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.tables import check_trained_levels, has_bits
 from attar.stages import (
     Allocate,
@@ -171,7 +170,7 @@ class Recipe(Stage):
         branch = self.quantize.low_rank
         if branch is not None:
             try:
-                LowRankSettings(**branch.model_dump(exclude={"acts"}))
+                branch.settings()
             except AttarError as error:
                 raise ValueError(f"{error.what}. {error.fix or ''}".strip()) from error
         branch = self.quantize.branch

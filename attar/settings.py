@@ -80,9 +80,7 @@ def _rounding(recipe: Recipe) -> ReconstructionSettings | None:
 
 def _low_rank(recipe: Recipe) -> LowRankSettings | None:
     branch = recipe.quantize.branch
-    if branch is None:
-        return None
-    return LowRankSettings(**branch.model_dump(exclude={"acts"}), rounded_inputs=branch.acts is not None)
+    return None if branch is None else branch.settings()
 
 
 def _row_bits(recipe: Recipe) -> RowBitsSettings | None:

@@ -19,6 +19,7 @@ from attar.calibration.score import FEATURES
 from attar.calibration.select import POLICIES
 from attar.calibration.synthesize import batch_sizes
 from attar.errors import AttarError
+from attar.quantize.low_rank import LowRankSettings
 from attar.quantize.rank_decay import RankDecay
 from attar.quantize.row_bits import RowBitsSettings
 from attar.quantize.tables import check_weight_format, least_bits
@@ -134,6 +135,10 @@ class LowRank(Stage):
         description="only where activations are asked to have no more bits than this, and only beside layers whose "
         "inputs are rounded and whose narrower side is at least 8 times the rank; null for all layers",
     )
+
+    def settings(self) -> LowRankSettings:
+        """For the layers of a block. Raises AttarError for what cannot be."""
+        return LowRankSettings(**self.model_dump(exclude={"acts"}), rounded_inputs=self.acts is not None)
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

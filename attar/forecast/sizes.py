@@ -32,21 +32,21 @@ def planned_sizes(
     for name, part in components.items():
         types = (stored or {}).get(name, {})
         quantized = {plan.name: plan for plan in plans[name] if not plan.skipped}
-        places = {dense_place(part, name) for name in quantized}
-        new = dict.fromkeys(places, 0)  # numbers in the model's type beside a weight
+        places = {plan: dense_place(part, plan) for plan in quantized}
+        new = dict.fromkeys(places.values(), 0)  # place of a weight -> numbers in the model's type beside it
         for plan in quantized.values():
             size = layer_size(plan, recipe)
             dense, packed = dense + size.dense, packed + size.packed
             checkpoint += size.packed - (2 * plan.out_features if plan.bias else 0)
-            new[dense_place(part, plan.name)] += plan.low_rank * (plan.in_features + plan.out_features)
+            new[places[plan.name]] += plan.low_rank * (plan.in_features + plan.out_features)
         for key, tensor in part.state_dict().items():
             layer, _, leaf = key.rpartition(".")
             width = (types.get(key) or tensor.dtype).itemsize
-            if layer in places and leaf == "weight":
+            if layer in new and leaf == "weight":
                 checkpoint += new[layer] * (width - 2)
                 continue
             checkpoint += tensor.numel() * width
-            rest += 0 if layer in places else 2 * tensor.numel()
+            rest += 0 if layer in new else 2 * tensor.numel()
     return {
         "block_linears_bf16": dense,
         "block_linears_packed": packed,

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 
+_SKETCHED = 64  # times the rank, from which on a randomised SVD is used
+_OVERSAMPLED = 8
+
 
 class LowRankTerm(nn.Module):
     """L diag(γ) R, to be added to a weight of shape (out, in).
@@ -81,10 +84,6 @@ def kaiming_uniform(rank: int, width: int, generator: torch.Generator | None) ->
     """(rank, width) on the CPU, uniform in ±1/√width: Kaiming's with slope √5, from which LoRA's A starts."""
     bound = width**-0.5
     return torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
-
-
-_SKETCHED = 64  # times the rank, from which on a randomised SVD is used
-_OVERSAMPLED = 8
 
 
 def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
