@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.runtime.branch import Branch
 from attar.runtime.cpu.attention import attention_kernel
 from attar.runtime.cpu.library import library
 from attar.runtime.triton.available import describe_triton, interpreting
@@ -61,10 +62,12 @@ class Kernels(Protocol):
         out_dtype: torch.dtype,
         gelu: str | None = None,
         number: str = "int",
+        branch: Branch | None = None,
     ) -> Tensor:
-        """Transforms, quantization of rows, product, scales, bias, and GELU before the only rounding.
+        """Transforms, quantization of rows, product, scales, bias, branch, and GELU before the only rounding.
 
-        number: the format of the activations; the weights have the same one, or integers.
+        number: the format of the activations; the weights have the same one, or integers. branch: low (m, rank) and
+        up (out, rank). A backend may also add the branch, and compute GELU, behind the rounding.
         """
         ...
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.runtime.autocast import full_precision
-from attar.runtime.branch import branch_product
+from attar.runtime.branch import branch_low, branch_product
 from attar.runtime.float32 import KeepsBufferDtype
 from attar.runtime.formats import check_levels, decode
 from attar.runtime.ops import packed_linear
@@ -285,8 +285,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     def forward(self, input: Tensor, gelu: str | None = None) -> Tensor:
         """`gelu`, "none" or "tanh" as torch names its approximations, gives GELU of the output, computed with it.
 
-        It is GELU of the output before its rounding (`ops.packed_linear`); with gradients or a low-rank branch, of the
-        rounded output.
+        It is GELU of the output before its rounding (`ops.packed_linear`); with gradients, of the rounded output.
         """
         if input.shape[-1] != self.in_features:
             raise AttarError(
@@ -401,24 +400,22 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         kinds = [transform.kind for transform in chain]
         operands = [operand for transform in chain for operand in transform(None)]
         act_bits = self.act_bits_now()
-        first = gelu if self.low_rank_out is None else None  # behind the branch where there is one
 
         def product(own: Rows) -> Tensor:
-            part = own.places
-            scale = self.weight_scale if part is None else self.weight_scale[part]
-            bias = self.bias if part is None or self.bias is None else self.bias[part]
+            part = own.places if own.places is not None else slice(None)
+            bias = None if self.bias is None else self.bias[part]
+            branch = None if low is None or up is None else (low, up[part])
             return packed_linear(
-                x, own.codes, scale, bias, self.act_clip, own.kind.bits, act_bits, kinds, operands,
-                first, own.kind.number, self.act_format, own.levels,
+                x, own.codes, self.weight_scale[part], bias, self.act_clip, own.kind.bits, act_bits, kinds, operands,
+                gelu, own.kind.number, self.act_format, own.levels, branch,
             )  # fmt: skip
 
         with full_precision(x.device):  # autocast would round the integers and the scales
-            y = self._whole(product, -1)
-            added = self.branch(x)
-            if added is None:
-                return y
-            y = y + added
-            return y if gelu is None else F.gelu(y, approximate=gelu)
+            down, up = (
+                part if part is None else part.to(x.dtype) for part in (self.low_rank_in, self.low_rank_out)
+            )
+            low = None if down is None else branch_low(x, down, self.frame_gate)
+            return self._whole(product, -1)
 
     def _kinds(self) -> list[Rows]:
         """The rows by their kinds; one kind alone has them all."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attar.errors import AttarError
 from attar.runtime.backend import BACKENDS, DTYPES, MAX_IN_FEATURES, backend_name, forced_backend
+from attar.runtime.branch import Branch, finished
 from attar.runtime.formats import INTEGER_FORMATS, decode
 from attar.runtime.packing import packed_width, unpack
 from attar.runtime.reference import floating_linear, integer_linear, quantize_tokens
@@ -25,7 +26,7 @@ torch.library.define(
     _NAME,
     "(Tensor x, Tensor codes, Tensor weight_scale, Tensor? bias, Tensor? act_clip, int weight_bits, "
     "int? act_bits, str[] transforms, Tensor[] operands, str? gelu=None, str weight_format='int', "
-    "str act_format='int', Tensor? levels=None) -> Tensor",
+    "str act_format='int', Tensor? levels=None, Tensor? low=None, Tensor? up=None) -> Tensor",
 )
 
 
@@ -43,6 +44,7 @@ def packed_linear(
     weight_format: str = "int",
     act_format: str = "int",
     levels: Tensor | None = None,
+    branch: Branch | None = None,
 ) -> Tensor:
     """x (..., in) -> (..., out) in x.dtype, as `PackedLinear` says; runs the operator.
 
@@ -52,18 +54,21 @@ def packed_linear(
     of the float32 sums before they are rounded to x.dtype, or of the product in x.dtype with `act_bits` None and for
     many rows of float8 on Hopper.
     weight_format, act_format: of the codes (formats.py); levels: float16 (1 or out, 1 or groups, 2^bits), of the format
-    "table". No gradient: `PackedLinear` has a straight-through one.
+    "table". branch: low (..., rank) and up (out, rank), both in x.dtype, of a low-rank branch, whose product is added
+    before GELU and before the sums are rounded, where GELU is of these. No gradient: `PackedLinear` has a
+    straight-through one.
     Raises AttarError when the tensors lie on several devices, as after a part of a layer was moved, and for another
     `gelu`.
     """
     if gelu not in (None, "none", "tanh"):
         raise AttarError(f"unknown GELU {gelu!r}", fix='Choose "none" or "tanh"')
-    tensors = [t for t in (codes, weight_scale, bias, act_clip, levels, *operands) if t is not None]
+    low, up = branch or (None, None)
+    tensors = [t for t in (codes, weight_scale, bias, act_clip, levels, low, up, *operands) if t is not None]
     if any(t.device != x.device for t in tensors):
         raise AttarError("the tensors of a packed layer and its input are not on one device")
     return torch.ops.attar.packed_linear(
         x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
-        gelu, weight_format, act_format, levels,
+        gelu, weight_format, act_format, levels, low, up,
     )  # fmt: skip
 
 
@@ -105,22 +110,27 @@ def _reference(
     weight_format: str = "int",
     act_format: str = "int",
     levels: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     backend_name(x.device)  # a backend that is forced, and cannot run here, is an error
+    branch = None if low is None or up is None else (low, up)
     y = x
     for kind, own in _steps(transforms, operands):
         y = TRANSFORMS[kind].activation_side(y, *own)
     if act_bits is None:
         weight = dequantized(codes, weight_scale, weight_bits, x.shape[-1], weight_format, levels).to(x.dtype)
         y = F.linear(y.to(x.dtype), weight, None if bias is None else bias.to(x.dtype))
-        return y if gelu is None else F.gelu(y, approximate=gelu)
+        return finished(y, branch, gelu)
     quantized = quantize_tokens(y, act_bits, act_clip, act_format)
     if weight_format != "int" or act_format not in INTEGER_FORMATS:
         numbers = decode(quantized[0], act_format, act_bits)
         weight = _numbers(codes, 1, weight_bits, x.shape[-1], weight_format, levels)
-        return floating_linear(numbers, quantized[1], weight.flatten(1), weight_scale, bias, x.dtype, gelu)
+        return floating_linear(
+            numbers, quantized[1], weight.flatten(1), weight_scale, bias, x.dtype, gelu, branch
+        )
     weight = unpack(codes, weight_bits, x.shape[-1]), weight_scale
-    return integer_linear(*quantized, *weight, bias, x.dtype, act_bits, weight_bits, gelu)
+    return integer_linear(*quantized, *weight, bias, x.dtype, act_bits, weight_bits, gelu, branch)
 
 
 def _fast(
@@ -137,6 +147,8 @@ def _fast(
     weight_format: str = "int",
     act_format: str = "int",
     levels: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     name = backend_name(x.device)
     formats = (weight_format, None if act_bits is None else act_format)
@@ -151,12 +163,15 @@ def _fast(
             )
         return _reference(
             x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
-            gelu, weight_format, act_format, levels,
+            gelu, weight_format, act_format, levels, low, up,
         )  # fmt: skip
+    rows = x.reshape(-1, x.shape[-1])
+    branch = None if low is None or up is None else (low.reshape(-1, low.shape[-1]), up)
     _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
+    if branch is not None:
+        _check_branch(rows, codes, *branch)
     kernels = BACKENDS[name].load()
     steps = _steps(transforms, operands)
-    rows = x.reshape(-1, x.shape[-1])
     while steps:  # what torch transforms may come out in float32, of which a kernel may take less
         fused = 0 if act_bits is None else kernels.fusable(steps, rows)
         if fused == len(steps):
@@ -166,11 +181,12 @@ def _fast(
         steps = steps[len(steps) - fused :]
     if act_bits is None:
         y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits, weight_format)
-        y = y if gelu is None else F.gelu(y, approximate=gelu)
+        y = finished(y, branch, gelu)
     else:
         y = kernels.linear(
-            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, steps, x.dtype, gelu, act_format
-        )
+            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, steps, x.dtype, gelu, act_format,
+            branch,
+        )  # fmt: skip
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
@@ -189,6 +205,14 @@ def _check(width: int, codes: Tensor, weight_scale: Tensor, bias: Tensor | None,
         raise AttarError(
             f"an input of width {width} does not fit {weight_bits}-bit codes {tuple(codes.shape)} "
             f"with scales {tuple(weight_scale.shape)}"
+        )
+
+
+def _check_branch(rows: Tensor, codes: Tensor, low: Tensor, up: Tensor) -> None:
+    if low.shape != (rows.shape[0], up.shape[-1]) or up.shape[0] != codes.shape[0]:
+        raise AttarError(
+            f"a branch of {tuple(low.shape)} and {tuple(up.shape)} does not fit {rows.shape[0]} rows of "
+            f"{codes.shape[0]} outputs"
         )
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attar.runtime.branch import Branch
 from attar.runtime.formats import encode, largest, wide
 
 MIN_ABSMAX = 1e-5  # an all-zero row or token gets this range instead of a division by zero
@@ -93,22 +94,19 @@ def integer_linear(
     bits_x: int = 8,
     bits_w: int = 8,
     gelu: str | None = None,
+    branch: Branch | None = None,
 ) -> Tensor:
-    """y = (codes_x · codes_wᵀ) · scale_x · scale_wᵀ + bias, or GELU of it.
+    """y = (codes_x · codes_wᵀ) · scale_x · scale_wᵀ + bias + branch, or GELU of it.
 
     codes_x (..., in) with scale_x (..., 1); codes_w (out, in) with scale_w (out, 1); bias (out,) or None.
     The sum over `in` is exact; scaling is done in float32 (float64 when `out_dtype` is float64). `bits_x`
     and `bits_w` bound the codes and so decide whether float32 can accumulate them exactly. `gelu` is torch's name
-    of an approximation, "none" or "tanh"; GELU is of y before it is rounded to `out_dtype`.
+    of an approximation, "none" or "tanh"; GELU is of y before it is rounded to `out_dtype`. `branch`: low (..., rank)
+    and up (out, rank), of any type, of which low · upᵀ is added.
     """
     wide_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     y = integer_matmul(codes_x, codes_w, bits_x, bits_w).to(wide_dtype)
-    y = y * scale_x.to(wide_dtype) * scale_w.to(wide_dtype).reshape(-1)
-    if bias is not None:
-        y = y + bias.to(wide_dtype)
-    if gelu is not None:
-        y = F.gelu(y, approximate=gelu)
-    return y.to(out_dtype)
+    return _finished(y, scale_x, scale_w, bias, out_dtype, gelu, branch)
 
 
 def floating_linear(
@@ -119,13 +117,31 @@ def floating_linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     gelu: str | None = None,
+    branch: Branch | None = None,
 ) -> Tensor:
     """As `integer_linear`, for the numbers of other formats: products and sums are rounded to float32 (or float64).
 
-    numbers_x (..., in), numbers_w (out, in): decoded, not yet scaled. Scales, bias and gelu as there.
+    numbers_x (..., in), numbers_w (out, in): decoded, not yet scaled. Scales, bias, gelu and branch as there.
     """
     wide_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     y = F.linear(numbers_x.to(wide_dtype), numbers_w.to(wide_dtype))
-    y = y * scale_x.to(wide_dtype) * scale_w.to(wide_dtype).reshape(-1)
-    y = y if bias is None else y + bias.to(wide_dtype)
+    return _finished(y, scale_x, scale_w, bias, out_dtype, gelu, branch)
+
+
+def _finished(
+    y: Tensor,
+    scale_x: Tensor,
+    scale_w: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    gelu: str | None,
+    branch: Branch | None,
+) -> Tensor:
+    """Sums y (..., out) become outputs: all in y's type, and rounded once."""
+    y = y * scale_x.to(y.dtype) * scale_w.to(y.dtype).reshape(-1)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if branch is not None:
+        low, up = branch
+        y = y + F.linear(low.to(y.dtype), up.to(y.dtype))
     return (y if gelu is None else F.gelu(y, approximate=gelu)).to(out_dtype)

@@ -409,6 +409,22 @@ def test_views_and_empty_batches():
     assert compare(weights, torch.zeros(3, 0, 48))[0].shape == (3, 0, 24)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act_bits, group_size", [(8, None), (None, 16)])
+def test_a_branch(dtype, act_bits, group_size):
+    plain = make(24, 48, 4, act_bits, group_size=group_size)
+    branch = torch.randn(3, 48, generator=generator(1)), torch.randn(24, 3, generator=generator(2))
+    layer = PackedLinear.from_codes(
+        plain.unpacked(), plain.weight_scale, 4, plain.bias, act_bits, group_size=group_size, branch=branch
+    ).to(dtype)
+    x = torch.randn(2, 20, 48, generator=generator(3)).to(dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(*compare(layer, x), rtol=3 * eps, atol=20 * eps)  # rounded twice
+    with torch.no_grad(), use_backend("triton"):
+        y, before = (layer(x.to(DEVICE), gelu=gelu).cpu() for gelu in ("tanh", None))
+    torch.testing.assert_close(y, F.gelu(before, approximate="tanh"), rtol=3 * eps, atol=20 * eps)
+
+
 def test_inputs_that_do_not_fit():
     layer = make(24, 96, 4, 8).to(DEVICE)
     arguments = (layer.codes, layer.weight_scale, None, None, 4, 8, [], [])

@@ -14,12 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attar.errors import AttarError, reason
+from attar.runtime.branch import Branch
 from attar.runtime.cpu.build import built_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2, "channel_shift": 3}
 GELUS = {None: 0, "none": 1, "tanh": 2}
 _VARIABLE = "ATTAR_CPU_KERNELS"
+_MATRICES, _REGISTER = (
+    "amx-int8",
+    32,
+)  # the kernels with matrix registers; what rows, outputs and ranks are rounded up to
 _PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
 
@@ -34,12 +39,19 @@ class _Weight(Structure):
     )
 
 
+class _Branch(Structure):
+    _fields_ = (
+        *(("low", c_void_p), ("up", c_void_p), ("rank", c_int64), ("stride", c_int64), ("matrices", c_int32)),
+    )
+
+
 class _Linear(Structure):
     _fields_ = (
         *(("x", c_void_p), ("y", c_void_p), ("m", c_int64), ("weight", _Weight)),
         *(("bias", c_void_p), ("clip", c_void_p), ("steps", c_void_p)),
         *(("n_steps", c_int32), ("act_bits", c_int32), ("full_range", c_int32)),
-        *(("x_dtype", c_int32), ("y_dtype", c_int32), ("gelu", c_int32), ("threads", c_int32)),
+        *(("x_dtype", c_int32), ("y_dtype", c_int32), ("gelu", c_int32)),
+        *(("branch", _Branch), ("threads", c_int32)),
     )
 
 
@@ -102,10 +114,12 @@ class Library:
         out_dtype: torch.dtype,
         gelu: str | None = None,
         number: str = "int",
+        branch: Branch | None = None,
     ) -> Tensor:
         """x (m, in), in one of DTYPES, -> transforms -> codes -> integer product -> (m, out) in `out_dtype`.
 
-        `steps` are kinds out of STEPS with the operands of their transforms, in order.
+        `steps` are kinds out of STEPS with the operands of their transforms, in order. branch: low (m, rank) and
+        up (out, rank), whose product is added.
         """
         x = x.contiguous()
         alive: list[Tensor] = []  # what the pointers point into
@@ -126,6 +140,7 @@ class Library:
             x_dtype=DTYPES[x.dtype],
             y_dtype=DTYPES[out_dtype],
             gelu=GELUS[gelu],
+            branch=_Branch() if branch is None else _branch(*branch, self.kernels == _MATRICES, alive),
             threads=torch.get_num_threads(),
         )
         if x.numel() and y.numel():
@@ -224,6 +239,19 @@ def _weight(codes: Tensor, scale: Tensor, bits: int, in_features: int, alive: li
         groups=scale.shape[1],
         scale=_float32(scale, alive),
     )
+
+
+def _branch(low: Tensor, up: Tensor, matrices: bool, alive: list[Tensor]) -> _Branch:
+    """low (m, rank), up (out, rank). matrices: whether the kernels have registers for those of bfloat16."""
+    rank, outputs = low.shape[1], up.shape[0]
+    more = -rank % _REGISTER
+    if not matrices or not low.dtype == up.dtype == torch.bfloat16:
+        up = F.pad(up.T, (0, -outputs % _REGISTER))
+        return _Branch(low=_float32(low, alive), up=_float32(up, alive), rank=rank, stride=up.shape[1])
+    low = F.pad(low, (0, more, 0, -low.shape[0] % _REGISTER)).contiguous()
+    up = F.pad(up, (0, more, 0, -outputs % _REGISTER)).unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+    alive += [low, up]
+    return _Branch(low=low.data_ptr(), up=up.data_ptr(), rank=low.shape[1], stride=up.shape[1], matrices=True)
 
 
 def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:

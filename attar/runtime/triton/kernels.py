@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attar.runtime.branch import Branch, finished
 from attar.runtime.triton.activations import Step, quantize, rotates
 from attar.runtime.triton.products import (
     packed_product,
@@ -40,21 +41,26 @@ class TritonKernels:
         out_dtype: torch.dtype,
         gelu: str | None = None,
         number: str = "int",
+        branch: Branch | None = None,
     ) -> Tensor:
-        """x (m, in) -> transforms -> codes -> product of integers or float8 -> (m, out) in `out_dtype`."""
+        """x (m, in) -> transforms -> codes -> product of integers or float8 -> (m, out) in `out_dtype`.
+
+        A branch, and GELU behind it, are added to the rounded product.
+        """
         (m, width), n = x.shape, codes.shape[0]
         y = x.new_empty(m, n, dtype=out_dtype)
         if not y.numel():
             return y
+        first = gelu if branch is None else None
         with _on(x.device):
             product = "fp8" if number == "fp8" else "int"
             if unpacks_first(m, product, x.device):
                 found = quantize(x, clip, act_bits, 8, steps, number)
-                unpacked_product(*found, codes, weight_scale, bias, width, weight_bits, y, gelu)
+                unpacked_product(*found, codes, weight_scale, bias, width, weight_bits, y, first)
             else:
                 found = quantize(x, clip, act_bits, weight_bits, steps, number)
-                packed_product(*found, codes, weight_scale, bias, width, weight_bits, y, gelu, product)
-        return y
+                packed_product(*found, codes, weight_scale, bias, width, weight_bits, y, first, product)
+        return y if branch is None else finished(y, branch, gelu)
 
     def weight_only(
         self,

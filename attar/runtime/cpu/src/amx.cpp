@@ -25,6 +25,7 @@ struct Pending {
     int rows = 0, done = 0;
     const int32_t* sums;
     alignas(64) int32_t own[2][ROWS * STRIP];  // of tiles that have the whole depth, in turns
+    alignas(64) float added[ROWS * STRIP];     // by its branch
     int turn = 0;
 
     INLINE void finish(int count) {
@@ -105,6 +106,29 @@ INLINE void accumulate(const Tile& t, int32_t* sums, Pending& last) {
     store_sums(sums, STRIDE);
 }
 
+// low · up of a tile, by bfloat16 numbers and float32 sums. Registers as above.
+template <bool TWO>
+INLINE void multiply_matrices(const Branch& branch, float* added) {
+    constexpr int STRIDE = STRIP * 4;
+    constexpr int64_t DEPTH = RUN / 2;  // numbers in a row of a register
+    const uint16_t* low = static_cast<const uint16_t*>(branch.low);
+    const uint16_t* up = static_cast<const uint16_t*>(branch.up);
+    begin_sums(true, added, STRIDE);
+    for (int64_t k = 0; k < branch.rank; k += DEPTH, low += DEPTH, up += DEPTH * branch.stride) {
+        _tile_loadd(4, low, 2 * branch.rank);
+        _tile_loadd(6, up, 4 * branch.stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, up + 2 * SIDE, 4 * branch.stride);
+        _tile_dpbf16ps(1, 4, 7);
+        if (TWO) {
+            _tile_loadd(5, low + SIDE * branch.rank, 2 * branch.rank);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    store_sums(added, STRIDE);
+}
+
 void tile(int rows, const Tile& t) {
     Pending& last = *static_cast<Pending*>(t.state);
     int32_t* sums = t.sums ? t.sums : last.own[last.turn ^= 1];
@@ -112,7 +136,16 @@ void tile(int rows, const Tile& t) {
         accumulate<true>(t, sums, last);
     else
         accumulate<false>(t, sums, last);
-    if (t.end) last.tile = t, last.rows = rows, last.done = 0, last.sums = sums;
+    if (!t.end) return;
+    last.tile = t, last.rows = rows, last.done = 0, last.sums = sums;
+    if (!t.branch.rank) return;
+    last.tile.added = last.added;
+    if (!t.branch.matrices)
+        multiply_rows<STRIP>(t.branch, rows, last.added);
+    else if (rows > SIDE)
+        multiply_matrices<true>(t.branch, last.added);
+    else
+        multiply_matrices<false>(t.branch, last.added);
 }
 
 }  // namespace

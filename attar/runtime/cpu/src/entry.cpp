@@ -96,6 +96,13 @@ int64_t sums_bytes(const Kernels& kernels, const Block& block, int64_t strips, i
     return round_up(rows, kernels.max_rows) * strips * kernels.strip * 4;
 }
 
+// The branch from a row and an output on. Numbers of matrices are two bytes, and those of two rows of `up` side by side.
+void place_branch(const Branch& whole, int64_t row, int64_t output, Branch& part) {
+    if (!whole.rank) return;
+    part.low = static_cast<const char*>(whole.low) + row * whole.rank * (whole.matrices ? 2 : 4);
+    part.up = static_cast<const char*>(whole.up) + output * 4;
+}
+
 void multiply(const Kernels& kernels, const Linear& call, const Block& block, const Task& task, uint8_t* memory) {
     const int bytes = call.y_dtype == FLOAT32 ? 4 : 2;
     const int64_t depth = depth_of(kernels, block);
@@ -107,6 +114,7 @@ void multiply(const Kernels& kernels, const Linear& call, const Block& block, co
             kernels.unpack(call.weight, n, k, k1, memory + (n - task.n0) * block.range);
         Tile tile;
         tile.y_stride = call.weight.n, tile.y_dtype = call.y_dtype, tile.gelu = call.gelu;
+        tile.branch = call.branch, tile.added = nullptr;
         tile.state = state;
         for (int64_t r = task.r0; r < task.r1; r += kernels.max_rows) {
             int32_t* own = sums + (block.range == block.padded ? 0 : (r - task.r0) * task.strips * kernels.strip);
@@ -121,6 +129,7 @@ void multiply(const Kernels& kernels, const Linear& call, const Block& block, co
                     tile.offset = block.offset + r, tile.row_scale = block.scale + r;
                     tile.scale = call.weight.scale + n;
                     tile.bias = call.bias ? call.bias + n : nullptr;
+                    place_branch(call.branch, block.first + r, n, tile.branch);
                     tile.y = static_cast<char*>(call.y) + ((block.first + r) * call.weight.n + n) * bytes;
                     tile.cols = int(least(kernels.strip, task.n1 - n));
                     kernels.tile(int(least(kernels.max_rows, task.r1 - r)), tile);

@@ -25,7 +25,15 @@ struct Weight {
     const float* scale;    // (n, groups)
 };
 
-// y (m, n) = gelu(quantize(transform(x (m, k))) · codesᵀ · scales + bias)
+// A low-rank branch, low · up, or nothing where the rank is 0.
+struct Branch {
+    const void* low;  // float32 (m, rank)
+    const void* up;   // float32 (rank, stride), zeros up to whole strips
+    int64_t rank, stride;
+    int32_t matrices;  // bfloat16 for matrix registers: low (m, rank), up (rank / 2, stride, 2), zeros up to whole registers
+};
+
+// y (m, n) = gelu(quantize(transform(x (m, k))) · codesᵀ · scales + bias + branch)
 struct Linear {
     const void* x;
     void* y;
@@ -38,6 +46,7 @@ struct Linear {
     int32_t full_range;  // of the codes of activations: step sizes have a sign
     int32_t x_dtype, y_dtype;
     int32_t gelu;
+    Branch branch;
     int32_t threads;
 };
 
@@ -52,6 +61,8 @@ struct Tile {
     const float* row_scale;  // (rows,)
     const float* scale;      // (cols,)
     const float* bias;       // (cols,) or null
+    Branch branch;           // from the first row and the first output on
+    const float* added;      // (rows, outputs of a strip) what it adds, once that is computed, or null
     void* y;
     int64_t y_stride;        // in elements
     int32_t y_dtype, cols;

@@ -47,7 +47,11 @@ void tile_of(const Tile& t) {
     alignas(64) int32_t own[ROWS * STRIP];
     int32_t* sums = t.sums ? t.sums : own;
     accumulate<Isa, ROWS>(t, sums);
-    for (int r = 0; t.end && r < ROWS; ++r) finish_row<STRIP>(t, r, sums);
+    if (!t.end) return;
+    alignas(64) float added[(ROWS + BRANCH_ROWS - 1) / BRANCH_ROWS * BRANCH_ROWS * STRIP];
+    Tile done = t;
+    if (t.branch.rank) multiply_rows<STRIP>(t.branch, ROWS, added), done.added = added;
+    for (int r = 0; r < ROWS; ++r) finish_row<STRIP>(done, r, sums);
 }
 
 template <class Isa, int ROWS>
