@@ -25,6 +25,7 @@ _MATRICES, _REGISTER = (
     "amx-int8",
     32,
 )  # the kernels with matrix registers; what rows, outputs and ranks are rounded up to
+_SMALLEST = 1e-15  # a channel scale that a product with its inverse can stand for
 _PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
 
@@ -254,6 +255,13 @@ def _branch(low: Tensor, up: Tensor, matrices: bool, alive: list[Tensor]) -> _Br
     return _Branch(low=low.data_ptr(), up=up.data_ptr(), rank=low.shape[1], stride=up.shape[1], matrices=True)
 
 
+def _inverses(scale: Tensor) -> Tensor | None:
+    """1 / scale, where products with these, and their remainders, are normal numbers."""
+    scale = scale.to(torch.float32)
+    low, high = torch.aminmax(scale.abs())
+    return scale.reciprocal() if low > _SMALLEST and high < 1 / _SMALLEST else None
+
+
 def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
     first = operands[0]
     second = operands[1] if len(operands) > 1 else None
@@ -263,6 +271,8 @@ def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
         cols = first.shape[1] // rows
     elif kind == "kronecker":
         rows, cols = first.shape[0], operands[1].shape[0]
+    elif kind == "channel_scale":
+        second = _inverses(first)
     return _Step(STEPS[kind], rows, cols, _float32(first, alive), _pointer(second, alive))
 
 

@@ -59,7 +59,7 @@ struct MatrixRotation {
         }
         static thread_local Buffer buffer;
         if (step < 0) return;
-        rotation.prepare(call.steps[step], buffer);
+        rotation.prepare(call.steps[step], call.act_bits, buffer);
         if (!rotation.x.data) step = -1;
     }
     INLINE void operator()(const Linear& call, int s, float* x, float* other) const {

@@ -121,11 +121,11 @@ struct RowRotation {
     }
 };
 
-// x (k,), in place; `other` is room for as many numbers.
+// Steps of `call` from `first` on of x (k,), in place; `other` is room for as many numbers.
 template <class Rotate>
-void transform(const Linear& call, float* x, float* other, const Rotate& rotate) {
+void transform(const Linear& call, int first, float* x, float* other, const Rotate& rotate) {
     const int64_t k = call.weight.k;
-    for (int s = 0; s < call.n_steps; ++s) {
+    for (int s = first; s < call.n_steps; ++s) {
         const Step& step = call.steps[s];
         if (step.kind == CHANNEL_SCALE)
             for (int64_t i = 0; i < k; ++i) x[i] /= step.a[i];

@@ -110,6 +110,33 @@ struct Divisor {
     }
 };
 
+// v / step, and where there are inverses, faithful to the last bit without a division (`Divisor`).
+INLINE Floats divided(Floats v, const Step& step, int64_t i, int64_t count) {
+    const Floats by = load_some(step.a, i, FLOAT32, count);
+    if (!FUSED || !step.b) return v / by;
+    const Floats inverse = load_some(step.b, i, FLOAT32, count);
+    Floats q = v * inverse;
+    q = fused(fused(-q, by, v), inverse, q);
+    return fused(fused(-q, by, v), inverse, q);
+}
+
+// A row -> x in float32, behind the first transforms that work on each number alone. Returns how many these are.
+int load_row(const Linear& call, const Row& row, float* x) {
+    int steps = 0;
+    for (; steps < call.n_steps; ++steps)
+        if (call.steps[steps].kind != CHANNEL_SCALE && call.steps[steps].kind != CHANNEL_SHIFT) break;
+    for (int64_t i = 0; i < row.k; i += LANES) {
+        Floats v = row.first_at(i);
+        for (int s = 0; s < steps; ++s) {
+            const Step& step = call.steps[s];
+            v = step.kind == CHANNEL_SCALE ? divided(v, step, i, row.k - i)
+                                           : v - load_some(step.a, i, FLOAT32, row.k - i);
+        }
+        store(x + i, v);
+    }
+    return steps;
+}
+
 // One row -> codes, zeros up to `padded`; x and other are room for `padded` floats each. RUN codes are neighbours, the
 // next ones lie STRIDE bytes on; 0: all are neighbours.
 template <int64_t RUN = 0, int64_t STRIDE = 0, class Rotate = RowRotation>
@@ -119,8 +146,7 @@ void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, f
     const int64_t k = call.weight.k;
     Row row = {static_cast<const char*>(call.x) + index * k * width(call.x_dtype), call.x_dtype, k};
     if (call.n_steps) {
-        for (int64_t i = 0; i < k; i += LANES) store(x + i, row.first_at(i));
-        transform(call, x, other, rotate);
+        transform(call, load_row(call, row, x), x, other, rotate);
         row.x = x, row.dtype = FLOAT32;
     }
     float low = -__builtin_inff(), high = __builtin_inff(), step;
