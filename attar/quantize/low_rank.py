@@ -60,6 +60,16 @@ class LowRankSettings:
                 fix="Use the start error or zero",
             )
 
+    @property
+    def candidates(self) -> int:
+        """Branches of which the best is kept."""
+        return 1 + (self.iterations if self.subtract and self.start != "zero" else 0)
+
+    @property
+    def sees_rounding(self) -> bool:
+        """Whether the branch depends on how the weight is rounded without it, or with another one."""
+        return self.start == "error" or self.candidates > 1
+
     def rank_for(self, in_features: int, out_features: int, act_bits: int | None) -> int:
         """Of the branch of a layer, 0 for none. act_bits: of its inputs, None for floats.
 
@@ -82,10 +92,10 @@ def start_branch(
     moment: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> list[float]:
-    """Gives the layer its branch; returns the relative squared error of every candidate, in the order of iterations.
+    """Gives the layer its branch; returns the relative squared error of every candidate, of several, in their order.
 
     moment: (in, in), the mean of x̃ᵀx̃ over the layer's transformed inputs, for the metric "output". generator: of the
-    random start (CPU), which has no candidates.
+    random start (CPU).
     Everything else is computed in the transformed basis, in which the layer quantizes, with the quantizer as it is now.
     Raises AttarError when the rank exceeds the layer's width, or there is no moment.
     """
@@ -98,18 +108,25 @@ def start_branch(
         layer.set_branch(down.to(weight.device), up, settings.subtract)
         return []
     root, back = _whitening(settings, moment)
-    size = _norm(weight if root is None else weight @ root)
-    candidates: list[tuple[float, Tensor, Tensor]] = []
     rest = weight if settings.start == "weight" else weight - layer.rounded(weight)
-    for _ in range(1 + settings.iterations * settings.subtract):
-        up, down = _leading(rest, settings.rank, root, back)
+    up, down = best = _leading(rest, settings.rank, root, back)
+    errors: list[float] = []
+    while settings.candidates > max(1, len(errors)):
+        if errors:
+            up, down = _leading(rest, settings.rank, root, back)
         quantized = layer.rounded(weight - up @ down if settings.subtract else weight)
-        error = weight - quantized - up @ down
-        candidates.append((_norm(error if root is None else error @ root) / size, up, down))
+        errors.append(_relative(weight - quantized - up @ down, weight, root))
+        if errors[-1] == min(errors):
+            best = up, down
         rest = weight - quantized
-    _, up, down = min(candidates, key=lambda found: found[0])
+    up, down = best
     layer.set_branch(layer.to_original(down), up, settings.subtract)
-    return [error for error, _, _ in candidates]
+    return errors
+
+
+def _relative(error: Tensor, weight: Tensor, root: Tensor | None) -> float:
+    """Squared size of an error against that of the weight, both seen through the inputs where there is a root."""
+    return _norm(error if root is None else error @ root) / _norm(weight if root is None else weight @ root)
 
 
 def _leading(matrix: Tensor, rank: int, root: Tensor | None, back: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -96,11 +96,16 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            torch.manual_seed(0)
+            _generator_of(matrix.device).manual_seed(0)  # torch.manual_seed would reseed every device
             left, values, right_t = torch.svd_lowrank(matrix, rank + _OVERSAMPLED, niter=4)
         right = right_t.T
     share = values[:rank].sqrt()
     return left[:, :rank] * share, share[:, None] * right[:rank]
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    """From which functions without a generator of their own draw there."""
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 def _check(rank: int, matrix: Tensor) -> None:

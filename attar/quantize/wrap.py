@@ -135,8 +135,10 @@ def wrap_linears(
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer
-    searched = [layer for name, layer in layers.items() if settings.clip_search and not plans[name].plain]
-    search_clips(searched)
+    blind = settings.low_rank is not None and not settings.low_rank.sees_rounding
+    later = {name for name, plan in plans.items() if plan.low_rank and plan.row_bits is None and blind}
+    if settings.clip_search:
+        search_clips(layers[name] for name, plan in plans.items() if not plan.plain and name not in later)
     if settings.row_bits is not None:
         _mix_rows(layers, plans, run, calls, settings.row_bits, seed, settings.clip_search)
     if settings.low_rank is not None:

@@ -31,8 +31,7 @@ def relative(layer, linear, x):
 
 def test_full_rank_is_exact():
     linear, layer = make()
-    errors = start_branch(layer, LowRankSettings(rank=OUT, iterations=0))
-    assert errors[0] < 1e-8
+    assert start_branch(layer, LowRankSettings(rank=OUT, iterations=0)) == []
     x = torch.randn(6, IN)
     torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-4)
 
@@ -71,12 +70,12 @@ def test_iterations_never_make_the_kept_branch_worse():
     for iterations in (0, 1, 4, 10):
         linear, layer = make()
         errors = start_branch(layer, LowRankSettings(rank=4, start="error", iterations=iterations))
-        assert len(errors) == iterations + 1
+        assert len(errors) == (iterations + 1 if iterations else 0)
         with torch.no_grad():
             weight = layer.rounded(linear.weight - layer.branch_out @ layer.branch_in)
             left = linear.weight - weight - layer.branch_out @ layer.branch_in
         found = (left.square().sum() / linear.weight.square().sum()).item()
-        assert found == pytest.approx(min(errors), rel=1e-3)
+        assert not errors or found == pytest.approx(min(errors), rel=1e-3)
         kept.append(found)
     assert all(a >= b for a, b in itertools.pairwise(kept)) and kept[-1] < kept[0]
 
