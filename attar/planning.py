@@ -77,9 +77,11 @@ def with_act_widths(recipe: Recipe, bits: int) -> Recipe:
 def with_plan(recipe: Recipe, plan: PlanFile, components: Mapping[str, nn.Module]) -> Recipe:
     """The recipe with the layers of a plan file as its last overrides, in the place of a budget.
 
-    Raises AttarError when the plan was made for another model.
+    Raises AttarError when the plan was made for another model, or beside branches that the recipe does not have.
     """
     plan.check(model_identity(components))
+    branch = recipe.quantize.branch
+    plan.check_branch(None if branch is None else branch.rank)
     return with_overrides(recipe, plan.overrides())
 
 

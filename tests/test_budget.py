@@ -154,6 +154,22 @@ def test_killed_and_resumed(commands, model, options, tmp_path):
     assert turn >= 2 and contents(out) == contents(whole)
 
 
+def test_a_plan_that_was_made_beside_branches_needs_them(commands, wan_folder, tmp_path):
+    out, branch = tmp_path / "plan.yaml", "quantize.low_rank={rank: 2, iterations: 0, acts: 4}"
+    options = (*RTN, "--set", branch)
+    assert (
+        commands.run("allocate", wan_folder, "-o", out, "--budget", "4bits", "--acts", "4", *options, *FEW)
+        == 0
+    )
+    assert yaml.safe_load(out.read_text())["chosen"]["branch_rank"] == 2
+    compress = ("compress", wan_folder, "-o", tmp_path / "small", "--dry-run", "--plan", out, *options)
+    refused = commands.start(*compress)
+    assert refused.wait() == 1 and "branches of rank 2, and the recipe has none" in refused.log.read_text()
+    assert commands.run(*compress, "--acts", "4") == 0
+    out.write_text(out.read_text().replace("  branch_rank: 2\n", ""))
+    assert commands.run(*compress) == 0
+
+
 def test_activations_get_as_many_bits_over_all_multiplications(commands, wan_folder, tmp_path):
     """More where they do more harm; layers whose activations the recipe names keep these."""
     out = tmp_path / "plan.yaml"

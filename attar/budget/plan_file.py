@@ -23,7 +23,8 @@ from attar.files import writing
 FORMAT = 1
 HEAD = """\
 # Bits of each layer, chosen by attar. Edit them and give the file back: attar compress MODEL --plan FILE
-# with the recipe, --weights and --acts that it was made with (below), which say what else there is, such as branches.
+# with the recipe, --weights and --acts that it was made with (below), which say what else there is. A plan that was
+# made beside branches is refused without them, unless the line that gives their rank is deleted.
 # A layer may have weights (2 to 8, or 16 to keep it), acts, and skip: true. Layers that are not listed, and whatever
 # is not said of a layer, are as the recipe has them. Names may have the wildcards of a shell; later lines win.
 """
@@ -34,12 +35,13 @@ class PlanFile:
     """Overrides for the layers of the model that the plan was made for.
 
     model: component -> identity of its linears. layers: component -> layer -> {weights, acts, skip}.
-    where: the file, for errors.
+    where: the file, for errors. branch_rank: of the branches that bits were chosen beside, None where nothing is said.
     """
 
     model: Mapping[str, str]
     layers: Mapping[str, Mapping[str, Mapping[str, Any]]]
     where: str = "plan"
+    branch_rank: int | None = None
 
     def check(self, model: Mapping[str, str]) -> None:
         """Raises AttarError if the plan is of a model with other linears."""
@@ -53,6 +55,16 @@ class PlanFile:
         unknown = sorted(set(self.layers) - set(model))
         if unknown:
             raise AttarError(f"the model has no component {unknown[0]!r}", where=self.where)
+
+    def check_branch(self, rank: int | None) -> None:
+        """Raises AttarError if the plan was made beside branches, and those of the recipe have another rank or none."""
+        if self.branch_rank is not None and self.branch_rank != rank:
+            raise AttarError(
+                f"the plan was made for layers with branches of rank {self.branch_rank}, and the recipe has "
+                + ("none at these bits" if rank is None else f"some of rank {rank}"),
+                where=self.where,
+                fix="Give the recipe, --weights and --acts that the plan was made with, or delete branch_rank in it",
+            )
 
     def overrides(self) -> dict[str, dict[str, Any]]:
         """As `quantize.roles` takes them, with the component in front of the layer's name."""
@@ -92,7 +104,11 @@ def read_plan(path: str | Path) -> PlanFile:
                 place = component if name is None else f"{component}.{name}"
                 fix = "Write one line for each layer, such as blocks.0.attn1.to_q: {weights: 3}"
                 raise AttarError(f"the plan says nothing readable of {place}", where=where, fix=fix)
-    return PlanFile(model, layers, where)
+    chosen = content.get("chosen")
+    rank = chosen.get("branch_rank") if isinstance(chosen, dict) else None
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise AttarError(f"branch_rank is {rank!r}, not a rank", where=where)
+    return PlanFile(model, layers, where, rank)
 
 
 def write_plan(path: Path, text: str) -> None:

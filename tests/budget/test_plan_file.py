@@ -49,12 +49,24 @@ def test_what_is_written_is_read(tmp_path):
         ("format: 1\nlayers: {}\n", "needs model and layers"),
         (GOOD.replace("{weights: 3}", "3"), "nothing readable of transformer.a.b"),
         (GOOD.replace("{a.b: {weights: 3}}", "3"), "nothing readable of transformer"),
+        (GOOD + "chosen: {branch_rank: some}\n", "branch_rank is 'some'"),
+        (GOOD + "chosen: {branch_rank: true}\n", "branch_rank is True"),
     ],
 )
 def test_what_is_no_plan(tmp_path, text, says):
     with pytest.raises(AttarError, match=says) as caught:
         read_plan(written(tmp_path, text))
     assert "plan.yaml" in str(caught.value)
+
+
+def test_a_plan_beside_branches_is_refused_without_them(tmp_path):
+    plan = read_plan(written(tmp_path, GOOD + "chosen: {branch_rank: 8}\n"))
+    plan.check_branch(8)
+    for rank, says in ((None, "the recipe has none at these bits"), (32, "the recipe has some of rank 32")):
+        with pytest.raises(AttarError, match=f"branches of rank 8, and {says}"):
+            plan.check_branch(rank)
+    for text in (GOOD, GOOD + "chosen: {budget: 3bits}\n"):
+        read_plan(written(tmp_path, text)).check_branch(8)
 
 
 def test_a_plan_that_is_not_there_or_not_text(tmp_path):
