@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from attar.models.source import find_source, load_pipeline
-from benchmarks import ablations, latency, pictures, quality
+from benchmarks import ablations, latency, picture_parts, pictures, quality
 from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
@@ -217,9 +217,9 @@ class Chapter:
         return "".join(parts)
 
 
-def pictured(rows: list[pictures.Row]) -> list[Chapter]:
-    """The models of pictures."""
-    return [
+def pictured(rows: list[pictures.Row], parts: list[list[str]]) -> list[Chapter]:
+    """The models of pictures. parts: rows of `benchmarks.picture_parts`."""
+    found = [
         Chapter(
             f"Leaderboard: {model}", pictures.INTRO, pictures.plot(rows, model),
             [
@@ -229,6 +229,10 @@ def pictured(rows: list[pictures.Row]) -> list[Chapter]:
         )
         for model in dict.fromkeys(row.model for row in rows)
     ]  # fmt: skip
+    if parts:
+        own = Section(picture_parts.TITLE, picture_parts.COLUMNS, parts, picture_parts.INTRO)
+        found[-1].tables.append(own)
+    return found
 
 
 def page(chapters: list[Chapter]) -> str:
@@ -252,10 +256,11 @@ def write_pages(
     others: list[Peer],
     parts: list[list[str]],
     still: list[pictures.Row],
+    still_parts: list[list[str]],
     folder: Path = DOCS,
 ) -> str:
     """docs/leaderboard.md, .html and the picture; returns the first. parts: rows of `benchmarks.ablations`. still: of
-    the models of pictures, which stand on the HTML page too.
+    the models of pictures, which stand on the HTML page too, with `still_parts`, rows of `benchmarks.picture_parts`.
 
     Raises ValueError when there is no row.
     """
@@ -263,7 +268,7 @@ def write_pages(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "images" / "leaderboard.svg").write_text(picture, encoding="utf-8")
     (folder / "leaderboard.html").write_text(
-        page([Chapter("Leaderboard: digits-video", INTRO, picture, tables), *pictured(still)]),
+        page([Chapter("Leaderboard: digits-video", INTRO, picture, tables), *pictured(still, still_parts)]),
         encoding="utf-8",
     )
     text = markdown(tables)
@@ -289,8 +294,9 @@ def main() -> None:
         quality.run(args)
     speeds = load(latency.RESULTS, "rows")["rows"]
     cells = load(args.results, "cells")["cells"]
-    still = pictures.rows_of(load(pictures.RESULTS, "cells")["cells"])
-    print(write_pages(rows_of(cells, speeds), peers(), ablations.rows(cells), still))
+    still = load(pictures.RESULTS, "cells")["cells"]
+    parts = ablations.rows(cells), picture_parts.rows(still, pictures.BITS)
+    print(write_pages(rows_of(cells, speeds), peers(), parts[0], pictures.rows_of(still), parts[1]))
 
 
 if __name__ == "__main__":

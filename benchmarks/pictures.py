@@ -31,7 +31,7 @@ from attar.models.zoo.judges import DigitReader, verdicts
 from attar.recipe import Recipe, load_recipe
 from attar.runtime.layers import packed_layers
 from attar.runtime.patches import dense_biases
-from benchmarks import quality
+from benchmarks import picture_parts, quality
 from benchmarks.cells import ACTS_ALIKE, NO_BRANCH, digest
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
@@ -68,8 +68,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # a recipe and its override
         }.items()
     },
 }
+NAMES = (*SYSTEMS, *VARIANTS, *picture_parts.VARIANTS)
 TRAINED = ("efficientdm", "quest", "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2")  # whole models
-ONLY_ON = {"quest": "digits-image"}  # systems that name layers of one kind of model
+# systems that name layers of one kind of model, and such without a part
+ONLY_ON = {"quest": "digits-image", **dict.fromkeys(picture_parts.VARIANTS, picture_parts.MODEL)}
 # prompts that are traced, those of systems that train whole models, and pictures that are judged
 CALIBRATION, TRAINING, SHOWN = 8, 64, 35
 COLUMNS = (
@@ -170,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
         for seed in args.seeds:
             benches: dict[int, PictureBench] = {}
             for bits in args.bits:
-                for system in (*SYSTEMS, *VARIANTS):
+                for system in NAMES:
                     if (args.only and system not in args.only) or ONLY_ON.get(system, model) != model:
                         continue
                     weights, acts = (int(n) for n in bits.upper()[1:].split("A"))
@@ -178,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
                     name, does = f"{model}|{system}|{bits}|{seed}", digest(recipe)
                     if load(args.results, "cells")["cells"].get(name, {}).get("recipe") == does:
                         continue
-                    traced = TRAINING if system in TRAINED else CALIBRATION
+                    traced = TRAINING if recipe.name in TRAINED else CALIBRATION
                     if traced not in benches:
                         benches[traced] = PictureBench(source, args.work, seed, args.steps, traced)
                     bench = benches[traced]
@@ -194,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
 
 def recipe_of(system: str, weights: int, acts: int, components: Mapping[str, nn.Module]) -> Recipe:
     """At these bits. components: the denoiser."""
-    name, overrides = VARIANTS.get(system, (system, {}))
+    name, overrides = {**VARIANTS, **picture_parts.VARIANTS}.get(system, (system, {}))
     bits = {"quantize.weights": weights, "quantize.acts": acts}
     if system == AS_LARGE:
         overrides = {"allocate.budget": f"{planned_ratio(components, load_recipe('svdquant', bits)):.3f}x"}
@@ -251,22 +253,25 @@ def plot(rows: list[Row], model: str) -> str:
     return scatter(points, f"{model}: quality against size", "linears against bfloat16", "PSNR, dB")
 
 
-def table(rows: list[Row]) -> str:
-    """The page for reading."""
+def table(rows: list[Row], parts: list[list[str]]) -> str:
+    """The page for reading. parts: rows of `benchmarks.picture_parts`."""
     lines = ["# Pictures: digits-dit and digits-image", "", INTRO]
     for model in dict.fromkeys(row.model for row in rows):
         lines += [f"![Quality against size](images/{model}.svg)", ""]
         for bits in dict.fromkeys(row.bits for row in rows if row.model == model):
             here = [row.figures() for row in rows if (row.model, row.bits) == (model, bits)]
             lines += [f"## {model}, {bits}", "", *table_lines(COLUMNS, here), ""]
+    if parts:
+        lines += [f"## {picture_parts.TITLE}", "", picture_parts.INTRO]
+        lines += [*table_lines(picture_parts.COLUMNS, parts), ""]
     return "\n".join(lines)
 
 
-def write_page(rows: list[Row], folder: Path = DOCS) -> str:
-    """pictures.md and its plots; returns the first."""
+def write_page(rows: list[Row], parts: list[list[str]], folder: Path = DOCS) -> str:
+    """pictures.md and its plots; returns the first. parts: rows of `benchmarks.picture_parts`."""
     for model in dict.fromkeys(row.model for row in rows):
         (folder / "images" / f"{model}.svg").write_text(plot(rows, model), encoding="utf-8")
-    text = table(rows)
+    text = table(rows, parts)
     (folder / "pictures.md").write_text(text, encoding="utf-8")
     return text
 
@@ -281,7 +286,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
-    parser.add_argument("--only", nargs="+", choices=(*SYSTEMS, *VARIANTS), help="only these systems")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="only these systems")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--work", type=Path, default=Path("work/pictures"))
@@ -291,7 +296,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if not args.table:
         run(args)
-    print(write_page(rows_of(load(args.results, "cells")["cells"])))
+    cells = load(args.results, "cells")["cells"]
+    print(write_page(rows_of(cells), picture_parts.rows(cells, BITS)))
 
 
 if __name__ == "__main__":

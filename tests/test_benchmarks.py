@@ -161,8 +161,18 @@ def test_budgets_table_pairs_plans_over_seeds():
     assert budget.table(cells).splitlines()[-1].endswith("| – | – |")
 
 
+def test_every_part_of_a_picture_system_changes_its_recipe():
+    from benchmarks import picture_parts, pictures
+
+    for part in picture_parts.PARTS:
+        bits = {"quantize.weights": 4, "quantize.acts": 4}
+        whole, other = (load_recipe(part.system, {**more, **bits}) for more in ({}, part.overrides))
+        assert whole != other and part.sides.index(part.system) == part.default
+        assert part.system in pictures.TRAINED and part.other in pictures.NAMES
+
+
 def test_pictures_are_tabled_by_model_and_bits():
-    from benchmarks import pictures
+    from benchmarks import picture_parts, pictures
 
     cell = {"psnr": [30.0, 32.0], "ssim": [0.9, 0.8], "frechet": 0.5, "right": 0.75, "reference_right": 1.0}
     cells = {
@@ -170,7 +180,18 @@ def test_pictures_are_tabled_by_model_and_bits():
         "digits-image|rtn|W4A4|0": {**cell, "psnr": [20.0, 20.0], "linears": 0.25},
         "digits-image|rtn|W4A4|1": {**cell, "psnr": [22.0, 22.0], "linears": 0.25},
     }
-    text = pictures.table(pictures.rows_of(cells))
+    cells |= {
+        "digits-image|quest, all layers|W4A4|0": {**cell, "psnr": [29.0, 30.5], "linears": 0.3},
+        "digits-image|quest, all layers|W4A4|1": {**cell, "linears": 0.3},
+        "digits-image|quantized-distillation, trained numbers|W4A4|0": {**cell, "linears": 0.3},
+        "digits-image|quantized-distillation|W4A4|0": {**cell, "psnr": [29.0, 32.0], "linears": 0.3},
+    }
+    parts = picture_parts.rows(cells, ("W4A6", "W4A4"))
+    assert parts[0] == ["quest", "chosen layers alone", "W4A4", "1", "+1.25 ± 3.18"]
+    assert parts[1][:4] == ["quantized-distillation", "trained numbers", "W4A4", "1"] and len(parts) == 2
+    assert parts[1][4].startswith("+0.50 ± ")
+    text = pictures.table(pictures.rows_of(cells), parts)
+    assert "| quest | chosen layers alone | W4A4 |" in text and "| quest, all layers |" not in text
     assert "## digits-image, W4A4" in text and "digits-dit, " not in text
     rows = [line for line in text.splitlines() if line.startswith(("| quest", "| rtn"))]
     assert rows[0].startswith("| quest | 1 | 0.300× | 31.00 | 0.8500 | 0.5000 | 75.0 (100.0) | 60 |")

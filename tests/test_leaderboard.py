@@ -56,14 +56,16 @@ def test_pages_stand_alone_and_say_the_same(rows, tmp_path):
         "right": 1,
         "reference_right": 1,
     }
+    own = [["quest", "chosen <layers>", "W4A4", "1", "+0.5 ± 0.1"]]
     still = pictures.rows_of({"digits-dit|svdquant|W4A4|0": picture, "digits-dit|unknown|W4A4|0": picture})
     text = write_pages(
-        rows, [Peer("other <int8>", 0.5, row), Peer("told", None, row)], parts, still, tmp_path
+        rows, [Peer("other <int8>", 0.5, row), Peer("told", None, row)], parts, still, own, tmp_path
     )
     html = (tmp_path / "leaderboard.html").read_text()
     assert "| svdquant | 1 |" in text and "<td>svdquant</td>" in html and "<svg" in html
     assert "other &lt;int8&gt;" in html and "<b>linears</b>" in html and "src=" not in html
     assert "| attar | shifts <x> | W4A4 | 1 |" in text and "<td>shifts &lt;x&gt;</td>" in html
+    assert "<td>chosen &lt;layers&gt;</td>" in html
     assert "<h1>Leaderboard: digits-dit</h1>" in html and html.count("<svg") == 2 and "unknown" not in html
     assert "simulated" in text and (tmp_path / "images" / "leaderboard.svg").is_file()
 

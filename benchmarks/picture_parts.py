@@ -1,0 +1,80 @@
+"""What the parts of systems that train whole models give: each system without a part, on digits-image.
+
+The cells are those of `python -m benchmarks.pictures --only "quest, all layers"` and the like; the table stands below
+its tables of systems.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from attar.evaluate.statistics import paired_difference
+from benchmarks.tables import estimate_text
+
+MODEL = "digits-image"
+TITLE = f"What the parts of trained systems give, {MODEL}"
+COLUMNS = ("system", "part", "bits", "seeds", "PSNR, dB")
+INTRO = """Change of the pictures' PSNR by one part of a system, everything else the same, with the 95 % t-interval of
+the mean, paired over pictures where there is one seed, else over seeds. An interval that holds 0 says that the part
+gave nothing that these pictures can show.
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a system. other: the name of the cells of the system without it, or with it where it is no default;
+    overrides: what makes these of the system's recipe."""
+
+    system: str
+    name: str
+    other: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    default: bool = True
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The names of cells without the part and with it."""
+        return (self.other, self.system) if self.default else (self.system, self.other)
+
+
+NO_RELATION = {"finetune.relation": None}
+PARTS = (
+    Part("efficientdm", "merged adapters", "efficientdm, ranges alone", {"finetune.adapter_rank": 0}),
+    Part("quest", "chosen layers alone", "quest, all layers", {"finetune.layers": None}),
+    Part("quest", "outputs of time projections", "quest, the model's output alone", {"finetune.local": None}),
+    Part("mpq-dm", "rows by kurtosis", "mpq-dm, all rows alike", {"quantize.row_bits": None}),
+    Part("mpq-dm", "relations", "mpq-dm, without relations", NO_RELATION),
+    Part("mpq-dmv2", "residual codes", "mpq-dmv2, integers", {"quantize.row_bits.salient_format": "int"}),
+    Part("mpq-dmv2", "start from the error", "mpq-dmv2, start from zero", {"finetune.adapter_start": "rounded"}),
+    Part("mpq-dmv2", "relations with a memory", "mpq-dmv2, without relations", NO_RELATION),
+    Part(
+        "quantized-distillation", "trained numbers", "quantized-distillation, trained numbers",
+        {"quantize.weight_format": "lloyd", "finetune.level_lr": 1e-3}, default=False,
+    ),
+    Part("qvgen", "branches that decay", "qvgen, without branches", {"finetune.auxiliary_rank": 0}),
+)  # fmt: skip
+VARIANTS = {part.other: (part.system, part.overrides) for part in PARTS}
+
+
+def rows(cells: dict[str, Any], bits: tuple[str, ...]) -> list[list[str]]:
+    """Figures in the order of COLUMNS, a row for each part and width that both sides were measured at."""
+    found = []
+    for part in PARTS:
+        for width in bits:
+            prefixes = [f"{MODEL}|{side}|{width}|" for side in part.sides]
+            seeds = sorted(name.rsplit("|", 1)[1] for name in cells if name.startswith(prefixes[0]))
+            pairs = [
+                [cells[p + seed]["psnr"] for p in prefixes] for seed in seeds if prefixes[1] + seed in cells
+            ]
+            if pairs:
+                change = estimate_text(_change(pairs), 2, "+")
+                found.append([part.system, part.name, width, str(len(pairs)), change])
+    return found
+
+
+def _change(pairs: list[list[list[float]]]) -> Any:
+    """pairs: (without, with) of each seed, for each picture."""
+    if len(pairs) == 1:
+        return paired_difference(*pairs[0])
+    return paired_difference(*([sum(pair[side]) / len(pair[side]) for pair in pairs] for side in (0, 1)))
