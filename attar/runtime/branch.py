@@ -20,11 +20,11 @@ def branch_low(x: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
 def finished(y: Tensor, branch: Branch | None, gelu: str | None) -> Tensor:
     """A product y (..., out) in the model's type, plus low (..., rank) · up (out, rank)ᵀ, or GELU of it.
 
-    y is written to: on a processor, adding a tensor of its size costs ten times as much.
+    y may be written to: on a processor, adding a tensor of its size costs ten times as much.
     """
     if branch is not None:
         low, up = branch
-        y.view(-1, y.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), up.T)
+        y = y.reshape(-1, y.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), up.T).view(y.shape)
     return y if gelu is None else F.gelu(y, approximate=gelu)
 
 

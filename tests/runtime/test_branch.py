@@ -131,6 +131,8 @@ def test_weights_alone(backend, gelu):
         expected = expected if gelu is None else F.gelu(expected, approximate=gelu)
         torch.testing.assert_close(layer(x, gelu=gelu), expected, rtol=1e-4, atol=1e-5)
         assert layer(x[:0], gelu=gelu).shape == (0, 5, 60)
+        turned = x.permute(1, 0, 2)
+        torch.testing.assert_close(layer(turned, gelu=gelu), layer(x, gelu=gelu).permute(1, 0, 2))
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=compiled)])

@@ -21,10 +21,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2, "channel_shift": 3}
 GELUS = {None: 0, "none": 1, "tanh": 2}
 _VARIABLE = "ATTAR_CPU_KERNELS"
-_MATRICES, _REGISTER = (
-    "amx-int8",
-    32,
-)  # the kernels with matrix registers; what rows, outputs and ranks are rounded up to
+_MATRICES = "amx-int8"  # the kernels with matrix registers
+_REGISTER = 32  # what rows, outputs and ranks of a branch are rounded up to, so that tiles need no edges
 _SMALLEST = 1e-15  # a channel scale that a product with its inverse can stand for
 _PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
