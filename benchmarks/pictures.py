@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline, transformer_components
+from attar.errors import AttarError
 from attar.evaluate.fidelity import psnr, ssim
 from attar.evaluate.frechet import frechet_distance
 from attar.evaluate.generate import generate
@@ -88,6 +89,8 @@ INTRO = f"""What every system makes of the built-in models of pictures, against 
 {SHOWN} prompts, {CALIBRATION} traced ones for calibration, {TRAINING} where the whole model is trained. Printed by
 `python -m benchmarks.pictures --table`.
 **linears**: bytes of the quantized linears and convolutions against bfloat16, with scales, transforms and biases.
+Some systems do not exist at some bits: `mpq-dm` and `mpq-dmv2` at eight (rows would have nine),
+`lrq-dit` below three.
 **all right**: pictures whose digit and colour are those asked for (in brackets: full precision). ± is the half width of
 the 95 % t-interval over seeds; rows of one seed are no more than a hint.
 """
@@ -176,8 +179,13 @@ def run(args: argparse.Namespace) -> None:
                     if (args.only and system not in args.only) or ONLY_ON.get(system, model) != model:
                         continue
                     weights, acts = (int(n) for n in bits.upper()[1:].split("A"))
-                    recipe = recipe_of(system, weights, acts, components)
-                    name, does = f"{model}|{system}|{bits}|{seed}", digest(recipe)
+                    name = f"{model}|{system}|{bits}|{seed}"
+                    try:
+                        recipe = recipe_of(system, weights, acts, components)
+                    except AttarError as error:
+                        print(f"{name:<48} does not exist: {error}", flush=True)
+                        continue
+                    does = digest(recipe)
                     if load(args.results, "cells")["cells"].get(name, {}).get("recipe") == does:
                         continue
                     traced = TRAINING if recipe.name in TRAINED else CALIBRATION
