@@ -9,7 +9,7 @@ from attar.quantize.block_settings import BlockSettings
 from attar.quantize.finetune import FinetuneSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.low_rank import LowRankSettings
-from attar.quantize.plan import Forecast, LayerPlan, NamedLinear, forecast, plan_layers
+from attar.quantize.plan import Forecast, LayerPlan, NamedLinear, Rules, forecast, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.quantize.relations import RelationSettings
 from attar.quantize.row_bits import RowBitsSettings
@@ -36,11 +36,12 @@ def plan_for(
 ) -> list[LayerPlan]:
     """The plan of every linear layer, in blocks and outside of them (see `plan_layers`)."""
     q = recipe.quantize
-    return plan_layers(
-        inside, outside, q.weights, q.acts, q.roles, q.group_size, q.weight_format, q.act_format,
-        _low_rank(recipe), _row_bits(recipe), q.step_groups,
-        q.calibrate_modulation,
+    rules = Rules(
+        weights=q.weights, acts=q.acts, overrides=q.roles, group_size=q.group_size, weight_format=q.weight_format,
+        act_format=q.act_format, low_rank=_low_rank(recipe), row_bits=_row_bits(recipe), step_groups=q.step_groups,
+        calibrate_modulation=q.calibrate_modulation,
     )  # fmt: skip
+    return plan_layers(inside, outside, rules)
 
 
 def block_settings(recipe: Recipe) -> BlockSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -114,19 +114,34 @@ class Forecast:
         return Forecast(self.dense + other.dense, self.packed + other.packed)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What is said of all layers of a model.
+
+    weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only, or
+    a list of 2..8 for each of the `step_groups` groups of denoising steps, noisiest first; so in overrides.
+    overrides: {pattern: {"weights": bits, "acts": bits, "skip": bool}}; a pattern is a role or a dotted
+    name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
+    group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
+    scale per output channel, and its reason says so.
+    weight_format, act_format: of all planned layers. low_rank, row_bits: of those that are not plain; layers of 8 bits
+    have as many in all rows. calibrate_modulation: whether modulation is rounded as other weights are.
+    """
+
+    weights: int
+    acts: int | Sequence[int] | None
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    group_size: int | None = None
+    weight_format: str = "int"
+    act_format: str = "int"
+    low_rank: LowRankSettings | None = None
+    row_bits: RowBitsSettings | None = None
+    step_groups: int = 1
+    calibrate_modulation: bool = False
+
+
 def plan_layers(
-    linears_in_blocks: Iterable[NamedLinear],
-    outside_linears: Iterable[NamedLinear],
-    weights: int,
-    acts: int | Sequence[int] | None,
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    group_size: int | None = None,
-    weight_format: str = "int",
-    act_format: str = "int",
-    low_rank: LowRankSettings | None = None,
-    row_bits: RowBitsSettings | None = None,
-    step_groups: int = 1,
-    calibrate_modulation: bool = False,
+    linears_in_blocks: Iterable[NamedLinear], outside_linears: Iterable[NamedLinear], rules: Rules
 ) -> list[LayerPlan]:
     """The plan of every linear layer of a transformer, in the order given.
 
@@ -136,43 +151,33 @@ def plan_layers(
     have one, stay as they are, or become weight-only by an override. Linears outside blocks are plain, since no
     calibration data passes there; so is modulation with floating-point activations, unless `calibrate_modulation`
     rounds its weights as those of others, on the tokens that the samples have.
-    weights: 2..8, 1 for formats that have it, or 16 to keep every layer. acts: 2..8, or 16 or None for weights only, or
-    a list of 2..8 for each of the `step_groups` groups of denoising steps, noisiest first; so in overrides.
-    group_size: input channels to a scale in weight-only layers; a layer whose width it does not divide gets one
-    scale per output channel, and its reason says so.
-    weight_format, act_format: of all planned layers. low_rank, row_bits: of those that are not plain; layers of 8 bits
-    have as many in all rows.
-    overrides: {pattern: {"weights": bits, "acts": bits, "skip": bool}}; a pattern is a role or a dotted
-    name, with the wildcards of a shell (`cross_attn.*`, `blocks.0.*`); later ones win, key by key.
     Raises AttarError for bits out of range, unknown keys, patterns that match no layer, and groups that no layer has.
     """
-    least = {"weights": least_bits(weight_format), "acts": 2}
-    _check_bits(weights, "weights", None, least)
-    _check_acts(acts, None, step_groups)
-    overrides = dict(overrides or {})
-    for pattern, options in overrides.items():
+    least = {"weights": least_bits(rules.weight_format), "acts": 2}
+    _check_bits(rules.weights, "weights", None, least)
+    _check_acts(rules.acts, None, rules.step_groups)
+    for pattern, options in rules.overrides.items():
         if not isinstance(options, Mapping) or set(options) - _OVERRIDE_KEYS:
             raise AttarError(f"an override knows weights, acts and skip, got {options!r}", where=pattern)
         if "weights" in options:
             _check_bits(options["weights"], "weights", pattern, least)
         if "acts" in options:
-            _check_acts(options["acts"], pattern, step_groups)
+            _check_acts(options["acts"], pattern, rules.step_groups)
         if not isinstance(options.get("skip", False), bool):
             raise AttarError("skip is true or false", where=pattern)
 
-    unmatched = set(overrides)
+    unmatched = set(rules.overrides)
     plans = []
     for linear, inside in [(x, True) for x in linears_in_blocks] + [(x, False) for x in outside_linears]:
         chosen: dict[str, Any] = {}
         last = None
-        for pattern, options in overrides.items():
+        for pattern, options in rules.overrides.items():
             if fnmatchcase(linear.role, pattern) or fnmatchcase(linear.name, pattern):
                 unmatched.discard(pattern)
                 chosen.update(options)
                 last = pattern
-        plan = _plan(linear, inside, weights, acts, chosen, last, group_size, calibrate_modulation)
-        plan = _with_formats(plan, weight_format, act_format, row_bits)
-        plans.append(_with_branch(plan, low_rank))
+        plan = _with_formats(_plan(linear, inside, rules, chosen, last), rules)
+        plans.append(_with_branch(plan, rules.low_rank))
     if unmatched:
         roles = sorted({plan.role for plan in plans})
         raise AttarError(
@@ -180,7 +185,7 @@ def plan_layers(
         )
     _check_parts(plans)
     planned = [plan for plan in plans if not plan.skipped]
-    if group_size is not None and planned and all(plan.act_bits is not None for plan in planned):
+    if rules.group_size is not None and planned and all(plan.act_bits is not None for plan in planned):
         raise AttarError(
             "groups are for layers with floating-point activations, and there is none",
             where="group_size",
@@ -202,27 +207,25 @@ def _check_parts(plans: Iterable[LayerPlan]) -> None:
             )
 
 
-def _with_formats(
-    plan: LayerPlan, weight_format: str, act_format: str, row_bits: RowBitsSettings | None
-) -> LayerPlan:
+def _with_formats(plan: LayerPlan, rules: Rules) -> LayerPlan:
     if plan.weight_bits is None:
         return plan
-    row_bits = None if plan.plain or plan.weight_bits == 8 else row_bits
+    row_bits = None if plan.plain or plan.weight_bits == 8 else rules.row_bits
     try:
-        check_weight_format(weight_format, plan.weight_bits)
+        check_weight_format(rules.weight_format, plan.weight_bits)
         for bits in plan.act_groups or (plan.act_bits,):
             if bits is not None:
-                check_format(act_format, bits)
+                check_format(rules.act_format, bits)
         if row_bits is not None:
             if plan.group_size is not None:
                 raise AttarError("rows of several widths have one scale each", fix="Leave group_size out")
-            row_bits.grids(plan.weight_bits, weight_format)
+            row_bits.grids(plan.weight_bits, rules.weight_format)
     except AttarError as error:
         raise AttarError(error.what, where=plan.name, fix=error.fix) from error
     return replace(
         plan,
-        weight_format=weight_format,
-        act_format="int" if plan.act_bits is None else act_format,
+        weight_format=rules.weight_format,
+        act_format="int" if plan.act_bits is None else rules.act_format,
         row_bits=row_bits,
     )
 
@@ -282,16 +285,10 @@ def fitting_group(in_features: int, group_size: int | None) -> tuple[int | None,
 
 
 def _plan(
-    linear: NamedLinear,
-    inside: bool,
-    weights: int,
-    acts: int | Sequence[int] | None,
-    chosen: Mapping[str, Any],
-    pattern: str | None,
-    group_size: int | None,
-    calibrate_modulation: bool,
+    linear: NamedLinear, inside: bool, rules: Rules, chosen: Mapping[str, Any], pattern: str | None
 ) -> LayerPlan:
-    reason = None
+    """chosen: what overrides say of the layer, of which `pattern` is the last."""
+    weights, acts, reason = rules.weights, rules.acts, None
     if not inside:
         weights, acts, reason = KEEP, None, "outside the transformer blocks"
     elif weights == KEEP:
@@ -317,9 +314,9 @@ def _plan(
     module: Any = linear.module
     groups, note = None, ""
     one_token = not kept and act_bits is None and linear.role in {*ONE_TOKEN, "time_conditioning"}
-    plain = (not kept and not inside) or (one_token and not calibrate_modulation)
+    plain = (not kept and not inside) or (one_token and not rules.calibrate_modulation)
     if not kept and act_bits is None:
-        groups, note = fitting_group(module.in_features, group_size)
+        groups, note = fitting_group(module.in_features, rules.group_size)
     return LayerPlan(
         name=linear.name,
         role=linear.role,

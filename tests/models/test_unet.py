@@ -14,7 +14,7 @@ from attar.models.attention_mass import attention_mass
 from attar.models.block import run_block
 from attar.models.concatenations import concatenations
 from attar.planning import plan_component
-from attar.quantize.plan import LayerPlan, open_planned, plan_layers
+from attar.quantize.plan import LayerPlan, Rules, open_planned, plan_layers
 from attar.recipe import load_recipe
 from attar.samples import SegmentStarts
 from attar.workspace import Workspace
@@ -49,7 +49,7 @@ def test_every_layer_has_a_role_and_a_place(name):
     }
     for leaf, role in found.items():
         assert roles[f"up_blocks.1.resnets.0.{leaf}"] == f"resnet.{role}"
-    plans = {p.name: p for p in plan_layers(inside, outside, 4, 6)}
+    plans = {p.name: p for p in plan_layers(inside, outside, Rules(4, 6))}
     assert {p.bits for n, p in plans.items() if p.role == "resnet.time"} == {"W4A16"}
     assert all(plans[x.name].skipped for x in outside)
     assert all(plans[x.name].bits == "W4A6" for x in inside if x.role != "resnet.time")
@@ -69,7 +69,7 @@ def test_units_chained_in_segments_reproduce_the_model(name):
                 assert all(torch.equal(caught.streams[k], state.streams[k]) for k in state.streams)
                 state = state.with_streams(run_block(block.module, state, block.outputs))
         plans = plan_layers(
-            [x for b in adapter.blocks for x in adapter.linears(b)], adapter.outside_linears(), 4, 6
+            [x for b in adapter.blocks for x in adapter.linears(b)], adapter.outside_linears(), Rules(4, 6)
         )
         open_planned(model, {p.name: p for p in plans})
         assert not any(isinstance(m, nn.Conv2d) for m in model.modules())
@@ -138,7 +138,7 @@ def test_layers_behind_skip_connections_are_seen(name):
     }
     assert all(len(sizes) == 2 and sum(sizes) == channels[n] for n, sizes in behind.items())
     adapter.splits = splits
-    plans = {p.name: p for b in adapter.blocks for p in plan_layers(adapter.linears(b), [], 4, 6)}
+    plans = {p.name: p for b in adapter.blocks for p in plan_layers(adapter.linears(b), [], Rules(4, 6))}
     first = plans["up_blocks.0.resnets.1.conv1.linear.parts.0"]
     second = plans["up_blocks.0.resnets.1.conv1.linear.parts.1"]
     assert (first.in_features, second.in_features) == (32 * 9, 16 * 9) and first.bias and not second.bias
@@ -153,7 +153,7 @@ def test_parts_are_kept_together():
     adapter.splits = concatenations(adapter.transformer)
     linears = [x for b in adapter.blocks for x in adapter.linears(b)]
     with pytest.raises(AttarError, match="one part of a split layer"):
-        plan_layers(linears, [], 4, 6, {"*.conv1.linear.parts.1": {"skip": True}})
+        plan_layers(linears, [], Rules(4, 6, {"*.conv1.linear.parts.1": {"skip": True}}))
 
 
 def test_only_known_u_nets_are_watched():
@@ -171,11 +171,15 @@ def test_convolutions_in_groups_stay_and_the_plan_says_why():
     resnet = model.mid_block.resnets[0]
     resnet.conv1 = nn.Conv2d(32, 32, 3, padding=1, groups=4)
     adapter = ModelAdapter.of(model)
-    plans: list[LayerPlan] = plan_layers([x for b in adapter.blocks for x in adapter.linears(b)], [], 4, 6)
+    plans: list[LayerPlan] = plan_layers(
+        [x for b in adapter.blocks for x in adapter.linears(b)], [], Rules(4, 6)
+    )
     (kept,) = [p for p in plans if p.skipped]
     assert kept.name == "mid_block.resnets.0.conv1" and kept.reason == "a convolution in 4 groups"
     resnet.conv1 = resnet.conv_again = nn.Conv2d(32, 32, 3, padding=1)
-    plans = plan_layers(adapter.linears(next(b for b in adapter.blocks if b.module is resnet)), [], 4, 6)
+    plans = plan_layers(
+        adapter.linears(next(b for b in adapter.blocks if b.module is resnet)), [], Rules(4, 6)
+    )
     assert [p.reason for p in plans if p.skipped] == ["a convolution of several names"]
 
 
@@ -185,7 +189,7 @@ def test_the_real_stable_diffusion_is_almost_all_in_units():
         model = UNet2DConditionModel(cross_attention_dim=768)
     adapter = ModelAdapter.of(model)
     plans = plan_layers(
-        [x for b in adapter.blocks for x in adapter.linears(b)], adapter.outside_linears(), 4, 8
+        [x for b in adapter.blocks for x in adapter.linears(b)], adapter.outside_linears(), Rules(4, 8)
     )
     planned = sum(p.in_features * p.out_features for p in plans if not p.skipped)
     total = sum(p.numel() for p in model.parameters())

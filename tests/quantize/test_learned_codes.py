@@ -19,7 +19,7 @@ from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.learned_codes import LearnedCodes
 from attar.quantize.linear import QuantizedLinear
-from attar.quantize.plan import plan_layers
+from attar.quantize.plan import Rules, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.quantize.weights import Grid
 from attar.recipe import load_recipe
@@ -206,7 +206,7 @@ def test_scales_with_codes_are_better_than_codes_alone_and_these_than_the_neares
     }.items():  # fmt: skip
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(24, 16)).requires_grad_(False)
-        plans = {"0": plan_layers([Linear("0", module[0], "other")], [], 3, 16)[0]}
+        plans = {"0": plan_layers([Linear("0", module[0], "other")], [], Rules(3, 16))[0]}
 
         def run(call, module=module):
             return {"x": module(call.streams["x"])}

@@ -9,7 +9,7 @@ from attar.quantize.adaptive import InputSample
 from attar.quantize.initialize import TransformSettings, build_transforms
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.low_rank import LowRankSettings
-from attar.quantize.plan import SALIENT_SHARE, Forecast, forecast, plan_layers
+from attar.quantize.plan import SALIENT_SHARE, Forecast, Rules, forecast, plan_layers
 from attar.runtime.size import packed_size
 
 
@@ -35,7 +35,7 @@ def make_model():
 
 
 def plan(weights=4, acts=6, overrides=None, **options):
-    return {p.name: p for p in plan_layers(*make_model(), weights, acts, overrides, **options)}
+    return {p.name: p for p in plan_layers(*make_model(), Rules(weights, acts, overrides or {}, **options))}
 
 
 def test_defaults_by_role():
@@ -105,7 +105,7 @@ def test_calibrated_modulation_has_no_scale_and_no_rotation():
 
 def test_groups_are_for_floating_point_activations():
     def groups(**options):
-        return {p.name: p for p in plan_layers(*make_model(), 4, **options)}
+        return {p.name: p for p in plan_layers(*make_model(), Rules(4, **options))}
 
     plans = groups(acts=16, group_size=16)
     assert all(p.group_size == 16 for p in plans.values() if not p.skipped)
@@ -119,7 +119,7 @@ def test_groups_are_for_floating_point_activations():
 
 def test_activation_bits_by_groups_of_steps():
     overrides = {"ffn.up": {"acts": [4, 4]}, "blocks.1.ffn.0": {"acts": 7}, "cross_attn.k": {"acts": (5, 6)}}
-    plans = plan_layers(*make_model(), 4, [8, 6], overrides, step_groups=2)
+    plans = plan_layers(*make_model(), Rules(4, [8, 6], overrides, step_groups=2))
     found = {p.name: (p.act_bits, p.act_groups, p.bits) for p in plans}
     assert found["blocks.0.attn1.to_q"] == (8, (8, 6), "W4A8/6")
     assert found["blocks.0.ffn.0"] == (4, None, "W4A4") and found["blocks.1.ffn.0"] == (7, None, "W4A7")
@@ -132,9 +132,9 @@ def test_activation_bits_by_groups_of_steps():
         ([8, True], 2, "True bits in a group"),
     ):
         with pytest.raises(AttarError, match=says):
-            plan_layers(*make_model(), 4, acts, step_groups=groups)
+            plan_layers(*make_model(), Rules(4, acts, step_groups=groups))
     with pytest.raises(AttarError, match="fp8"):  # which has eight bits alone
-        plan_layers(*make_model(), 4, [8, 6], act_format="fp8", step_groups=2)
+        plan_layers(*make_model(), Rules(4, [8, 6], act_format="fp8", step_groups=2))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_forecast_is_what_the_packed_layer_weighs(rotation, scale, weights, acts
     for d, out, bias in ((48, 10, True), (24, 7, False)):
         linear = nn.Linear(d, out, bias=bias, dtype=torch.bfloat16)
         settings = TransformSettings(scale=scale, rotation=rotation)
-        (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], weights, acts)
+        (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], Rules(weights, acts))
         found = forecast(replace(layer_plan, group_size=group), settings)
         transforms = build_transforms(linear, torch.ones(d), settings)
         packed = QuantizedLinear(linear, weights, acts, transforms, group_size=group).bake()
@@ -176,7 +176,7 @@ def test_forecast_is_what_the_packed_layer_weighs(rotation, scale, weights, acts
 def test_an_adaptive_rotation_is_forecast_as_a_mixture():
     """Which rotation a layer gets shows on data only; one of either kind weighs what it weighs."""
     linear = nn.Linear(48, 10, dtype=torch.bfloat16)
-    (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], 4, 6)
+    (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], Rules(4, 6))
     weights = {}
     for threshold in (0.0, 2.0):
         settings = TransformSettings(rotation="adaptive", rotation_threshold=threshold)
@@ -193,7 +193,7 @@ def test_an_adaptive_rotation_is_forecast_as_a_mixture():
 @pytest.mark.parametrize("group", [None, 8])
 def test_twin_log_tables_are_forecast_by_row(group):
     linear = nn.Linear(48, 10)
-    (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], 3, 16, weight_format="twin_log")
+    (layer_plan,) = plan_layers([Named("x", linear, "ffn.up")], [], Rules(3, 16, weight_format="twin_log"))
     layer = QuantizedLinear(linear, 3, None, group_size=group, weight_format="twin_log").bake()
     settings = TransformSettings(scale=False, rotation="none")
     found = forecast(replace(layer_plan, group_size=group), settings)
@@ -205,7 +205,7 @@ def test_twin_log_tables_are_forecast_by_row(group):
 def test_forecast_counts_the_tables(name, bits, acts, group):
     linear = nn.Linear(48, 10, dtype=torch.bfloat16)
     (layer_plan,) = plan_layers(
-        [Named("x", linear, "ffn.up")], [], bits, acts, group_size=group, weight_format=name
+        [Named("x", linear, "ffn.up")], [], Rules(bits, acts, group_size=group, weight_format=name)
     )
     found = forecast(layer_plan, TransformSettings(scale=False, rotation="none"))
     layer = QuantizedLinear(linear, bits, acts, group_size=group, weight_format=name)
@@ -213,14 +213,14 @@ def test_forecast_counts_the_tables(name, bits, acts, group):
 
 
 def test_one_bit_is_for_formats_that_have_it():
-    (only,) = plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], 1, 6, weight_format="binary")
+    (only,) = plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], Rules(1, 6, weight_format="binary"))
     assert only.bits == "W1A6-binary"
     for name in ("int", "nf4", "dual_binary"):
         with pytest.raises(AttarError, match="weights cannot be 1 bits") as raised:
-            plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], 1, 6, weight_format=name)
+            plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], Rules(1, 6, weight_format=name))
         assert raised.value.fix == "Choose between 2 and 8, or 16 for full precision"
     with pytest.raises(AttarError, match="acts cannot be 1 bits"):
-        plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], 1, 1, weight_format="binary")
+        plan_layers([Named("x", nn.Linear(8, 8), "ffn.up")], [], Rules(1, 1, weight_format="binary"))
 
 
 def test_forecast_of_a_kept_layer_and_sums():

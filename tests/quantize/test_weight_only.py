@@ -11,7 +11,7 @@ from attar.models.block import run_block
 from attar.quantize.block import quantize_block
 from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import plan_layers
+from attar.quantize.plan import Rules, plan_layers
 from attar.quantize.reconstruct import ReconstructionSettings
 from attar.runtime import use_backend
 from attar.runtime.layers import packed_layers
@@ -30,7 +30,9 @@ def quantized(name, settings, acts=16, weights=4, group=None, overrides=None, **
     block = adapter.blocks[0]
     plans = {
         p.name.removeprefix(f"{block.name}."): p
-        for p in plan_layers(adapter.linears(block), [], weights, acts, overrides, group, **options)
+        for p in plan_layers(
+            adapter.linears(block), [], Rules(weights, acts, overrides or {}, group, **options)
+        )
         if not p.skipped
     }
 

@@ -8,7 +8,7 @@ from attar.losses import mse, relative_error
 from attar.models.adapter import ModelAdapter
 from attar.models.block import run_block
 from attar.quantize.block import quantize_block
-from attar.quantize.plan import plan_layers
+from attar.quantize.plan import Rules, plan_layers
 
 
 class Case:
@@ -24,7 +24,7 @@ class Case:
             table[:, [0, 3]] += offset * pattern
         self.calls = catch_block_calls(model, adapter, 0, [call(model, seed=i) for i in range(4)])
         self.block = adapter.blocks[0]
-        plans = plan_layers(adapter.linears(self.block), [], 4, 6)
+        plans = plan_layers(adapter.linears(self.block), [], Rules(4, 6))
         self.plans = {p.name.removeprefix(f"{self.block.name}."): p for p in plans}
         self.targets = [self.run(call) for call in self.calls]
 

@@ -12,7 +12,7 @@ from attar.models.block import BlockCall, run_block
 from attar.models.linears import Linear, open_linears
 from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import plan_layers, weight_bytes
+from attar.quantize.plan import Rules, plan_layers, weight_bytes
 from attar.quantize.wrap import InputFacts
 
 BITS = (2, 4, 8)
@@ -22,7 +22,9 @@ def test_synthesised_latents_measure_layers_and_choose_their_bits():
     decoder = autoencoders.trained_decoder().requires_grad_(False)
     data = attar.synthesize(decoder, (4, 8, 8), 8, steps=60, input_statistics=None)
     linears = [Linear(name, form, "other", kept) for name, form, kept in open_linears(decoder, True, {})]
-    plans = {bits: {p.name: p for p in plan_layers(linears, [], bits, 16) if not p.skipped} for bits in BITS}
+    plans = {
+        bits: {p.name: p for p in plan_layers(linears, [], Rules(bits, 16)) if not p.skipped} for bits in BITS
+    }
     options = {name: {bits: plans[bits][name] for bits in BITS} for name in plans[8]}
     calls = [BlockCall({"hidden_states": part}) for part in data.split(4)]
 
