@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 
-_SKETCHED = 64  # times the rank, from which on a randomised SVD is used
+_SKETCHED = 32  # times the rank, from which on a randomised SVD is used
 _OVERSAMPLED = 8
 
 
@@ -89,7 +89,7 @@ def kaiming_uniform(rank: int, width: int, generator: torch.Generator | None) ->
 def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(L (out, rank), R (rank, in)): L R is the best approximation of that rank; L = U √S, R = √S Vᵀ.
 
-    Of matrices at least 64 times as wide as the rank by a randomised SVD (Halko et al., arXiv 0909.4061) with a fixed
+    Of matrices at least 32 times as wide as the rank by a randomised SVD (Halko et al., arXiv 0909.4061) with a fixed
     seed, which takes a small part of the time.
     """
     if _SKETCHED * rank > min(matrix.shape):
