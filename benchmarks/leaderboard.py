@@ -45,8 +45,8 @@ held-out prompts with the same noise as full precision, 50 steps. Printed by `py
 - **Fréchet distance**: between what the digit reader sees in the frames of both models; small sets are biased upwards
 - **all right**: prompts whose digit, colour, direction and speed are all shown (in brackets: full precision)
 - **block speed**: one block of Wan 1.3B at 2,048 tokens on one core of a Xeon with AMX, times faster than bfloat16,
-  which uses AMX too, in the same run, with the quartiles over rounds (`python -m benchmarks.latency`); tables of numbers
-  have no kernels on CPUs
+  which uses AMX too, in the same run, with the quartiles over rounds (`python -m benchmarks.latency`); tables of
+  numbers have no kernels on CPUs
 - ± is the half width of the 95 % t-interval over seeds; rows of one seed are no more than a hint
 """
 
