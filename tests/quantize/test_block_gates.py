@@ -13,6 +13,7 @@ from attar.quantize.initialize import TransformSettings, build_transforms, colle
 from attar.quantize.linear import QuantizedLinear, parameter_groups, quantized_linears, replace_module
 from attar.quantize.reconstruct import ReconstructionSettings, reconstruct_block
 from attar.quantize.rounding import collect_hessians, gptq
+from attar.runtime import use_backend
 
 DIM, TOKENS, TEXT = 64, 48, 32
 OUTLIERS = torch.tensor([5, 23, 50])
@@ -175,5 +176,8 @@ def test_baking_the_trained_block_keeps_its_output(case):
         frozen = case.run(block, case.test[0])["hidden_states"]
         for name, layer in layers.items():
             replace_module(block, name, layer.bake())
-        packed = case.run(block, case.test[0])["hidden_states"]
+        own = case.run(block, case.test[0])["hidden_states"]
+        with use_backend("reference"):
+            packed = case.run(block, case.test[0])["hidden_states"]
     assert (packed - frozen).norm() / frozen.norm() < 1e-3
+    assert (own - frozen).norm() / frozen.norm() < 5e-3  # rotations of bfloat16 for 6-bit codes, with AMX
