@@ -101,7 +101,7 @@ def rows(cells: dict[str, Any]) -> list[list[str]]:
             kept = [(a, b) for a, b in pairs if a is not None and b is not None]
             if kept:
                 width = f"W{bits[0]}A{bits[1]}"
-                found.append([part.system, part.name, width, str(len(kept)), _percent(kept), _decibels(kept)])
+                found.append([part.system, part.name, width, str(len(kept)), _percent(kept), decibels(kept)])
     return found
 
 
@@ -113,8 +113,8 @@ def _percent(pairs: Pairs) -> str:
     return estimate_text(paired_difference([100.0] * len(after), after), 1, "+")
 
 
-def _decibels(pairs: Pairs) -> str:
-    """Over seeds, or over prompts where there is one seed."""
+def decibels(pairs: Pairs) -> str:
+    """Change of PSNR from the first cell of each pair to the second: over seeds, or over prompts where there is one."""
     if not all("psnr" in cell for pair in pairs for cell in pair):
         return "–"
     if len(pairs) == 1:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from attar.evaluate.statistics import paired_difference
-from benchmarks.tables import estimate_text
+from benchmarks.ablations import decibels
 
 MODEL = "digits-image"
 TITLE = f"What the parts of trained systems give, {MODEL}"
@@ -62,19 +61,11 @@ def rows(cells: dict[str, Any], bits: tuple[str, ...]) -> list[list[str]]:
     found = []
     for part in PARTS:
         for width in bits:
-            prefixes = [f"{MODEL}|{side}|{width}|" for side in part.sides]
-            seeds = sorted(name.rsplit("|", 1)[1] for name in cells if name.startswith(prefixes[0]))
+            without, having = (f"{MODEL}|{side}|{width}|" for side in part.sides)
+            seeds = sorted(name.rsplit("|", 1)[1] for name in cells if name.startswith(without))
             pairs = [
-                [cells[p + seed]["psnr"] for p in prefixes] for seed in seeds if prefixes[1] + seed in cells
+                (cells[without + seed], cells[having + seed]) for seed in seeds if having + seed in cells
             ]
             if pairs:
-                change = estimate_text(_change(pairs), 2, "+")
-                found.append([part.system, part.name, width, str(len(pairs)), change])
+                found.append([part.system, part.name, width, str(len(pairs)), decibels(pairs)])
     return found
-
-
-def _change(pairs: list[list[list[float]]]) -> Any:
-    """pairs: (without, with) of each seed, for each picture."""
-    if len(pairs) == 1:
-        return paired_difference(*pairs[0])
-    return paired_difference(*([sum(pair[side]) / len(pair[side]) for pair in pairs] for side in (0, 1)))
