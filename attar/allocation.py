@@ -195,7 +195,7 @@ def describe(
     chosen = {
         "budget": allocation.budget,
         "recipe": f"{recipe.name} {recipe.bits}",
-        "branch_rank": None if recipe.quantize.branch is None else recipe.quantize.branch.rank,
+        "branch_rank": recipe.quantize.branch_rank,
         "mean_bits": round(allocation.mean_bits, 4),
         "mean_act_bits": allocation.mean_act_bits,
         "linears_against_bf16": round(allocation.ratio, 4),

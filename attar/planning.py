@@ -80,8 +80,7 @@ def with_plan(recipe: Recipe, plan: PlanFile, components: Mapping[str, nn.Module
     Raises AttarError when the plan was made for another model, or beside branches that the recipe does not have.
     """
     plan.check(model_identity(components))
-    branch = recipe.quantize.branch
-    plan.check_branch(None if branch is None else branch.rank)
+    plan.check_branch(recipe.quantize.branch_rank)
     return with_overrides(recipe, plan.overrides())
 
 

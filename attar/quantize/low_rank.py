@@ -109,24 +109,21 @@ def start_branch(
         return []
     root, back = _whitening(settings, moment)
     rest = weight if settings.start == "weight" else weight - layer.rounded(weight)
-    up, down = best = _leading(rest, settings.rank, root, back)
-    errors: list[float] = []
-    while settings.candidates > max(1, len(errors)):
-        if errors:
-            up, down = _leading(rest, settings.rank, root, back)
+    if settings.candidates == 1:  # nothing to compare it with
+        up, down = _leading(rest, settings.rank, root, back)
+        layer.set_branch(layer.to_original(down), up, settings.subtract)
+        return []
+    size = _norm(weight if root is None else weight @ root)
+    found: list[tuple[float, Tensor, Tensor]] = []
+    for _ in range(settings.candidates):
+        up, down = _leading(rest, settings.rank, root, back)
         quantized = layer.rounded(weight - up @ down if settings.subtract else weight)
-        errors.append(_relative(weight - quantized - up @ down, weight, root))
-        if errors[-1] == min(errors):
-            best = up, down
+        error = weight - quantized - up @ down
+        found.append((_norm(error if root is None else error @ root) / size, up, down))
         rest = weight - quantized
-    up, down = best
+    _, up, down = min(found, key=lambda candidate: candidate[0])
     layer.set_branch(layer.to_original(down), up, settings.subtract)
-    return errors
-
-
-def _relative(error: Tensor, weight: Tensor, root: Tensor | None) -> float:
-    """Squared size of an error against that of the weight, both seen through the inputs where there is a root."""
-    return _norm(error if root is None else error @ root) / _norm(weight if root is None else weight @ root)
+    return [error for error, _, _ in found]
 
 
 def _leading(matrix: Tensor, rank: int, root: Tensor | None, back: Tensor | None) -> tuple[Tensor, Tensor]:

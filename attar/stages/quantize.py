@@ -158,6 +158,11 @@ class Quantize(Stage):
         return self.low_rank if most is None or max(self.act_widths) <= most else None
 
     @property
+    def branch_rank(self) -> int | None:
+        """Of the branch, None where there is none."""
+        return None if self.branch is None else self.branch.rank
+
+    @property
     def integer_acts(self) -> bool:
         """Whether activations are rounded to integers."""
         return self.acts != 16 and self.act_format in INTEGER_FORMATS
