@@ -86,6 +86,23 @@ def test_sums_are_exact_at_every_width(level, weight_bits, act_bits):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+@pytest.mark.parametrize("act_bits", range(2, 9))
+def test_sums_of_extreme_codes_are_exact(level, weight_bits, act_bits):
+    """Products of one sign, as large as they come: sums that are kept in 16 bits for a while overflow first."""
+    low, high = integer_range(weight_bits)
+    codes = torch.full((35, 203), high, dtype=torch.int8)
+    codes[1], codes[2, ::2], codes[3, 1::2] = low, low, low
+    layer = PackedLinear.from_codes(
+        codes, torch.ones(35, 1), weight_bits, act_bits=act_bits, act_format="full_range"
+    )
+    x = torch.full((6, 203), -1.0)
+    x[1], x[2, ::2], x[3, 1::2], x[4, 40:] = 1.0, 1.0, 1.0, 1.0
+    with library().use_kernels(level):
+        assert_same(*both(layer, x))
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_the_longest_sums(level):
     """Extreme codes at the greatest width come within 2^15 of the end of 32 bits."""
     width = 2**17 - 1

@@ -32,7 +32,7 @@ void pack(const Attention& call, int64_t head, int64_t first, uint16_t* keys, ui
             Ints rows[LANES];
             for (int r = 0; r < LANES; ++r)
                 rows[r] = key + r < count
-                              ? (Ints)features(token_of(call.k, call.k_places, call, head, first + key + r), d, call.width)
+                              ? Ints{{(WideInts)features(token_of(call.k, call.k_places, call, head, first + key + r), d, call.width)}}
                               : Ints{};
             transpose(rows);
             uint16_t* to = keys + key / COLUMNS * COLUMNS * padded + d * COLUMNS + key % COLUMNS * 2;

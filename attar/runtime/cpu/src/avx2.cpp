@@ -1,5 +1,6 @@
-// AVX2. Its product of bytes (vpmaddubsw) saturates at 16 bits, so bytes are widened first: even and odd ones
-// apart, which needs no shuffle, and pairs of 16-bit products are summed without loss.
+// AVX2. Its product of bytes (vpmaddubsw) adds two products in 16 bits, where they saturate. Codes of few bits are far from
+// that: several steps are summed up in 16 bits, then widened. Others are widened first, even and odd ones apart, which
+// needs no shuffle, and pairs of 16-bit products are summed without loss.
 #include <immintrin.h>
 
 #include "tile.h"
@@ -28,6 +29,20 @@ struct Avx2 {
     static INLINE Vector dot(Vector sums, Weights w, Values x) {
         sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.even, x.even));
         return _mm256_add_epi32(sums, _mm256_madd_epi16(w.odd, x.odd));
+    }
+    // The same in 16 bits, and what becomes of it.
+    static constexpr bool NARROW = true;
+    static INLINE Vector narrow_dot(Vector sums, const uint8_t* weights, const int8_t* p) {
+        int32_t word;
+        memcpy(&word, p, 4);
+        __m256i w = _mm256_loadu_si256((const __m256i*)weights);
+        const __m256i products = _mm256_maddubs_epi16(w, _mm256_set1_epi32(word));
+        // In place, and in this order: compilers compute all products first, for which there are no registers.
+        asm volatile("vpaddw %1, %0, %0" : "+x"(sums) : "x"(products));
+        return sums;
+    }
+    static INLINE Vector widen(Vector sums, Vector narrow) {
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
     }
     static INLINE Vector load_sums(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
     static INLINE void store_sums(int32_t* p, Vector v) { _mm256_storeu_si256((__m256i*)p, v); }

@@ -9,6 +9,7 @@ namespace {
 struct Avx512 {
     typedef __m512i Vector, Weights, Values;
     static constexpr int WIDTH = 16, VECTORS = 2, ROWS = 14;
+    static constexpr bool NARROW = false;
     static INLINE Vector zero() { return _mm512_setzero_si512(); }
     static INLINE Weights load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static INLINE Values broadcast(const int8_t* p) {

@@ -9,6 +9,7 @@ namespace {
 struct AvxVnni {
     typedef __m256i Vector, Weights, Values;
     static constexpr int WIDTH = 8, VECTORS = 2, ROWS = 6;
+    static constexpr bool NARROW = false;
     static INLINE Vector zero() { return _mm256_setzero_si256(); }
     static INLINE Weights load_weights(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
     static INLINE Values broadcast(const int8_t* p) {

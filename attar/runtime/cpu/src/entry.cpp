@@ -103,6 +103,12 @@ void place_branch(const Branch& whole, int64_t row, int64_t output, Branch& part
     part.up = static_cast<const char*>(whole.up) + output * 4;
 }
 
+// Steps of a tile whose sums of products stay in 16 bits: each adds two products, of the largest code of the weight, stored
+// without a sign, and the activations' smallest.
+int64_t narrow_steps(const Linear& call) {
+    return 32767 / (2 * ((int64_t(1) << call.weight.bits) - 1) << (call.act_bits - 1));
+}
+
 void multiply(const Kernels& kernels, const Linear& call, const Block& block, const Task& task, uint8_t* memory) {
     const int bytes = call.y_dtype == FLOAT32 ? 4 : 2;
     const int64_t depth = depth_of(kernels, block);
@@ -115,6 +121,7 @@ void multiply(const Kernels& kernels, const Linear& call, const Block& block, co
         Tile tile;
         tile.y_stride = call.weight.n, tile.y_dtype = call.y_dtype, tile.gelu = call.gelu;
         tile.branch = call.branch, tile.added = nullptr;
+        tile.narrow = narrow_steps(call);
         tile.state = state;
         for (int64_t r = task.r0; r < task.r1; r += kernels.max_rows) {
             int32_t* own = sums + (block.range == block.padded ? 0 : (r - task.r0) * task.strips * kernels.strip);

@@ -33,7 +33,7 @@ template <int STRIP>
 INLINE void finish_row(const Tile& t, int r, const int32_t* sums) {
     char* y = static_cast<char*>(t.y) + r * t.y_stride * width(t.y_dtype);
     for (int i = 0; i < t.cols; i += LANES) {
-        Floats f = __builtin_convertvector(load<Ints>(sums + r * STRIP + i) + t.offset[r], Floats);
+        Floats f = floats_of(load<Ints>(sums + r * STRIP + i) + t.offset[r]);
         f = f * t.row_scale[r] * load_some(t.scale, i, FLOAT32, t.cols - i);
         if (t.bias) f = f + load_some(t.bias, i, FLOAT32, t.cols - i);
         if (t.added) f = f + load<Floats>(t.added + r * STRIP + i);

@@ -19,8 +19,8 @@ INLINE Floats exponential(Floats x) {
     p = p * r + 0.49999994f;
     p = p * r * r + r + 1.0f;
     Floats y = bits_of<Floats>(bits_of<Ints>(p) + (bits_of<Ints>(shifted) << 23));  // times 2^n
-    y = x < -87.0f ? Floats{} : y;
-    return x > 87.0f ? Floats{} + __builtin_inff() : y;
+    y = chosen(greater(Floats{} - 87.0f, x), Floats{}, y);
+    return chosen(greater(x, Floats{} + 87.0f), Floats{} + __builtin_inff(), y);
 }
 
 // x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³))), where (1 + tanh z) / 2 = 1 / (1 + e^{-2z}).
@@ -37,7 +37,7 @@ INLINE Floats gelu_erf(Floats x) {
     p = p * t + 0.161823928f;
     p = p * t + 0.231922045f;
     const Floats tail = 0.5f * p * t * exponential(-b * b);
-    return x * (x < 0.0f ? tail : 1.0f - tail);
+    return x * chosen(greater(Floats{}, x), tail, 1.0f - tail);
 }
 
 }  // namespace

@@ -55,6 +55,7 @@ struct Tile {
     const int8_t* x;         // (depth / run, max_rows, 4 run): runs of neighbouring k of each row
     const uint8_t* strip;    // (depth, outputs of a strip, 4): four neighbouring k of each output
     int64_t depth;           // steps of four k
+    int64_t narrow;          // of them, those whose products, two and two, never leave 16 bits when they are summed up
     int32_t* sums;           // (rows, outputs of a strip) between the ranges; null when there is one range
     bool begin, end;         // the first range starts from the offsets, the last one writes y
     const int32_t* offset;   // (rows,) what the stored offset of the codes adds to each sum, negated

@@ -66,14 +66,15 @@ void multiply(const Product& p, int64_t m) {
 }
 
 template <int STEP>
-INLINE Floats butterfly(Floats v) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return swap_lanes<STEP>(v) + ((lane & STEP) == 0 ? v : -v);
+INLINE Wide butterfly(Wide v) {
+    if (STEP >= WIDE) return v;
+    const WideInts sign = ((LANE & STEP) != 0) & INT32_MIN;
+    return swap_lanes<STEP>(v) + bits_of<Wide>(bits_of<WideInts>(v) ^ sign);
 }
 
 // Unnormalised Walsh-Hadamard transform of n numbers, n a power of two.
 void walsh_hadamard(float* x, int64_t n) {
-    if (n < LANES) {
+    if (n < WIDE) {
         for (int64_t stride = 1; stride < n; stride *= 2)
             for (int64_t i = 0; i < n; ++i)
                 if (!(i & stride)) {
@@ -82,12 +83,12 @@ void walsh_hadamard(float* x, int64_t n) {
                 }
         return;
     }
-    for (int64_t i = 0; i < n; i += LANES)
-        store(x + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load<Floats>(x + i))))));
-    for (int64_t stride = LANES; stride < n; stride *= 2)
+    for (int64_t i = 0; i < n; i += WIDE)
+        store(x + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load<Wide>(x + i))))));
+    for (int64_t stride = WIDE; stride < n; stride *= 2)
         for (int64_t i = 0; i < n; i += 2 * stride)
-            for (int64_t j = i; j < i + stride; j += LANES) {
-                Floats u = load<Floats>(x + j), v = load<Floats>(x + j + stride);
+            for (int64_t j = i; j < i + stride; j += WIDE) {
+                Wide u = load<Wide>(x + j), v = load<Wide>(x + j + stride);
                 store(x + j, u + v), store(x + j + stride, u - v);
             }
 }

@@ -30,7 +30,7 @@ float absmax_of(const Row& row) {
     Ints top = {};
     for (int64_t i = 0; i < row.k; i += LANES) {
         Ints magnitude = bits_of<Ints>(row.first_at(i)) & 0x7fffffff;
-        top = magnitude > top ? magnitude : top;
+        top = larger(magnitude, top);
     }
     int32_t most = 0;
     for (int i = 0; i < LANES; ++i) most = top[i] > most ? top[i] : most;
@@ -38,14 +38,13 @@ float absmax_of(const Row& row) {
 }
 
 void minmax_of(const Row& row, float* low, float* high) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Ints bottom = Ints{} + ordered(bits_of<Ints>(row.at(0)))[0], top = bottom;
     const Ints some = bottom;
     for (int64_t i = 0; i < row.k; i += LANES) {
         Ints v = ordered(bits_of<Ints>(row.first_at(i)));
-        if (row.k - i < LANES) v = lane < int32_t(row.k - i) ? v : some;  // no zeros that the row does not hold
-        bottom = v < bottom ? v : bottom;
-        top = v > top ? v : top;
+        if (row.k - i < LANES) v = chosen(lanes_below(row.k - i), v, some);  // no zeros that the row does not hold
+        bottom = smaller(v, bottom);
+        top = larger(v, top);
     }
     int32_t least = bottom[0], most = top[0];
     for (int i = 1; i < LANES; ++i) {
@@ -78,20 +77,9 @@ INLINE float signed_step_of(float low, float high, int bits) {
 }
 
 #if defined(__FMA__)
-constexpr bool FUSED = true;
-INLINE Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
-    __m256 x[2], y[2], z[2];
-    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
-    for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
-    return load<Floats>(reinterpret_cast<float*>(z));
-#endif
-}
+constexpr bool FUSED = true;  // multiply_add rounds once
 #else
 constexpr bool FUSED = false;
-INLINE Floats fused(Floats, Floats, Floats c) { return c; }
 #endif
 
 // v / step for many v, bit for bit where a code depends on it: a quotient that is faithful is made the nearest one by
@@ -105,8 +93,8 @@ struct Divisor {
     INLINE Floats under(Floats v) const {
         if (plain) return v / step;
         Floats q = v * inverse;
-        q = fused(fused(-q, step, v), inverse, q);
-        return fused(fused(-q, step, v), inverse, q);
+        q = multiply_add(multiply_add(-q, step, v), inverse, q);
+        return multiply_add(multiply_add(-q, step, v), inverse, q);
     }
 };
 
@@ -116,8 +104,8 @@ INLINE Floats divided(Floats v, const Step& step, int64_t i, int64_t count) {
     if (!FUSED || !step.b) return v / by;
     const Floats inverse = load_some(step.b, i, FLOAT32, count);
     Floats q = v * inverse;
-    q = fused(fused(-q, by, v), inverse, q);
-    return fused(fused(-q, by, v), inverse, q);
+    q = multiply_add(multiply_add(-q, by, v), inverse, q);
+    return multiply_add(multiply_add(-q, by, v), inverse, q);
 }
 
 // A row -> x in float32, behind the first transforms that work on each number alone. Returns how many these are.
@@ -166,17 +154,11 @@ void quantize_row(const Linear& call, int64_t index, int64_t padded, float* x, f
     Ints sums = {};
     for (int64_t i = 0; i < k; i += LANES) {
         Floats v = row.at(i);
-        v = v < lows ? lows : v;
-        v = v > highs ? highs : v;
-        v = divisor.under(v);
-        v = v < leasts ? leasts : v;
-        v = v > mosts ? mosts : v;
+        v = smaller(highs, larger(lows, v));
+        v = smaller(mosts, larger(leasts, divisor.under(v)));
         Ints code = bits_of<Ints>(v + 12582912.0f);
-        if (k - i < LANES) {
-            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-            code = lane < int32_t(k - i) ? code : Ints{};
-        }
-        sums += (code << 24) >> 24;
+        if (k - i < LANES) code = chosen(lanes_below(k - i), code, Ints{});
+        sums = sums + ((code << 24) >> 24);
         store(place(i), low_bytes(code));
     }
     for (int64_t i = (k + LANES - 1) / LANES * LANES; i < padded; i += LANES) store(place(i), Bytes{});

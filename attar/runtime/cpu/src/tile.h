@@ -2,7 +2,7 @@
 //
 // `Isa` gives: Vector, a register of sums, and its zero(); WIDTH, sums in it; VECTORS, registers of a strip; ROWS, the largest
 // tile; Weights and Values, the operands of dot(), which adds to each sum the product of four unsigned weights and
-// four signed values.
+// four signed values. Where NARROW, narrow_dot() does so in 16 bits, two products in each, and widen() adds these to sums.
 #pragma once
 
 #include "finish.h"
@@ -14,6 +14,7 @@ namespace attar {
 namespace {
 
 constexpr int64_t AHEAD = 1024;  // bytes of the strip that are fetched before they are needed
+constexpr int64_t LEAST_NARROW = 2;  // steps that are worth being widened
 
 template <class Isa, int ROWS>
 INLINE void accumulate(const Tile& t, int32_t* out) {
@@ -41,12 +42,44 @@ INLINE void accumulate(const Tile& t, int32_t* out) {
             Isa::store_sums(out + r * STRIP + v * Isa::WIDTH, sums[r][v]);
 }
 
+// The same in parts of t.narrow steps, each summed up in half as many bits.
+template <class Isa, int ROWS>
+INLINE void accumulate_narrow(const Tile& t, int32_t* out) {
+    constexpr int STRIP = Isa::WIDTH * Isa::VECTORS;
+    if (t.begin) memset(out, 0, ROWS * STRIP * sizeof *out);
+    const int8_t* x = t.x;
+    const uint8_t* strip = t.strip;
+    for (int64_t step = 0; step < t.depth; step += t.narrow) {
+        typename Isa::Vector sums[ROWS][Isa::VECTORS];
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            UNROLL for (int v = 0; v < Isa::VECTORS; ++v) sums[r][v] = Isa::zero();
+        for (int64_t left = least(t.narrow, t.depth - step); left > 0; --left, x += 4 * Isa::ROWS, strip += STRIP * 4) {
+            UNROLL for (int v = 0; v < Isa::VECTORS; ++v) __builtin_prefetch(strip + v * Isa::WIDTH * 4 + AHEAD);
+            UNROLL for (int r = 0; r < ROWS; ++r)
+                UNROLL for (int v = 0; v < Isa::VECTORS; ++v)
+                    sums[r][v] = Isa::narrow_dot(sums[r][v], strip + v * Isa::WIDTH * 4, x + 4 * r);
+        }
+        UNROLL for (int r = 0; r < ROWS; ++r)
+            UNROLL for (int v = 0; v < Isa::VECTORS; ++v) {
+                int32_t* place = out + r * STRIP + v * Isa::WIDTH;
+                Isa::store_sums(place, Isa::widen(Isa::load_sums(place), sums[r][v]));
+            }
+    }
+}
+
 template <class Isa, int ROWS>
 void tile_of(const Tile& t) {
     constexpr int STRIP = Isa::WIDTH * Isa::VECTORS;
     alignas(64) int32_t own[ROWS * STRIP];
     int32_t* sums = t.sums ? t.sums : own;
-    accumulate<Isa, ROWS>(t, sums);
+    if constexpr (Isa::NARROW) {
+        if (t.narrow >= LEAST_NARROW)
+            accumulate_narrow<Isa, ROWS>(t, sums);
+        else
+            accumulate<Isa, ROWS>(t, sums);
+    } else {
+        accumulate<Isa, ROWS>(t, sums);
+    }
     if (!t.end) return;
     alignas(64) float added[(ROWS + BRANCH_ROWS - 1) / BRANCH_ROWS * BRANCH_ROWS * STRIP];
     Tile done = t;
@@ -75,7 +108,7 @@ constexpr Kernels kernels_of(const char* name) {
             Isa::WIDTH * Isa::VECTORS,
             Isa::ROWS,
             0,
-            640 << 10,
+            256 << 10,
             nullptr,
             nullptr,
             quantize<Isa::ROWS>,

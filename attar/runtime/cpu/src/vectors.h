@@ -1,6 +1,7 @@
-// Sixteen numbers at a time in the vector types of GCC and clang: the compiler makes of them what the
-// instruction set of the file has. Everything is in an unnamed namespace, so that no copy that was compiled
-// for one instruction set can be linked into another.
+// Sixteen numbers at a time, in as many registers as they take, of the vector types of GCC and clang: the compiler makes of
+// these what the instruction set of the file has. (Of a vector wider than a register it makes a place in memory, and of its
+// comparisons and shuffles single numbers.) Everything is in an unnamed namespace, so that no copy that was compiled for one
+// instruction set can be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -17,39 +18,114 @@
 namespace attar {
 namespace {
 
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+// The numbers of one register, and those of its lanes.
+#if defined(__AVX512F__)
+constexpr int WIDE = 16;
+#define ATTAR_LANES {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#elif defined(__AVX2__)
+constexpr int WIDE = 8;
+#define ATTAR_LANES {0, 1, 2, 3, 4, 5, 6, 7}
+#else
+constexpr int WIDE = 4;
+#define ATTAR_LANES {0, 1, 2, 3}
+#endif
+typedef float Wide __attribute__((vector_size(4 * WIDE)));
+typedef int32_t WideInts __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t WideWords __attribute__((vector_size(4 * WIDE)));
+const WideInts LANE = ATTAR_LANES;
+
+// Unrolls a loop to its end, so that what it indexes are registers and not an array in memory.
+#define UNROLL _Pragma("GCC unroll 32")
+
+constexpr int LANES = 16, PARTS = LANES / WIDE;
+
+template <class Part>
+struct Lanes {
+    typedef Part Register;
+    Part part[PARTS];
+    INLINE auto operator[](int i) const { return part[i / WIDE][i % WIDE]; }
+};
+typedef Lanes<Wide> Floats;
+typedef Lanes<WideInts> Ints;
+typedef Lanes<WideWords> Words;
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint8_t Codes __attribute__((vector_size(16)));
 
-// The numbers of one register: compilers keep wider vectors in memory where a loop has many of them.
-#if defined(__AVX512F__)
-constexpr int WIDE = 16;
-#elif defined(__AVX2__)
-constexpr int WIDE = 8;
-#else
-constexpr int WIDE = 4;
-#endif
-typedef float Wide __attribute__((vector_size(4 * WIDE)));
-typedef int32_t WideInts __attribute__((vector_size(4 * WIDE)));
+template <class Part>
+struct NumberOf {
+    typedef decltype(Part{}[0] + Part{}[0]) type;
+};
+template <class Part>
+using Number = typename NumberOf<Part>::type;
 
-template <class V, class T>
-INLINE V load(const T* from) {
-    V v;
-    memcpy(&v, from, sizeof v);
-    return v;
+// Number by number, of two vectors or of a vector and a number for all.
+#define ATTAR_OPERATOR(op)                                                 \
+    template <class Part>                                                  \
+    INLINE Lanes<Part> operator op(Lanes<Part> a, const Lanes<Part>& b) {  \
+        UNROLL for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] op b.part[i]; \
+        return a;                                                          \
+    }                                                                      \
+    template <class Part>                                                  \
+    INLINE Lanes<Part> operator op(Lanes<Part> a, Number<Part> b) {        \
+        UNROLL for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] op b; \
+        return a;                                                          \
+    }                                                                      \
+    template <class Part>                                                  \
+    INLINE Lanes<Part> operator op(Number<Part> a, Lanes<Part> b) {        \
+        UNROLL for (int i = 0; i < PARTS; ++i) b.part[i] = a op b.part[i]; \
+        return b;                                                          \
+    }
+ATTAR_OPERATOR(+)
+ATTAR_OPERATOR(-)
+ATTAR_OPERATOR(*)
+ATTAR_OPERATOR(/)
+ATTAR_OPERATOR(&)
+ATTAR_OPERATOR(|)
+ATTAR_OPERATOR(^)
+ATTAR_OPERATOR(<<)
+ATTAR_OPERATOR(>>)
+#undef ATTAR_OPERATOR
+
+template <class Part>
+INLINE Lanes<Part> operator-(Lanes<Part> a) {
+    UNROLL for (int i = 0; i < PARTS; ++i) a.part[i] = -a.part[i];
+    return a;
 }
 
-template <class V, class T>
-INLINE void store(T* to, V v) {
+template <class V>
+struct Load {
+    static INLINE V from(const void* place) {
+        V v;
+        memcpy(&v, place, sizeof v);
+        return v;
+    }
+};
+
+template <class Part>  // register by register: a copy of the whole would go through memory
+struct Load<Lanes<Part>> {
+    static INLINE Lanes<Part> from(const void* place) {
+        Lanes<Part> v;
+        UNROLL for (int i = 0; i < PARTS; ++i)
+            v.part[i] = Load<Part>::from(static_cast<const char*>(place) + i * sizeof(Part));
+        return v;
+    }
+};
+
+template <class V>
+INLINE V load(const void* from) {
+    return Load<V>::from(from);
+}
+
+template <class V>
+INLINE void store(void* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
-// Unrolls a loop to its end, so that what it indexes are registers and not an array in memory.
-#define UNROLL _Pragma("GCC unroll 32")
+template <class Part>
+INLINE void store(void* to, const Lanes<Part>& v) {
+    UNROLL for (int i = 0; i < PARTS; ++i) store(static_cast<char*>(to) + i * sizeof(Part), v.part[i]);
+}
 
 template <class To, class From>
 INLINE To bits_of(From from) {
@@ -68,6 +144,25 @@ INLINE Wide multiply_add(Wide a, Wide b, Wide c) {
 #else
     return a * b + c;
 #endif
+}
+
+// The same bits in lanes of another type.
+template <class To, class Part>
+INLINE To bits_of(const Lanes<Part>& from) {
+    To to;
+    UNROLL for (int i = 0; i < PARTS; ++i) to.part[i] = (typename To::Register)from.part[i];
+    return to;
+}
+
+INLINE Floats floats_of(const Ints& v) {
+    Floats f;
+    UNROLL for (int i = 0; i < PARTS; ++i) f.part[i] = __builtin_convertvector(v.part[i], Wide);
+    return f;
+}
+
+INLINE Floats multiply_add(Floats a, const Floats& b, const Floats& c) {
+    UNROLL for (int i = 0; i < PARTS; ++i) a.part[i] = multiply_add(a.part[i], b.part[i], c.part[i]);
+    return a;
 }
 
 // A number in every lane: it is exact to subtract zero, so that is no operation.
@@ -104,17 +199,56 @@ INLINE void store_wide(float* to, int64_t count, Wide v) {
 #endif
 }
 
+// All bits of the lanes where a > b, none where one is NaN.
+template <class Part>
+INLINE Ints greater(const Lanes<Part>& a, const Lanes<Part>& b) {
+    Ints mask;
+    UNROLL for (int i = 0; i < PARTS; ++i) mask.part[i] = a.part[i] > b.part[i];
+    return mask;
+}
+
+template <class Part>
+INLINE Lanes<Part> chosen(const Ints& mask, Lanes<Part> yes, const Lanes<Part>& no) {
+    UNROLL for (int i = 0; i < PARTS; ++i) yes.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
+    return yes;
+}
+
+// The first `count` lanes.
+INLINE Ints lanes_below(int64_t count) {
+    Ints mask;
+    UNROLL for (int i = 0; i < PARTS; ++i) mask.part[i] = LANE < int32_t(count) - i * WIDE;
+    return mask;
+}
+
+// b where one of them is NaN.
+template <class Part>
+INLINE Lanes<Part> larger(Lanes<Part> a, const Lanes<Part>& b) {
+    UNROLL for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+    return a;
+}
+
+template <class Part>
+INLINE Lanes<Part> smaller(Lanes<Part> a, const Lanes<Part>& b) {
+    UNROLL for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
+    return a;
+}
+
+// The lanes of two registers one after another, in the order of `lanes`.
+INLINE WideInts shuffled(WideInts a, WideInts b, WideInts lanes) {
+#if defined(__clang__)
+    WideInts v;
+    for (int i = 0; i < WIDE; ++i) v[i] = lanes[i] < WIDE ? a[lanes[i]] : b[lanes[i] - WIDE];
+    return v;
+#else
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // Every lane takes the number of the lane that differs from it in the bit STEP.
 template <int STEP>
-INLINE Floats swap_lanes(Floats v) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#if defined(__clang__)
-    Floats swapped;
-    for (int i = 0; i < LANES; ++i) swapped[i] = v[i ^ STEP];
-    return (void)lane, swapped;
-#else
-    return __builtin_shuffle(v, lane ^ STEP);
-#endif
+INLINE Wide swap_lanes(Wide v) {
+    const WideInts numbers = bits_of<WideInts>(v);
+    return bits_of<Wide>(shuffled(numbers, numbers, LANE ^ STEP));
 }
 
 // Conversions that compilers take apart into single numbers where they are not told the instruction.
@@ -122,40 +256,55 @@ INLINE Floats swap_lanes(Floats v) {
 // The low byte of each number.
 INLINE Bytes low_bytes(Ints v) {
 #if defined(__AVX512F__)
-    return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)v.part[0]);
 #elif defined(__AVX2__)
-    __m256i h[2];
-    memcpy(h, &v, 64);
-    const __m256i mask = _mm256_set1_epi32(255);  // no packing instruction may see a number to saturate
-    __m256i words = _mm256_packus_epi32(_mm256_and_si256(h[0], mask), _mm256_and_si256(h[1], mask));
+    v = v & 255;  // no packing instruction may see a number to saturate
+    __m256i words = _mm256_packus_epi32((__m256i)v.part[0], (__m256i)v.part[1]);
     words = _mm256_permute4x64_epi64(words, 0xd8);
     return (Bytes)_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #else
-    return __builtin_convertvector(v, Bytes);
+    Bytes bytes;
+    for (int i = 0; i < LANES; ++i) bytes[i] = int8_t(v[i]);
+    return bytes;
 #endif
 }
 
 // The low half of each number, which is below 2^16.
 INLINE Halves low_halves(Words v) {
 #if defined(__AVX512F__)
-    return (Halves)_mm512_cvtepi32_epi16((__m512i)v);
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)v.part[0]);
 #elif defined(__AVX2__)
-    __m256i h[2];
-    memcpy(h, &v, 64);
-    return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32(h[0], h[1]), 0xd8);
+    return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v.part[0], (__m256i)v.part[1]), 0xd8);
 #else
-    return __builtin_convertvector(v, Halves);
+    Halves halves;
+    for (int i = 0; i < LANES; ++i) halves[i] = uint16_t(v[i]);
+    return halves;
 #endif
 }
 
 INLINE Ints widened(Codes codes) {
 #if defined(__AVX512F__)
-    return (Ints)_mm512_cvtepu8_epi32((__m128i)codes);
+    return {{(WideInts)_mm512_cvtepu8_epi32((__m128i)codes)}};
 #elif defined(__AVX2__)
-    __m256i h[2] = {_mm256_cvtepu8_epi32((__m128i)codes), _mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)codes, 8))};
-    return load<Ints>(h);
+    return {{(WideInts)_mm256_cvtepu8_epi32((__m128i)codes),
+             (WideInts)_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)codes, 8))}};
 #else
-    return __builtin_convertvector(codes, Ints);
+    Ints v;
+    for (int i = 0; i < LANES; ++i) v.part[i / WIDE][i % WIDE] = codes[i];
+    return v;
+#endif
+}
+
+INLINE Words widened(Halves halves) {
+#if defined(__AVX512F__)
+    return {{(WideWords)_mm512_cvtepu16_epi32((__m256i)halves)}};
+#elif defined(__AVX2__)
+    return {{(WideWords)_mm256_cvtepu16_epi32(_mm256_castsi256_si128((__m256i)halves)),
+             (WideWords)_mm256_cvtepu16_epi32(_mm256_extracti128_si256((__m256i)halves, 1))}};
+#else
+    Words v;
+    for (int i = 0; i < LANES; ++i) v.part[i / WIDE][i % WIDE] = halves[i];
+    return v;
 #endif
 }
 
@@ -167,13 +316,13 @@ INLINE Halves widened_halves(Codes codes) {
 #endif
 }
 
-INLINE Floats from_bfloat16(Halves h) { return bits_of<Floats>(__builtin_convertvector(h, Words) << 16); }
+INLINE Floats from_bfloat16(Halves h) { return bits_of<Floats>(widened(h) << 16); }
 
 INLINE Floats from_float16(Halves h) {
-    Words w = __builtin_convertvector(h, Words);
+    Words w = widened(h);
     Words magnitude = (w & 0x7fff) << 13;
     Words value = bits_of<Words>(bits_of<Floats>(magnitude) * 0x1p112f);  // exact, subnormals included
-    value = (w & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : value;      // infinity, NaN
+    value = chosen(greater(bits_of<Ints>(w & 0x7c00), Ints{} + 0x7bff), magnitude | 0x7f800000, value);  // infinity, NaN
     return bits_of<Floats>(value | (w & 0x8000) << 16);
 }
 
@@ -181,7 +330,7 @@ INLINE Floats from_float16(Halves h) {
 INLINE Halves to_bfloat16(Floats f) {
     Words w = bits_of<Words>(f);
     Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    rounded = (w & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc0 : rounded;
+    rounded = chosen(greater(bits_of<Ints>(w & 0x7fffffff), Ints{} + 0x7f800000), Words{} + 0x7fc0, rounded);
     return low_halves(rounded);
 }
 
@@ -189,9 +338,10 @@ INLINE Halves to_float16(Floats f) {
     Words w = bits_of<Words>(f), a = w & 0x7fffffff;
     Words normal = ((a + 0x0fff + ((a >> 13) & 1)) >> 13) - (112 << 10);
     Words small = bits_of<Words>(bits_of<Floats>(a) + 0.5f) - 0x3f000000;  // the sum's last bit is 2^-24
-    Words big = a > 0x7f800000 ? Words{} + 0x7e00 : Words{} + 0x7c00;
-    Words h = a < 0x38800000 ? small : normal;
-    h = a >= 0x47800000 ? big : h;
+    const Ints size = bits_of<Ints>(a);
+    Words big = chosen(greater(size, Ints{} + 0x7f800000), Words{} + 0x7e00, Words{} + 0x7c00);
+    Words h = chosen(greater(Ints{} + 0x38800000, size), small, normal);
+    h = chosen(greater(size, Ints{} + 0x477fffff), big, h);
     return low_halves(h | ((w >> 16) & 0x8000));
 }
 
@@ -228,30 +378,29 @@ INLINE void store_some(void* to, int64_t i, int32_t dtype, int64_t count, Floats
 
 // Swaps the off-diagonal halves of 2·STEP x 2·STEP blocks.
 template <int STEP>
-INLINE void exchange(Ints* rows) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Ints upper = (lane & STEP) == 0 ? lane : lane + (LANES - STEP);
-    const Ints lower = (lane & STEP) == 0 ? lane + STEP : lane + LANES;
+INLINE void exchange(WideInts (*rows)[PARTS]) {
+    const WideInts upper = (LANE & STEP) == 0 ? LANE : LANE + (WIDE - STEP);
+    const WideInts lower = (LANE & STEP) == 0 ? LANE + STEP : LANE + WIDE;
     UNROLL for (int i = 0; i < LANES; ++i) {
         if (i & STEP) continue;
-        Ints a = rows[i], b = rows[i + STEP];
-#if defined(__clang__)
-        Ints high, low;
-        for (int j = 0; j < LANES; ++j) {
-            high[j] = upper[j] < LANES ? a[upper[j]] : b[upper[j] - LANES];
-            low[j] = lower[j] < LANES ? a[lower[j]] : b[lower[j] - LANES];
+        UNROLL for (int p = 0; p < PARTS; ++p) {
+            const int other = STEP < WIDE ? p : p + STEP / WIDE;
+            if (other != p && (p & (STEP / WIDE))) continue;
+            const WideInts a = rows[i][other], b = rows[i + STEP][p];
+            rows[i][other] = STEP < WIDE ? shuffled(a, b, upper) : b;
+            rows[i + STEP][p] = STEP < WIDE ? shuffled(a, b, lower) : a;
         }
-        rows[i] = high, rows[i + STEP] = low;
-#else
-        rows[i] = __builtin_shuffle(a, b, upper);
-        rows[i + STEP] = __builtin_shuffle(a, b, lower);
-#endif
     }
 }
 
 // A 16 x 16 matrix.
 INLINE void transpose(Ints* rows) {
-    exchange<8>(rows), exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
+    WideInts parts[LANES][PARTS];
+    UNROLL for (int i = 0; i < LANES; ++i)
+        UNROLL for (int p = 0; p < PARTS; ++p) parts[i][p] = rows[i].part[p];
+    exchange<8>(parts), exchange<4>(parts), exchange<2>(parts), exchange<1>(parts);
+    UNROLL for (int i = 0; i < LANES; ++i)
+        UNROLL for (int p = 0; p < PARTS; ++p) rows[i].part[p] = parts[i][p];
 }
 
 }  // namespace

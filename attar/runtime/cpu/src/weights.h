@@ -77,7 +77,7 @@ void dequantize(const Weight& w, int64_t row, uint8_t* scratch, void* out, int32
         const float scale = w.scale[row * w.groups + group];
         for (int64_t i = group * size, end = i + size; i < end; i += LANES) {
             Ints codes = widened(load<Codes>(scratch + i)) - (1 << (w.bits - 1));
-            store_some(out, i, dtype, end - i, __builtin_convertvector(codes, Floats) * scale);
+            store_some(out, i, dtype, end - i, floats_of(codes) * scale);
         }
     }
 }
