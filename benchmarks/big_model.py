@@ -51,7 +51,7 @@ def write_model(folder: Path, config: dict[str, Any], shard_bytes: int, seed: in
     )  # fmt: skip
     parts = {
         "text_encoder": text,
-        "tokenizer": _tokenizer(),
+        "tokenizer": tokenizer(),
         "vae": vae,
         "scheduler": CogVideoXDDIMScheduler(),
     }
@@ -89,7 +89,7 @@ def _random(shape: tuple[int, ...], key: str, generator: torch.Generator) -> tor
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()

@@ -32,9 +32,11 @@ def failure(error: Exception) -> dict[str, str]:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """The CPU's name, and "AVX2" where it has that and nothing wider: one name may stand for several generations."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        flags = found.get("flags", "").split()
+        if "model name" in found:
+            return found["model name"] + (", AVX2" if "avx2" in flags and "avx512f" not in flags else "")
     return platform.processor() or platform.machine()

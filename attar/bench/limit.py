@@ -13,15 +13,21 @@ from attar.runtime import PackedLinear
 ROWS, WIDTH, OUT = 1024, 1536, 12288  # so many outputs that quantizing the input does not count
 
 
-def measure_limit(dtype: torch.dtype, rounds: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Operations per second of both products, in turns, and their ratio. Codes of 8 bits, no transforms."""
+def measure_limit(
+    dtype: torch.dtype, rounds: int, device: torch.device | str = "cpu", bits: tuple[int, int] = (8, 8)
+) -> dict[str, Any]:
+    """Operations per second of both products, in turns, and their ratio. bits: of weights and activations, of which few
+    are faster on some processors. No transforms."""
     x = torch.randn(ROWS, WIDTH).to(device=device, dtype=dtype)
     weight = torch.randn(OUT, WIDTH).to(device=device, dtype=dtype)
-    codes = torch.randint(-128, 128, (OUT, WIDTH), dtype=torch.int8)
-    packed = PackedLinear.from_codes(codes, torch.ones(OUT, 1), 8, act_bits=8, compute_dtype=dtype).to(device)
+    most = 1 << (bits[0] - 1)
+    codes = torch.randint(-most, most, (OUT, WIDTH), dtype=torch.int8)
+    ones = torch.ones(OUT, 1)
+    packed = PackedLinear.from_codes(codes, ones, bits[0], act_bits=bits[1], compute_dtype=dtype).to(device)
     seconds = interleave({"dense": lambda: F.linear(x, weight), "packed": lambda: packed(x)}, rounds, device)
     operations = 2.0 * ROWS * WIDTH * OUT
     return {
+        "bits": list(bits),
         **{f"{name}_rate": operations / sorted(values)[len(values) // 2] for name, values in seconds.items()},
         "faster": faster(seconds["dense"], seconds["packed"]).to_json(),
     }

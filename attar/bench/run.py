@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from attar.bench.parts import parts_of, timing_parts
 from attar.bench.subject import BenchBlock
 from attar.bench.timing import faster, interleave
 from attar.evaluate.size import folder_bytes
+from attar.runtime.backend import INTEGERS
 from attar.runtime.describe import describe_backend
 from attar.runtime.layers import packed_layers
 
@@ -101,7 +103,7 @@ def bench_model(
         }
         for part in ("whole", "linears")
     )
-    limit = measure_limit(dtype, rounds, device)
+    limit = measure_limit(dtype, rounds, device, _usual_bits([packed for _, packed in pairs]))
     weights = {
         name: sum(row["count"] * row["weight_bytes"][name] for row in measured) for name in (BASELINE, PACKED)
     }
@@ -120,6 +122,16 @@ def bench_model(
         "peak_memory": _peak_memory(device),
         "disk_bytes": None if folder is None else folder_bytes(folder),
     }
+
+
+def _usual_bits(blocks: list[nn.Module]) -> tuple[int, int]:
+    """The bits of weights and activations of most of the layers' weights, among integer products; else of bytes."""
+    count: Counter[tuple[int, int]] = Counter()
+    for block in blocks:
+        for layer in packed_layers(block).values():
+            if layer.act_bits is not None and (layer.weight_format, layer.act_format) in INTEGERS:
+                count[layer.weight_bits, layer.act_bits] += layer.in_features * layer.out_features
+    return count.most_common(1)[0][0] if count else (8, 8)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def print_bench(result: dict[str, Any]) -> None:
     limit = result["linears_limit"]
     console.print(
         f"a large product alone: {limit['dense_rate'] / 1e9:.0f} GOP/s {result['baseline']}, "
-        f"{limit['packed_rate'] / 1e9:.0f} int8, {limit['faster']['value']:.2f}x; "
+        f"{limit['packed_rate'] / 1e9:.0f} W{limit['bits'][0]}A{limit['bits'][1]}, {limit['faster']['value']:.2f}x; "
         f"the linears reach [bold]{limit['reached']:.0%}[/bold] of that ratio"
     )
     console.print(

@@ -17,12 +17,14 @@ import yaml
 from attar.errors import AttarError
 
 KINDS = ("gemm", "attention", "bandwidth")
-RATES = ("fp32", "bf16", "fp8", "int8", "int4", "fp4")
+RATES = ("fp32", "bf16", "fp8", "int8", "int8-few", "int4", "fp4")
+FEW_BITS = 13  # of both factors together, up to which products run at the rate "int8-few" where there is one
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """rates: FLOP/s (integer operations likewise) by format. bandwidth: bytes/s. memory: bytes, None where unknown.
+    """rates: FLOP/s (integer operations likewise) by format; "int8-few" is that of bytes that hold codes of few bits,
+    which some processors multiply faster. bandwidth: bytes/s. memory: bytes, None where unknown.
 
     efficiency: share of the peak that is reached in practice, by kind: "gemm", "attention", "bandwidth"; under a format
     the share of its products, and under "rotation" that of rotations, where these are other than that of "gemm".

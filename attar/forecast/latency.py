@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from attar.forecast.counts import Counts, Operation
-from attar.forecast.hardware import Hardware
+from attar.forecast.hardware import FEW_BITS, Hardware
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import SALIENT_SHARE, LayerPlan, weight_bytes
 from attar.quantize.transforms import kronecker_factors
@@ -42,12 +42,15 @@ def _seconds(operation: Operation, hardware: Hardware) -> float:
         share = shares.get("rotation", shares["gemm"])
     else:
         share = shares.get(operation.format, shares["gemm"])
-    arithmetic = operation.flops / (hardware.rate(operation.format) * share)
+    rate = hardware.rate(operation.format)
+    if operation.part == "transform":  # attar's rotations take float32 where that is faster
+        rate = max(rate, hardware.rates.get("fp32", 0.0))
+    arithmetic = operation.flops / (rate * share)
     return max(moving, arithmetic)
 
 
 def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
-    """The arithmetic that a planned linear runs in: "int4", "int8", "fp8", or the model's own.
+    """The arithmetic that a planned linear runs in: "int4", "int8", "int8-few", "fp8", or the model's own.
 
     Weights without quantized activations are expanded and multiplied in the model's format, and so are factors of two
     kinds. Integers use the smallest container that the hardware multiplies and that holds both factors: 6-bit
@@ -65,6 +68,8 @@ def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
         return dense  # some rows are
     if max(plan.weight_bits, plan.act_bits) <= 4 and "int4" in hardware.rates:
         return "int4"
+    if plan.weight_bits + plan.act_bits <= FEW_BITS and "int8-few" in hardware.rates:
+        return "int8-few"
     return "int8" if "int8" in hardware.rates else dense
 
 
@@ -95,7 +100,7 @@ def quantized_counts(
         if plan.act_bits is not None or transformed:
             written = inputs
             if plan.act_bits is not None:
-                bits = {"int4": 0.5, "int8": 1.0, "fp8": 1.0}.get(
+                bits = {"int4": 0.5, "int8": 1.0, "int8-few": 1.0, "fp8": 1.0}.get(
                     format, inputs / max(1.0, operation.rows * width)
                 )
                 written = operation.rows * (width * bits + 4)

@@ -30,7 +30,8 @@ def measure_cpu(peaks: Mapping[str, float] | None = None, format: str = "bf16", 
     reached, so efficiencies are 1, and that of attention is its rate beside the matrix product's.
     """
     given = dict(peaks or {})
-    work = {k: v for k, v in _work(format).items() if k.removeprefix("packed ") not in given}
+    known = {*given, "int8-few"} if "int8" in given else given
+    work = {k: v for k, v in _work(format).items() if k.removeprefix("packed ") not in known}
     seen: dict[str, list[float]] = {}
     with torch.no_grad():
         for turn in range(rounds + 1):
@@ -65,10 +66,15 @@ def _work(format: str) -> dict[str, tuple[float, Callable[[], object]]]:
         weights = cycle([torch.randn(OUT, WIDTH).to(dtype) for _ in range(WEIGHTS)])
         return lambda: F.linear(x, next(weights))
 
-    def packed() -> Callable[[], object]:
-        x, ones = torch.randn(ROWS, WIDTH).to(dtype), torch.ones(OUT, 1)
-        codes = (torch.randint(-128, 128, (OUT, WIDTH), dtype=torch.int8) for _ in range(WEIGHTS))
-        layers = cycle([PackedLinear.from_codes(c, ones, 8, act_bits=8, compute_dtype=dtype) for c in codes])
+    def packed(weight_bits: int, act_bits: int) -> Callable[[], object]:
+        x, ones, most = torch.randn(ROWS, WIDTH).to(dtype), torch.ones(OUT, 1), 1 << (weight_bits - 1)
+        codes = (torch.randint(-most, most, (OUT, WIDTH), dtype=torch.int8) for _ in range(WEIGHTS))
+        layers = cycle(
+            [
+                PackedLinear.from_codes(c, ones, weight_bits, act_bits=act_bits, compute_dtype=dtype)
+                for c in codes
+            ]
+        )
         return lambda: next(layers)(x)
 
     q, k, v = (torch.randn(1, TOKENS, HEADS, HEAD).to(dtype) for _ in range(3))
@@ -79,7 +85,8 @@ def _work(format: str) -> dict[str, tuple[float, Callable[[], object]]]:
     return {
         "fp32": (products, gemm(torch.float32)),
         "bf16": (products, gemm(torch.bfloat16)),
-        "int8": (products, packed()),
+        "int8": (products, packed(8, 8)),
+        "int8-few": (products, packed(4, 8)),
         "attention": (pairs, lambda: F.scaled_dot_product_attention(qh, kh, vh)),
         "packed attention": (pairs, lambda: attention(q, k, v)),
         "bandwidth": (moved, lambda: _elementwise(x, scale)),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attar.evaluate.size import format_bytes
+from attar.forecast.hardware import FEW_BITS
 from attar.quantize.plan import LayerPlan
 from attar.runtime.backend import BACKENDS, INTEGERS, backend_description
 
@@ -87,6 +88,12 @@ def _containers(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str |
     rates, title = result["hardware"]["rates"], result["hardware"]["title"]
     if "int8" not in rates or not acting:
         return None
+    faster = rates.get("int8-few", 0.0) / rates["int8"]
+    if faster > 1.1 and any((p.weight_bits or 8) + (p.act_bits or 8) <= FEW_BITS for p in acting):
+        return (
+            f"{title} multiplies codes of few bits, of both factors together at most {FEW_BITS}, {faster:.2f} times as "
+            "fast as those of eight: they gain time, not only bytes."
+        )
     if all(max(p.weight_bits or 0, p.act_bits or 0) <= 4 for p in acting):
         if "int4" in rates:
             return None

@@ -124,6 +124,27 @@ def test_the_container_that_holds_both_factors(weights, acts, gpu, format):
     assert execution_format(plan, find_hardware(gpu), "bf16") == format
 
 
+@pytest.mark.parametrize(
+    ("weights", "acts", "format"),
+    [(4, 8, "int8-few"), (5, 8, "int8-few"), (6, 8, "int8"), (8, 5, "int8-few")],
+)
+def test_few_bits_run_at_a_rate_of_their_own_where_there_is_one(weights, acts, format):
+    machine = Hardware(
+        "x", "x", {"fp32": 50.0, "bf16": 100.0, "int8": 200.0, "int8-few": 400.0}, bandwidth=10.0
+    )
+    plan = LayerPlan("x", "ffn.up", weights, acts, None, 8, 8, True)
+    assert execution_format(plan, machine, "bf16") == format
+
+
+def test_rotations_take_float32_where_it_is_faster():
+    rotation = Operation("transform", "", "", None, "bf16", 1000.0, 0.0, 0.0)
+    slow = Hardware("x", "x", {"fp32": 100.0, "bf16": 10.0}, bandwidth=10.0)
+    seconds = [
+        predict_latency(Counts((o,)), slow)["total"] for o in (rotation, replace(rotation, part="linear"))
+    ]
+    assert seconds == [10.0, 100.0]
+
+
 def test_published_times():
     """HunyuanVideo 720p x 129 frames, 50 steps with FlashAttention-3 on an H100: 945 s (arXiv 2502.04507); Wan 14B
     720p on an A800: 3,300 s (TeaCache) and 4,031 s (QuantSparse), eager attention kernels of 2025."""

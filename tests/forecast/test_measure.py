@@ -30,7 +30,7 @@ def test_what_is_missing_is_measured():
 
 def test_packed_models_have_rates_of_their_own():
     hardware = measure_cpu({"fp32": 5e10, "bf16": 1e11, "bandwidth": 1e10}, rounds=2)
-    assert 1e8 < hardware.rates["int8"] < 1e14
+    assert all(1e8 < hardware.rates[name] < 1e14 for name in ("int8", "int8-few"))
     packed = hardware.running_packed()
     assert packed.efficiency["attention"] == hardware.packed_attention > 0
     assert packed.rates == hardware.rates and packed.running_packed() == packed
