@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attar.bench.timing import faster, interleave
-from attar.runtime import PackedLinear
+from attar.runtime.random_layer import random_layer
 
 ROWS, WIDTH, OUT = 1024, 1536, 12288  # so many outputs that quantizing the input does not count
 
@@ -20,10 +20,7 @@ def measure_limit(
     are faster on some processors. No transforms."""
     x = torch.randn(ROWS, WIDTH).to(device=device, dtype=dtype)
     weight = torch.randn(OUT, WIDTH).to(device=device, dtype=dtype)
-    most = 1 << (bits[0] - 1)
-    codes = torch.randint(-most, most, (OUT, WIDTH), dtype=torch.int8)
-    ones = torch.ones(OUT, 1)
-    packed = PackedLinear.from_codes(codes, ones, bits[0], act_bits=bits[1], compute_dtype=dtype).to(device)
+    packed = random_layer(WIDTH, OUT, *bits, dtype).to(device)
     seconds = interleave({"dense": lambda: F.linear(x, weight), "packed": lambda: packed(x)}, rounds, device)
     operations = 2.0 * ROWS * WIDTH * OUT
     return {

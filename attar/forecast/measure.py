@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from attar.forecast.counts import count_module
 from attar.forecast.hardware import KINDS, Hardware
-from attar.runtime import PackedLinear
 from attar.runtime.attention import attention
+from attar.runtime.random_layer import random_layer
 
 ROWS, WIDTH, OUT = 512, 1536, 4096
 WEIGHTS = 6  # products take turns with them: in a model, too, no weight is in a cache when its turn comes
@@ -67,14 +67,8 @@ def _work(format: str) -> dict[str, tuple[float, Callable[[], object]]]:
         return lambda: F.linear(x, next(weights))
 
     def packed(weight_bits: int, act_bits: int) -> Callable[[], object]:
-        x, ones, most = torch.randn(ROWS, WIDTH).to(dtype), torch.ones(OUT, 1), 1 << (weight_bits - 1)
-        codes = (torch.randint(-most, most, (OUT, WIDTH), dtype=torch.int8) for _ in range(WEIGHTS))
-        layers = cycle(
-            [
-                PackedLinear.from_codes(c, ones, weight_bits, act_bits=act_bits, compute_dtype=dtype)
-                for c in codes
-            ]
-        )
+        x = torch.randn(ROWS, WIDTH).to(dtype)
+        layers = cycle([random_layer(WIDTH, OUT, weight_bits, act_bits, dtype) for _ in range(WEIGHTS)])
         return lambda: next(layers)(x)
 
     q, k, v = (torch.randn(1, TOKENS, HEADS, HEAD).to(dtype) for _ in range(3))

@@ -88,12 +88,14 @@ class Kernels(Protocol):
 class Backend:
     """An implementation that is faster than the reference.
 
-    `describe` gives a sentence for people, or raises AttarError when the backend cannot work on this machine.
+    `check` raises AttarError when the backend cannot work on this machine; it is asked at every call of a layer.
+    `describe` gives a sentence for people.
     `emulated` says whether it can also be forced on the CPU, for tests.
     """
 
     name: str
     device: str  # type of the devices that it runs on
+    check: Callable[[], object]
     describe: Callable[[], str]
     load: Callable[[], Kernels]
     # of (weights, activations) that have kernels; None: floating point
@@ -128,9 +130,9 @@ def _load_triton() -> Kernels:
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend("cpu", "cpu", _describe_cpu, library),
+    "cpu": Backend("cpu", "cpu", library, _describe_cpu, library),
     "triton": Backend(
-        "triton", "cuda", describe_triton, _load_triton, emulated=interpreting, formats=_triton_formats
+        "triton", "cuda", describe_triton, describe_triton, _load_triton, _triton_formats, interpreting
     ),
 }
 _forced: list[str] = []
@@ -164,7 +166,7 @@ def backend_description(device: torch.device | str = "cpu") -> str:
 
 
 def _type_of(device: torch.device | str) -> str:
-    return torch.device(device).type
+    return device.type if isinstance(device, torch.device) else torch.device(device).type
 
 
 def forced_backend() -> str | None:
@@ -187,7 +189,7 @@ def _choice(device: str) -> tuple[str, str | None]:
     for backend in BACKENDS.values():
         if backend.device == device:
             try:
-                backend.describe()
+                backend.check()
             except AttarError as error:
                 return "reference", f"no kernels for {device}: {error.what}"
             return backend.name, None
@@ -201,7 +203,7 @@ def _check(name: str, where: str) -> None:
         known = ", ".join(["reference", *BACKENDS])
         raise AttarError(f"unknown backend {name!r}", where=where, fix=f"Choose one of {known}")
     try:
-        BACKENDS[name].describe()
+        BACKENDS[name].check()
     except AttarError as error:
         raise AttarError(
             f"the backend {name!r} does not work here: {error.what}",

@@ -399,22 +399,18 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         chain = self._chain()
         kinds = [transform.kind for transform in chain]
         operands = [operand for transform in chain for operand in transform(None)]
-        act_bits = self.act_bits_now()
+        act_bits, down, up = self.act_bits_now(), self.low_rank_in, self.low_rank_out
 
         def product(own: Rows) -> Tensor:
-            part = own.places if own.places is not None else slice(None)
-            bias = None if self.bias is None else self.bias[part]
-            branch = None if low is None or up is None else (low, up[part])
+            wide = own.of(up)
+            branch = None if low is None or wide is None else (low, wide.to(x.dtype))
             return packed_linear(
-                x, own.codes, self.weight_scale[part], bias, self.act_clip, own.kind.bits, act_bits, kinds, operands,
-                gelu, own.kind.number, self.act_format, own.levels, branch,
+                x, own.codes, own.of(self.weight_scale), own.of(self.bias), self.act_clip, own.kind.bits, act_bits,
+                kinds, operands, gelu, own.kind.number, self.act_format, own.levels, branch,
             )  # fmt: skip
 
         with full_precision(x.device):  # autocast would round the integers and the scales
-            down, up = (
-                part if part is None else part.to(x.dtype) for part in (self.low_rank_in, self.low_rank_out)
-            )
-            low = None if down is None else branch_low(x, down, self.frame_gate)
+            low = None if down is None else branch_low(x, down.to(x.dtype), self.frame_gate)
             return self._whole(product, -1)
 
     def _kinds(self) -> list[Rows]:

@@ -63,9 +63,10 @@ def packed_linear(
     if gelu not in (None, "none", "tanh"):
         raise AttarError(f"unknown GELU {gelu!r}", fix='Choose "none" or "tanh"')
     low, up = branch or (None, None)
-    tensors = [t for t in (codes, weight_scale, bias, act_clip, levels, low, up, *operands) if t is not None]
-    if any(t.device != x.device for t in tensors):
-        raise AttarError("the tensors of a packed layer and its input are not on one device")
+    device = x.device
+    for tensor in (codes, weight_scale, bias, act_clip, levels, low, up, *operands):
+        if tensor is not None and tensor.device != device:
+            raise AttarError("the tensors of a packed layer and its input are not on one device")
     return torch.ops.attar.packed_linear(
         x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
         gelu, weight_format, act_format, levels, low, up,

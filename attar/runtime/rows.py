@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,14 @@ class Rows:
     places: Tensor | None
     codes: Tensor
     levels: Tensor | None
+
+    @overload
+    def of(self, whole: Tensor) -> Tensor: ...
+    @overload
+    def of(self, whole: Tensor | None) -> Tensor | None: ...
+    def of(self, whole: Tensor | None) -> Tensor | None:
+        """What a tensor (out, …) of all rows has for these."""
+        return whole if whole is None or self.places is None else whole[self.places]
 
 
 def kinds_of(listed: Sequence[Any]) -> list[RowKind]:

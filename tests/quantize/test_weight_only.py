@@ -51,6 +51,25 @@ def quantized(name, settings, acts=16, weights=4, group=None, overrides=None, **
     return block.module, plans, outcome, sum(errors) / len(errors)
 
 
+def own_errors(name, layers):
+    """Relative error of packed layers of the first block, mean over layers, each on its full-precision inputs in
+    held-out calls."""
+    make, call = tiny.MODELS[name]
+    model = make()
+    block, caught = ModelAdapter.of(model).blocks[0].module, {path: [] for path in layers}
+    for path, found in caught.items():
+        block.get_submodule(path).register_forward_hook(
+            lambda m, args, y, found=found: found.append((args[0], y))
+        )
+    errors = []
+    with torch.no_grad():
+        for i in range(8, 12):
+            model(**call(model, seed=i))
+        for path, found in caught.items():
+            errors += [((layers[path](x) - y).square().sum() / y.square().sum()).item() for x, y in found]
+    return sum(errors) / len(errors)
+
+
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan", "flux"])
 @pytest.mark.parametrize("group", [None, 16])
 def test_the_recipe_helps_and_integer_activations_cost(name, group):
@@ -116,7 +135,7 @@ def test_calibrated_modulation_errs_less_and_is_as_large(name, learned):
         TransformSettings(shift=True), clip_search=True, gptq_damping=0.01, gptq_whole=True, round_weights=False,
         learning=ReconstructionSettings(epochs=3) if learned else None,
     )  # fmt: skip
-    errors, sizes = [], []
+    errors, own, sizes = [], [], []
     for calibrated in (False, True):
         _, plans, outcome, error = quantized(name, settings, acts=8, calibrate_modulation=calibrated)
         modulation = {n: layer for n, layer in outcome.layers.items() if plans[n].role == "modulation"}
@@ -126,9 +145,11 @@ def test_calibrated_modulation_errs_less_and_is_as_large(name, learned):
             steps = ["channel shift", "searched weight clipping", "gptq"] if calibrated else ["nearest"]
             assert settings.treatment(plans[path]) == steps
         errors.append(error)
+        own.append(own_errors(name, modulation))
         sizes.append(sum(b.numel() for layer in modulation.values() for b in layer.buffers()))
-    bound = 1.1 if learned else 0.95  # what a tiny model learns depends on the processor's roundings
-    assert errors[1] < bound * errors[0] and sizes[0] == sizes[1]
+    assert own[1] < 0.95 * own[0] and sizes[0] == sizes[1]
+    if not learned:  # what else a tiny model learns depends on the processor's roundings, by more than this
+        assert errors[1] < 0.95 * errors[0]
 
 
 def test_an_override_of_the_activations_keeps_the_treatment():

@@ -23,7 +23,6 @@ GELUS = {None: 0, "none": 1, "tanh": 2}
 _VARIABLE = "ATTAR_CPU_KERNELS"
 _MATRICES = "amx-int8"  # the kernels with matrix registers
 _REGISTER = 32  # what rows, outputs and ranks of a branch are rounded up to, so that tiles need no edges
-_SMALLEST = 1e-15  # a channel scale that a product with its inverse can stand for
 _PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
 
@@ -217,7 +216,8 @@ def library() -> Library:
 
 
 def _float32(tensor: Tensor, alive: list[Tensor]) -> int:
-    tensor = tensor.detach().to(torch.float32).contiguous()
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        tensor = tensor.detach().to(torch.float32).contiguous()
     alive.append(tensor)
     return tensor.data_ptr()
 
@@ -253,13 +253,6 @@ def _branch(low: Tensor, up: Tensor, matrices: bool, alive: list[Tensor]) -> _Br
     return _Branch(low=low.data_ptr(), up=up.data_ptr(), rank=low.shape[1], stride=up.shape[1], matrices=True)
 
 
-def _inverses(scale: Tensor) -> Tensor | None:
-    """1 / scale, where products with these, and their remainders, are normal numbers."""
-    scale = scale.to(torch.float32)
-    low, high = torch.aminmax(scale.abs())
-    return scale.reciprocal() if low > _SMALLEST and high < 1 / _SMALLEST else None
-
-
 def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
     first = operands[0]
     second = operands[1] if len(operands) > 1 else None
@@ -269,8 +262,6 @@ def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
         cols = first.shape[1] // rows
     elif kind == "kronecker":
         rows, cols = first.shape[0], operands[1].shape[0]
-    elif kind == "channel_scale":
-        second = _inverses(first)
     return _Step(STEPS[kind], rows, cols, _float32(first, alive), _pointer(second, alive))
 
 

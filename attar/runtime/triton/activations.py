@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,20 +57,28 @@ def factors(step: Step) -> Factors | None:
     """How a rotation of whole rows comes apart, with the least work; None for other transforms."""
     kind, operands = step
     if kind == "kronecker":
-        found = [Factors(0, operands[0].shape[0], operands[1].shape[0])]
-    elif kind == "hadamard" and operands[0].shape[0] == 1:
-        width, order = operands[0].shape[1], operands[1].shape[0]
-        powers = (width // order).bit_length()
-        found = [Factors(order, order << p, (width // order) >> p) for p in range(powers)]
-    else:
-        return None
+        return Factors(0, operands[0].shape[0], operands[1].shape[0])
+    if kind == "hadamard" and operands[0].shape[0] == 1:
+        return _hadamard_factors(operands[0].shape[1], operands[1].shape[0])
+    return None
+
+
+@functools.cache
+def _hadamard_factors(width: int, order: int) -> Factors:
+    powers = (width // order).bit_length()
+    found = [Factors(order, order << p, (width // order) >> p) for p in range(powers)]
     return min(found, key=lambda f: f.work)
 
 
 def rotates(step: Step, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a transform of rows of a type is a rotation that one launch computes with the codes."""
     found = factors(step)
-    if found is None or max(found.padded) > _LARGEST_FACTOR:
+    return found is not None and _fits(found, dtype, device)
+
+
+@functools.cache
+def _fits(found: Factors, dtype: torch.dtype, device: torch.device) -> bool:
+    if max(found.padded) > _LARGEST_FACTOR:
         return False
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10:
         return False  # Triton's compiler fails on these products for B200
@@ -96,13 +105,7 @@ def quantize(
     count, length = planes(weight_bits), padded_columns(width, weight_bits)
     codes = torch.empty(m, count, length, dtype=torch.int8, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
-    constants = {
-        "MOST": largest(number, act_bits),
-        "PLANES": count,
-        "FP8": number == "fp8",
-        "SIGNED": number == "full_range",
-        **EXACT,
-    }
+    constants = _constants(act_bits, count, number)
     steps = list(steps)
     channels = [
         float32(steps.pop(0)[1][0]) if steps and steps[0][0] == kind else None
@@ -111,22 +114,32 @@ def quantize(
     if steps:
         _rotated(x, channels, steps[0], float32(clip), codes, step, constants)
         return codes, step
-    first, second = _pieces(length, count)
-    full = sum(end * count <= width for end in (first, first + second))
     plain: Any = quantize_rows[(m,)]
     plain(
         x, *channels, float32(clip), codes, step, width, length, x.stride(0), count * length,
-        FIRST=first, SECOND=second, FULL=full, num_warps=2 if width <= _CHUNK else 4 if width <= 5 * _CHUNK else 8,
-        **constants,
+        **_pieces(width, length, count), **constants,
     )  # fmt: skip
     return codes, step
 
 
-def _pieces(length: int, count: int) -> tuple[int, int]:
-    """Two powers of two that together hold `length` columns of `count` planes; (a chunk, 0) for a row too long."""
-    first = 1 << (length.bit_length() - 1)
-    second = 1 << (length - first - 1).bit_length() if length > first else 1
-    return (first, second) if length * count <= _LARGEST_ROW else (_CHUNK // count, 0)
+@functools.cache
+def _constants(act_bits: int, count: int, number: str) -> dict[str, Any]:
+    """What every launch is compiled for. count: planes."""
+    formats = {"FP8": number == "fp8", "SIGNED": number == "full_range"}
+    return {"MOST": largest(number, act_bits), "PLANES": count, **formats, **EXACT}
+
+
+@functools.cache
+def _pieces(width: int, length: int, count: int) -> dict[str, Any]:
+    """Two powers of two that together hold `length` columns of `count` planes, or a chunk of a row too long, and how
+    much of them is in the row for sure."""
+    first, second = _CHUNK // count, 0
+    if length * count <= _LARGEST_ROW:
+        first = 1 << (length.bit_length() - 1)
+        second = 1 << (length - first - 1).bit_length() if length > first else 1
+    full = sum(end * count <= width for end in (first, first + second))
+    warps = 2 if width <= _CHUNK else 4 if width <= 5 * _CHUNK else 8
+    return {"FIRST": first, "SECOND": second, "FULL": full, "num_warps": warps}
 
 
 def _rotated(
@@ -163,4 +176,6 @@ def _rotated(
 
 def float32(tensor: Tensor | None) -> Tensor | None:
     """The tensor as kernels read it."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()

@@ -6,6 +6,7 @@ all have the same shift. A plane of activations meets a plane of weights in one 
 the row, since integers may be added in any order. Nothing has to be interleaved in registers.
 """
 
+import functools
 import math
 
 import triton
@@ -16,6 +17,7 @@ BLOCK = (
 )
 
 
+@functools.cache
 def planes(bits: int) -> int:
     """How many planes a row of `bits`-bit codes has."""
     return 8 // math.gcd(8, bits)
@@ -26,6 +28,7 @@ def columns(in_features: int, bits: int) -> int:
     return -(-in_features // planes(bits))
 
 
+@functools.cache
 def padded_columns(in_features: int, bits: int) -> int:
     """The same, rounded up to whole blocks."""
     return -(-columns(in_features, bits) // BLOCK) * BLOCK

@@ -194,9 +194,8 @@ def _in_tiles(
             num_warps=config.warps, num_stages=config.stages, **EXACT,
         )  # fmt: skip
 
-    fitting = [config for config in candidates if config.rows <= bucket(m)]
     problem = Problem(kernel.__name__, str(x.dtype), bits, bucket(m), n, width, more.get("groups", 1))
-    run(choose(problem, fitting, run, x.device))
+    run(choose(problem, candidates, run, x.device))
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

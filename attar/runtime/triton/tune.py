@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,8 +45,7 @@ class Config:
     flatten: int = 0
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a choice depends on beside the device. rows counts in powers of two: `bucket`."""
 
     kernel: str
@@ -58,12 +57,13 @@ class Problem:
     groups: int
 
     def __str__(self) -> str:
-        return "/".join(str(value) for value in astuple(self))
+        return "/".join(map(str, self))
 
 
 Run = Callable[[Config], object]
 
 
+@functools.cache
 def bucket(size: int) -> int:
     """The power of two at or above a size, at least 16: that of a tile for the tensor cores."""
     return 1 << max(4, (size - 1).bit_length())
@@ -95,10 +95,12 @@ class Tuner:
 
         While a CUDA graph is captured nothing can be measured: the first candidate is used then, for this call only,
         and so it is with ATTAR_TRITON_TUNING=0. Candidates that do not fit into the device's shared memory are
-        passed over; AttarError when none fits.
+        passed over, and so are those with more rows than the problem; AttarError when none fits.
         """
-        if problem in self._known:
-            return self._known[problem]
+        known = self._known.get(problem)  # first, since it is all that most calls need
+        if known is not None:
+            return known
+        candidates = fitting(problem, candidates)
         key = str(problem)
         if self._choices is None:
             self._choices = self._read()
@@ -134,13 +136,18 @@ class Tuner:
             temporary.write_text(content, encoding="utf-8")
 
 
+def fitting(problem: Problem, candidates: Sequence[Config]) -> list[Config]:
+    """Those with no more rows than the problem."""
+    return [config for config in candidates if config.rows <= problem.rows]
+
+
 _tuners: dict[str, Tuner] = {}
 
 
 def choose(problem: Problem, candidates: Sequence[Config], run: Run, device: torch.device) -> Config:
     """The configuration for a problem on a device; equal GPUs share what was measured on one of them."""
     if device.type != "cuda":  # in the interpreter time means nothing
-        return candidates[0]
+        return fitting(problem, candidates)[0]
     name = _device_name(device)
     if name not in _tuners:
         key = hashlib.sha256(f"{name}\0{triton.__version__}\0{_sources()}".encode()).hexdigest()[:24]

@@ -62,7 +62,35 @@ constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activatio
 constexpr int64_t WHOLE = 1536;             // k that a tile takes at once, however few it prefers
 constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
 
-thread_local Buffer shared_buffer, own_buffer;
+constexpr float SMALLEST = 1e-15f;           // a channel scale that a product with its inverse can stand for
+
+thread_local Buffer shared_buffer, own_buffer, steps_buffer;
+
+// 1 / scale (k,) where products with these, and their remainders, are normal numbers; else null.
+const float* inverses_of(const float* scale, int64_t k, float* inverse) {
+    bool normal = true;
+    for (int64_t i = 0; i < k; ++i) {
+        const float size = __builtin_fabsf(scale[i]);
+        normal &= size > SMALLEST && size < 1 / SMALLEST;
+        inverse[i] = 1 / scale[i];
+    }
+    return normal ? inverse : nullptr;
+}
+
+// Gives the steps of a call the inverses of their channel scales. False when there is not enough memory.
+bool add_inverses(Linear& call) {
+    if (!call.n_steps) return true;
+    const int64_t k = call.weight.k;
+    Step* steps = static_cast<Step*>(steps_buffer.reserve(call.n_steps * (sizeof(Step) + k * sizeof(float))));
+    if (!steps) return false;
+    float* free = reinterpret_cast<float*>(steps + call.n_steps);
+    for (int i = 0; i < call.n_steps; ++i) {
+        steps[i] = call.steps[i];
+        if (steps[i].kind == CHANNEL_SCALE) steps[i].b = inverses_of(steps[i].a, k, free + i * k);
+    }
+    call.steps = steps;
+    return true;
+}
 
 // One block of rows: [first, first + rows) of x, whose codes, scales and offsets are in the shared buffer.
 struct Block {
@@ -167,7 +195,8 @@ int attar_has_threads() {
 
 // Returns 0, or 1 when there is not enough memory.
 int attar_linear(const Linear* pointer, int level) {
-    const Linear& call = *pointer;
+    Linear call = *pointer;
+    if (!add_inverses(call)) return 1;
     const Kernels& kernels = *kernels_at(level);
     const int64_t n = call.weight.n, threads = most(1, call.threads);
     prefer_large_pages(call.y, call.m * n * (call.y_dtype == FLOAT32 ? 4 : 2));

@@ -14,7 +14,7 @@ struct Step {
     int32_t kind;
     int32_t rows, cols;  // Hadamard: base order and 2^m, repeated over the row; Kronecker: left and right width
     const float* a;      // channel scale, shift (k,) | signs (k,) | left (rows, rows)
-    const float* b;      // scale: inverses or null   | base (rows, rows) | right (cols, cols)
+    const float* b;      // scale: set by the entry   | base (rows, rows) | right (cols, cols)
 };
 
 // A packed weight: n rows of k codes, `bits` bits each, stored as code + 2^(bits - 1).
