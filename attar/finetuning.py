@@ -19,6 +19,7 @@ from attar.losses import mse, mse_with_layers, relative_error
 from attar.models.block import BlockCall, as_outputs
 from attar.models.types import give_types, tensors_of, types_of
 from attar.models.weights import ResidentWeights, fill, weights_of
+from attar.quantize.batching import like
 from attar.quantize.finetune import Finetuner, Layer
 from attar.quantize.linear import QuantizedLinear, replace_module
 from attar.quantize.plan import LayerPlan, matching, open_planned
@@ -187,6 +188,7 @@ class _WholeModel(Job):
         for index in _spread(len(samples)):
             call, target = samples[index]
             output = {OUTPUT: self.forward(call)[OUTPUT]}
+            target = like({OUTPUT: target[OUTPUT]}, output)
             errors.append(relative_error(output, target, {OUTPUT: torch.zeros_like(target[OUTPUT])}).item())
         return sum(errors) / len(errors)
 

@@ -14,6 +14,7 @@ from attar import ranks
 from attar.errors import AttarError
 from attar.losses import relative_error
 from attar.quantize.adaptive import describe
+from attar.quantize.batching import like
 from attar.quantize.block_settings import BlockSettings
 from attar.quantize.frame_gate import FrameGrid, start_gates
 from attar.quantize.learned_codes import LearnedCodes
@@ -218,7 +219,8 @@ def mean_relative_error(
 @torch.no_grad()
 def sample_error(run: Callable[[Any], Streams], call: Any, target: Streams) -> float:
     """`relative_error` of one sample."""
-    return relative_error(run(call), target, call.streams).item()
+    prediction = run(call)  # the others may be kept elsewhere
+    return relative_error(prediction, like(target, prediction), like(call.streams, prediction)).item()
 
 
 def mean_error(errors: Sequence[float], calls: Sequence[Any]) -> float:
