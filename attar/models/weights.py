@@ -119,6 +119,7 @@ class StreamedWeights:
                 if part is module or next(part.children(), None) is not None:
                     self._names[id(part)] = name
                     part.register_forward_pre_hook(self._enter)
+        _move_buffers(model, device)  # such as rotary tables, which are in no file
         model.attar_weights = self  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedWeights:
@@ -193,6 +194,14 @@ def empty(module: nn.Module) -> None:
     for path, old in module.state_dict(keep_vars=True).items():
         if not old.is_meta:
             _put(module, path, old.detach().to("meta"), old)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Brings every buffer that has values to the device."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
 
 
 def _put(module: nn.Module, path: str, tensor: Tensor, old: Tensor) -> None:

@@ -1,13 +1,12 @@
 """A GPU that is not there: tensors "on" it lie in the processor's memory, and know where they claim to be.
 
-What it finds is the mistake that no machine without a GPU shows: tensors of two devices in one operation, a tensor that is
-made where its neighbours are not, a generator of another device. It computes what the processor computes.
+What it finds are mistakes that no machine without a GPU shows otherwise: tensors of two devices in one operation, a
+tensor that is made where its neighbours are not, a generator of another device. It computes what a processor does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from typing import Any
 from unittest import mock
 
@@ -17,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 GPU = torch.device("cuda", 0)
+# what makes a tensor of no other one
 FACTORIES = {
     "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "logspace", "eye",
     "tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "empty_strided", "scalar_tensor", "hann_window",
-    "tril_indices", "triu_indices", "normal", "bartlett_window", "blackman_window", "range", "complex_zeros",
+    "tril_indices", "triu_indices", "normal",
 }  # fmt: skip
 ANYWHERE = {
     "copy_",
@@ -60,6 +60,8 @@ class PretendGPU(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             return self._attribute(func, args)
+        if name == "_parse_to":  # only names a device
+            return func(*args, **kwargs)
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and not _odd(t)]
         if name in ("to", "cuda", "cpu"):
             return self._moved(func, name, args, kwargs)
