@@ -72,7 +72,6 @@ class _WholeModel(Job):
     def __init__(self, *job: Any) -> None:
         """The arguments of `Job`."""
         super().__init__(*job)
-        self.blocks = self.adapter.blocks
         local = self.recipe.finetune.local if self.recipe.finetune is not None else None
         self.local = [] if local is None else matching(self.plan.values(), local)
         self.relation = relation_settings(self.recipe)
@@ -81,14 +80,14 @@ class _WholeModel(Job):
     def samples(self, prompts: int) -> TracedSteps:
         streams = [OUTPUT, *self.local, *([FEATURES] if self.relation else [])]
         found = TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace, streams)
+        prompt, step, _ = found.places[0]
+        self.adapter.observe(self.store.calls(self.name, prompt, step)[0])  # blocks come in the order of their calls
         if self.relation is not None:
-            self.features = self._last_features(found)
+            self.features = self._last_features()
         return found
 
-    def _last_features(self, samples: TracedSteps) -> tuple[nn.Module, int]:
+    def _last_features(self) -> tuple[nn.Module, int]:
         """The block before the output head, whose features MPQ-DM compares, and the place of its main output."""
-        prompt, step, _ = samples.places[0]
-        self.adapter.observe(self.store.calls(self.name, prompt, step)[0])
         last = self.adapter.blocks[-1]
         main = self.adapter.main_stream(last)
         return last.module, last.outputs.index(main) if main in last.outputs else 0
@@ -193,9 +192,12 @@ class _WholeModel(Job):
         return sum(errors) / len(errors)
 
     def files(self) -> dict[str, tuple[nn.Module, str, list[str]]]:
-        """File -> (module that its layers are in, prefix of their names, their names); those in no block last."""
+        """File -> (module that its layers are in, prefix of their names, their names); those in no block last.
+
+        Once the samples are there: they say in which order the blocks are.
+        """
         left, files = list(self.plan), {}
-        for block in self.blocks:
+        for block in self.adapter.blocks:
             prefix = f"{block.name}."
             names = [name for name in left if name.startswith(prefix)]
             left = [name for name in left if not name.startswith(prefix)]
@@ -224,8 +226,9 @@ class FinetuneJob:
         """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
         whole = self.whole
         whole.transformer.requires_grad_(False).eval()
+        samples = whole.samples(prompts)
         if not all(map(whole.workspace.has, [*whole.files(), whole.report_file])):
-            self._make(whole.samples(prompts))
+            self._make(samples)
         results = []
         for file, (module, prefix, _) in whole.files().items():
             result = restore_block(whole.workspace, file, module)

@@ -113,6 +113,22 @@ def test_killed_and_resumed(commands, models, whole, tmp_path):
     assert not [name for name in contents(tmp_path / "small.work") if "waiting" in name]
 
 
+@pytest.mark.parametrize("recipe", ["mpq-dm", "attar-ptq"])
+def test_trained_whole_and_saved(recipe, models, tmp_path):
+    """Units run in another order than they stand in; what is saved is what was trained, under the right names."""
+    overrides = {"trace.prompts": 1, "finetune.steps": 3} if recipe == "mpq-dm" else {
+        "trace.prompts": 1, "select.count": 2, "reconstruct.epochs": 1,
+        "finetune": {"steps": 3, "batch_size": 1, "scale_lr": 1e-2},
+    }  # fmt: skip
+    small = attar.compress(str(models["sd"]), recipe, overrides=overrides)
+    small.save_pretrained(tmp_path / "small")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "small")
+    ours, theirs = small.unet.state_dict(), again.unet.state_dict()
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(t.to(theirs[k]), theirs[k]) for k, t in ours.items()
+    )
+
+
 def test_compared_with_its_original(cli, models, whole, tmp_path):
     (tmp_path / "prompts.txt").write_text(unets.PROMPTS[0])
     options = ("-o", tmp_path / "report", "--prompts", tmp_path / "prompts.txt", "--steps", 2)
