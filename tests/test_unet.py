@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from support import unets
 from support.commands import contents
@@ -113,20 +114,25 @@ def test_killed_and_resumed(commands, models, whole, tmp_path):
     assert not [name for name in contents(tmp_path / "small.work") if "waiting" in name]
 
 
-@pytest.mark.parametrize("recipe", ["mpq-dm", "attar-ptq"])
-def test_trained_whole_and_saved(recipe, models, tmp_path):
-    """Units run in another order than they stand in; what is saved is what was trained, under the right names."""
-    overrides = {"trace.prompts": 1, "finetune.steps": 3} if recipe == "mpq-dm" else {
+TRAINED = {
+    "mpq-dm": {"trace.prompts": 1, "finetune.steps": 3},
+    "attar-ptq": {
         "trace.prompts": 1, "select.count": 2, "reconstruct.epochs": 1,
-        "finetune": {"steps": 3, "batch_size": 1, "scale_lr": 1e-2},
-    }  # fmt: skip
-    small = attar.compress(str(models["sd"]), recipe, overrides=overrides)
-    small.save_pretrained(tmp_path / "small")
-    again = DiffusionPipeline.from_pretrained(tmp_path / "small")
-    ours, theirs = small.unet.state_dict(), again.unet.state_dict()
-    assert ours.keys() == theirs.keys() and all(
-        torch.equal(t.to(theirs[k]), theirs[k]) for k, t in ours.items()
-    )
+        "finetune": "{steps: 3, batch_size: 1, scale_lr: 1e-2}",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_trained_whole_and_saved(recipe, commands, models, tmp_path):
+    """Units run in another order than they stand in; what is saved is what was trained, under the right names."""
+    options = [part for key, value in TRAINED[recipe].items() for part in ("--set", f"{key}={value}")]
+    out = tmp_path / "small"
+    assert commands.run("compress", models["sd"], "-o", out, "--recipe", recipe, "--no-stream", *options) == 0
+    overrides = {key: yaml.safe_load(str(value)) for key, value in TRAINED[recipe].items()}
+    again = attar.compress(str(models["sd"]), recipe, overrides=overrides).unet.state_dict()
+    saved = DiffusionPipeline.from_pretrained(out).unet.state_dict()
+    assert saved.keys() == again.keys() and all(torch.equal(t, again[k].to(t)) for k, t in saved.items())
 
 
 def test_compared_with_its_original(cli, models, whole, tmp_path):
