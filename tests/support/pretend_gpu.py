@@ -61,6 +61,8 @@ class PretendGPU(TorchFunctionMode):
         if name == "__get__":
             return self._attribute(func, args)
         if name == "_parse_to":  # only names a device
+            if args and isinstance(args[0], Tensor):
+                args = (GPU if self._there(args[0]) else torch.device("cpu"), args[0].dtype)
             return func(*args, **kwargs)
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and not _odd(t)]
         if name in ("to", "cuda", "cpu"):
@@ -189,6 +191,7 @@ def pretended_gpu():
             "get_device_capability": lambda *a: (8, 0), "mem_get_info": lambda *a: (2**34, 2**34),
             "max_memory_allocated": lambda *a: 0, "reset_peak_memory_stats": lambda *a: None,
             "current_device": lambda: 0, "is_bf16_supported": lambda *a, **k: False, "empty_cache": lambda: None,
+            "get_rng_state": lambda *a: torch.get_rng_state(), "set_rng_state": lambda *a: None,
             "default_generators": (torch.default_generator,), "device_count": lambda: 1,
         }.items():  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
