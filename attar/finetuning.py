@@ -81,7 +81,8 @@ class _WholeModel(Job):
         streams = [OUTPUT, *self.local, *([FEATURES] if self.relation else [])]
         found = TracedSteps(self.name, self.transformer, self.store, prompts, self.workspace, streams)
         prompt, step, _ = found.places[0]
-        self.adapter.observe(self.store.calls(self.name, prompt, step)[0])  # blocks come in the order of their calls
+        # blocks come in the order of their calls
+        self.adapter.observe(self.store.calls(self.name, prompt, step)[0])
         if self.relation is not None:
             self.features = self._last_features()
         return found

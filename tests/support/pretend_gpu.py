@@ -22,17 +22,7 @@ FACTORIES = {
     "tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "empty_strided", "scalar_tensor", "hann_window",
     "tril_indices", "triu_indices", "normal",
 }  # fmt: skip
-ANYWHERE = {
-    "copy_",
-    "__set__",
-    "_has_compatible_shallow_copy_type",
-    "is_set_to",
-    "set_",
-    "__format__",
-    "__repr__",
-    "type_as",
-    "equal_to_other_device",
-}
+ANYWHERE = {"copy_", "__set__", "_has_compatible_shallow_copy_type", "set_"}
 INDEXING = {"__getitem__", "__setitem__", "index_put_", "index_put"}
 TO_HOST = {"numpy", "__array__"}
 
