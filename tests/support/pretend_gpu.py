@@ -103,8 +103,7 @@ class PretendGPU(TorchFunctionMode):
     def _moved(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         tensor, rest, target = args[0], list(args[1:]), None
         if name in ("cuda", "cpu"):
-            target, rest, kwargs, func = name == "cuda", [], {}, torch.Tensor.to
-            rest = [tensor.dtype]
+            target, rest, kwargs, func = name == "cuda", [tensor.dtype], {}, torch.Tensor.to
         for i, value in enumerate(rest):
             if isinstance(value, Tensor):
                 target, rest[i] = self._there(value), value.dtype
