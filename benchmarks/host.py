@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from attar.runtime import PackedLinear, use_backend
-from attar.runtime.transforms import ChannelScale, Hadamard, Transform
+from attar.runtime.transforms import ChannelScale, ChannelShift, Hadamard, Kronecker, Transform
 from attar.runtime.triton import activations, products
 
-CALLS, SERIES, RANK = 200, 15, 8
-LAYERS = ("plain", "rotated", "rotated, with a branch")
+CALLS, SERIES, RANK = 20, 300, 8
+SIDES = {64: 8, 1536: 32}  # of a Kronecker rotation, the left one
+LEARNED = "shift, scale, Kronecker"  # what the default recipe makes
+LAYERS = ("plain", "rotated", LEARNED, "rotated, with a branch")
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
         layers = {name: layer(width, name) for name in LAYERS}
         runs: dict[str, nn.Module] = {"torch's linear": nn.Linear(width, width, dtype=x.dtype), **layers}
         if backend == "triton":  # where torch would compute
-            runs = {name: layers[name] for name in LAYERS[:2]}
+            runs = {name: layers[name] for name in LAYERS[:3]}
         with torch.no_grad(), use_backend(backend), no_launches():
             for name, run in runs.items():
                 print(f"{backend:<8}{rows:>6}{width:>7}  {name:<26}{microseconds(run, x):8.1f}", flush=True)
@@ -43,9 +45,12 @@ def main() -> None:
 
 def layer(width: int, name: str) -> PackedLinear:
     """W4A8 of random numbers, in bfloat16."""
-    chain: list[Transform] = (
-        [] if name == "plain" else [ChannelScale(torch.rand(width) + 0.5), Hadamard.random(width)]
-    )
+    chain: list[Transform] = [] if name == "plain" else [ChannelScale(torch.rand(width) + 0.5)]
+    if name == LEARNED:
+        kronecker = Kronecker(torch.eye(SIDES[width]), torch.eye(width // SIDES[width]))
+        chain = [ChannelShift(torch.randn(width)), *chain, kronecker]
+    elif chain:
+        chain += [Hadamard.random(width)]
     codes, ones = torch.randint(-8, 8, (width, width), dtype=torch.int8), torch.ones(width, 1)
     branch = (torch.randn(RANK, width), torch.randn(width, RANK)) if name.endswith("branch") else None
     return PackedLinear.from_codes(

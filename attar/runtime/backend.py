@@ -40,13 +40,13 @@ Step = tuple[str, Sequence[Tensor]]  # the kind of a transform and its operands
 
 
 class Kernels(Protocol):
-    """What a backend does with rows x (m, in), of one of DTYPES, once the operator has checked the shapes.
+    """What a backend does with x (..., in), of one of DTYPES, once the operator has checked the shapes.
 
-    Both give (m, out). The arguments are those of `packed_linear`.
+    Both give (..., out). The arguments are those of `packed_linear`.
     """
 
     def fusable(self, steps: Sequence[Step], x: Tensor) -> int:
-        """How many of the last transforms `linear` can compute of rows x; the operator does the others before."""
+        """How many of the last transforms `linear` can compute of x; the operator does the others before."""
         ...
 
     def linear(
@@ -66,7 +66,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Transforms, quantization of rows, product, scales, bias, branch, and GELU before the only rounding.
 
-        number: the format of the activations; the weights have the same one, or integers. branch: low (m, rank) and
+        number: the format of the activations; the weights have the same one, or integers. branch: low (..., rank) and
         up (out, rank). A backend may also add the branch, and compute GELU, behind the rounding.
         """
         ...

@@ -27,7 +27,7 @@ class BlockRotations(Transform):
     """
 
     kind = "block_rotations"
-    arity = 2
+    names = ("rotations", "orders")
     rotations: Tensor
     orders: Tensor
 
@@ -58,9 +58,6 @@ class BlockRotations(Transform):
 
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "block": self.rotations.shape[-1], "stages": self.rotations.shape[0]}
-
-    def operands(self) -> list[Tensor]:
-        return [self.rotations, self.orders]
 
     @staticmethod
     def activation_side(x: Tensor, *operands: Tensor) -> Tensor:

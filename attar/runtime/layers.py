@@ -393,32 +393,42 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         return restore_weight(self._chain(), weight) if len(self.transforms) else weight
 
     def _chain(self) -> list[Transform]:
-        return list(self.transforms)  # type: ignore[arg-type]
+        chain: Any = self.transforms._modules
+        return list(chain.values())
 
     def _run(self, x: Tensor, gelu: str | None = None) -> Tensor:
-        chain = self._chain()
-        kinds = [transform.kind for transform in chain]
-        operands = [operand for transform in chain for operand in transform(None)]
-        act_bits, down, up = self.act_bits_now(), self.low_rank_in, self.low_rank_out
+        kinds: list[str] = []
+        operands: list[Tensor] = []
+        for transform in self._chain():
+            kinds.append(transform.kind)
+            operands += transform(None)
+        act_bits = self.act_bits_now()
+        # As attributes of a module each takes a microsecond, which small layers notice.
+        own: dict[str, Any] = {**self._buffers, **self._parameters}
+        scale: Tensor = own["weight_scale"]
+        bias: Tensor | None = own["bias"]
+        down, up = own["low_rank_in"], own["low_rank_out"]
 
-        def product(own: Rows) -> Tensor:
-            wide = own.of(up)
+        def product(rows: Rows) -> Tensor:
+            wide = rows.of(up)
             branch = None if low is None or wide is None else (low, wide.to(x.dtype))
             return packed_linear(
-                x, own.codes, own.of(self.weight_scale), own.of(self.bias), self.act_clip, own.kind.bits, act_bits,
-                kinds, operands, gelu, own.kind.number, self.act_format, own.levels, branch,
+                x, rows.codes, rows.of(scale), rows.of(bias), own["act_clip"], rows.kind.bits, act_bits,
+                kinds, operands, gelu, rows.kind.number, self.act_format, rows.levels, branch,
             )  # fmt: skip
 
         with full_precision(x.device):  # autocast would round the integers and the scales
-            low = None if down is None else branch_low(x, down.to(x.dtype), self.frame_gate)
+            low = None if down is None else branch_low(x, down.to(x.dtype), own["frame_gate"])
             return self._whole(product, -1)
 
     def _kinds(self) -> list[Rows]:
         """The rows by their kinds; one kind alone has them all."""
-        if self.rows is None or self.row_kind is None:
+        own: dict[str, Any] = self._buffers
+        codes, levels = own["codes"], own["levels"]
+        if self.rows is None:
             kind = RowKind(self.weight_bits, self.weight_format, self.out_features)
-            return [Rows(kind, None, self.codes, self.levels)]
-        return split_rows(self.codes, self.row_kind, self.rows, self.in_features, self.levels)
+            return [Rows(kind, None, codes, levels)]
+        return split_rows(codes, own["row_kind"], self.rows, self.in_features, levels)
 
     def _whole(self, make: Callable[[Rows], Tensor], dim: int = 0) -> Tensor:
         """What `make` gives for each kind of rows, with all rows in their places along `dim`."""

@@ -166,29 +166,25 @@ def _fast(
             x, codes, weight_scale, bias, act_clip, weight_bits, act_bits, transforms, operands,
             gelu, weight_format, act_format, levels, low, up,
         )  # fmt: skip
-    rows = x.reshape(-1, x.shape[-1])
-    branch = None if low is None or up is None else (low.reshape(-1, low.shape[-1]), up)
+    branch = None if low is None or up is None else (low, up)
     _check(x.shape[-1], codes, weight_scale, bias, weight_bits)
     if branch is not None:
-        _check_branch(rows, codes, *branch)
+        _check_branch(x, codes, *branch)
     kernels = BACKENDS[name].load()
-    steps = _steps(transforms, operands)
+    steps, y = _steps(transforms, operands), x
     while steps:  # what torch transforms may come out in float32, of which a kernel may take less
-        fused = 0 if act_bits is None else kernels.fusable(steps, rows)
+        fused = 0 if act_bits is None else kernels.fusable(steps, y)
         if fused == len(steps):
             break
         for kind, own in steps[: len(steps) - fused]:
-            rows = TRANSFORMS[kind].activation_side(rows, *own)
+            y = TRANSFORMS[kind].activation_side(y, *own)
         steps = steps[len(steps) - fused :]
     if act_bits is None:
-        y = kernels.weight_only(rows.to(x.dtype), codes, weight_scale, bias, weight_bits, weight_format)
-        y = finished(y, branch, gelu)
-    else:
-        y = kernels.linear(
-            rows, codes, weight_scale, bias, act_clip, weight_bits, act_bits, steps, x.dtype, gelu, act_format,
-            branch,
-        )  # fmt: skip
-    return y.view(*x.shape[:-1], codes.shape[0])
+        y = kernels.weight_only(y.to(x.dtype), codes, weight_scale, bias, weight_bits, weight_format)
+        return finished(y, branch, gelu)
+    return kernels.linear(
+        y, codes, weight_scale, bias, act_clip, weight_bits, act_bits, steps, x.dtype, gelu, act_format, branch,
+    )  # fmt: skip
 
 
 torch.library.register_fake(_NAME, _fake)
@@ -209,19 +205,19 @@ def _check(width: int, codes: Tensor, weight_scale: Tensor, bias: Tensor | None,
         )
 
 
-def _check_branch(rows: Tensor, codes: Tensor, low: Tensor, up: Tensor) -> None:
-    if low.shape != (rows.shape[0], up.shape[-1]) or up.shape[0] != codes.shape[0]:
+def _check_branch(x: Tensor, codes: Tensor, low: Tensor, up: Tensor) -> None:
+    if low.shape != (*x.shape[:-1], up.shape[-1]) or up.shape[0] != codes.shape[0]:
         raise AttarError(
-            f"a branch of {tuple(low.shape)} and {tuple(up.shape)} does not fit {rows.shape[0]} rows of "
+            f"a branch of {tuple(low.shape)} and {tuple(up.shape)} does not fit inputs of {tuple(x.shape)} with "
             f"{codes.shape[0]} outputs"
         )
 
 
 def _steps(transforms: list[str], operands: list[Tensor]) -> list[tuple[str, list[Tensor]]]:
     """The flat operands, divided among the transforms that they belong to."""
-    steps, rest = [], list(operands)
+    steps, first = [], 0
     for kind in transforms:
-        count = TRANSFORMS[kind].arity
-        steps.append((kind, rest[:count]))
-        rest = rest[count:]
+        end = first + len(TRANSFORMS[kind].names)
+        steps.append((kind, operands[first:end]))
+        first = end
     return steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ class RowKind:
         return 1 << self.bits if self.number == "table" else 0
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):  # made at every call of a layer
     """The rows of one kind: their places among all (None: they are all), codes (count, width), levels."""
 
     kind: RowKind

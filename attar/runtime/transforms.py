@@ -30,7 +30,7 @@ class ChannelShift(Transform):
     """
 
     kind = "channel_shift"
-    arity = 1
+    names = ("shift",)
     shift: Tensor
 
     def __init__(self, shift: Tensor) -> None:
@@ -43,9 +43,6 @@ class ChannelShift(Transform):
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> ChannelShift:
         only(config, "kind")
         return cls(torch.zeros(d, device=device))
-
-    def operands(self) -> list[Tensor]:
-        return [self.shift]
 
     @staticmethod
     def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
@@ -64,7 +61,7 @@ class ChannelScale(Transform):
     """Per-channel scaling, T = diag(1/c): x / c and W · c (SmoothQuant, eq. 3). `scale` c (d,), positive."""
 
     kind = "channel_scale"
-    arity = 1
+    names = ("scale",)
     scale: Tensor
 
     def __init__(self, scale: Tensor) -> None:
@@ -77,9 +74,6 @@ class ChannelScale(Transform):
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> ChannelScale:
         only(config, "kind")
         return cls(torch.ones(d, device=device))
-
-    def operands(self) -> list[Tensor]:
-        return [self.scale]
 
     @staticmethod
     def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
@@ -102,7 +96,7 @@ class Hadamard(Transform):
     """
 
     kind = "hadamard"
-    arity = 2
+    names = ("signs", "base")
     signs: Tensor
     base: Tensor | None
 
@@ -167,7 +161,7 @@ class Kronecker(Transform):
     """T = left ⊗ right with left (l, l), right (r, r), d = l·r: n·d·(l + r) multiplications (FlatQuant)."""
 
     kind = "kronecker"
-    arity = 2
+    names = ("left", "right")
     left: Tensor
     right: Tensor
 
@@ -189,9 +183,6 @@ class Kronecker(Transform):
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "left": self.left.shape[0], "right": self.right.shape[0]}
 
-    def operands(self) -> list[Tensor]:
-        return [self.left, self.right]
-
     @staticmethod
     def activation_side(x: Tensor, *operands: Tensor) -> Tensor:
         left, right = operands
@@ -210,7 +201,7 @@ class Dense(Transform):
     """T = an invertible matrix (d, d): the most general transform and the dearest, n·d² multiplications."""
 
     kind = "dense"
-    arity = 1
+    names = ("matrix",)
     matrix: Tensor
 
     def __init__(self, matrix: Tensor) -> None:
@@ -222,9 +213,6 @@ class Dense(Transform):
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Dense:
         only(config, "kind")
         return cls(torch.eye(d, device=device))
-
-    def operands(self) -> list[Tensor]:
-        return [self.matrix]
 
     @staticmethod
     def activation_side(x: Tensor, *operands: Tensor) -> Tensor:

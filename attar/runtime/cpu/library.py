@@ -17,7 +17,7 @@ from attar.errors import AttarError, reason
 from attar.runtime.branch import Branch
 from attar.runtime.cpu.build import built_library
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 STEPS = {"channel_scale": 0, "hadamard": 1, "kronecker": 2, "channel_shift": 3}
 GELUS = {None: 0, "none": 1, "tanh": 2}
 _VARIABLE = "ATTAR_CPU_KERNELS"
@@ -27,7 +27,10 @@ _PANEL_BYTES = 2**23  # of a dequantized weight, which is never whole in memory
 
 
 class _Step(Structure):
-    _fields_ = (("kind", c_int32), ("rows", c_int32), ("cols", c_int32), ("a", c_void_p), ("b", c_void_p))
+    _fields_ = (
+        *(("kind", c_int32), ("rows", c_int32), ("cols", c_int32), ("dtype", c_int32)),
+        *(("a", c_void_p), ("b", c_void_p)),
+    )
 
 
 class _Weight(Structure):
@@ -48,7 +51,7 @@ class _Linear(Structure):
         *(("x", c_void_p), ("y", c_void_p), ("m", c_int64), ("weight", _Weight)),
         *(("bias", c_void_p), ("clip", c_void_p), ("steps", c_void_p)),
         *(("n_steps", c_int32), ("act_bits", c_int32), ("full_range", c_int32)),
-        *(("x_dtype", c_int32), ("y_dtype", c_int32), ("gelu", c_int32)),
+        *(("x_dtype", c_int32), ("y_dtype", c_int32), ("bias_dtype", c_int32), ("gelu", c_int32)),
         *(("branch", _Branch), ("threads", c_int32)),
     )
 
@@ -114,29 +117,32 @@ class Library:
         number: str = "int",
         branch: Branch | None = None,
     ) -> Tensor:
-        """x (m, in), in one of DTYPES, -> transforms -> codes -> integer product -> (m, out) in `out_dtype`.
+        """x (..., in), floats out of DTYPES, -> transforms -> codes -> integer product -> (..., out) in `out_dtype`.
 
-        `steps` are kinds out of STEPS with the operands of their transforms, in order. branch: low (m, rank) and
+        `steps` are kinds out of STEPS with the operands of their transforms, in order. branch: low (..., rank) and
         up (out, rank), whose product is added.
         """
         x = x.contiguous()
         alive: list[Tensor] = []  # what the pointers point into
-        y = torch.empty(x.shape[0], codes.shape[0], dtype=out_dtype)
+        shape, width = x.shape[:-1], x.shape[-1]
+        y = torch.empty(*shape, codes.shape[0], dtype=out_dtype)
+        bias_type, bias_place = (0, None) if bias is None else _place(bias, alive)
         fields = [_step(kind, operands, alive) for kind, operands in steps]
         array = (_Step * len(fields))(*fields)
         call = _Linear(
             x=x.data_ptr(),
             y=y.data_ptr(),
-            m=x.shape[0],
-            weight=_weight(codes, weight_scale, weight_bits, x.shape[1], alive),
-            bias=_pointer(bias, alive),
-            clip=_pointer(clip, alive),
+            m=shape.numel(),
+            weight=_weight(codes, weight_scale, weight_bits, width, alive),
+            bias=bias_place,
+            clip=None if clip is None else _float32(clip, alive),
             steps=ctypes.addressof(array),
             n_steps=len(fields),
             act_bits=act_bits,
             full_range=number == "full_range",
             x_dtype=DTYPES[x.dtype],
             y_dtype=DTYPES[out_dtype],
+            bias_dtype=bias_type,
             gelu=GELUS[gelu],
             branch=_Branch() if branch is None else _branch(*branch, self.kernels == _MATRICES, alive),
             threads=torch.get_num_threads(),
@@ -154,8 +160,9 @@ class Library:
         bits: int,
         number: str = "int",
     ) -> Tensor:
-        """x (m, in) times the weight, of which one panel of outputs at a time is in floating point."""
-        outputs, width = codes.shape[0], x.shape[1]
+        """x (..., in) times the weight, of which one panel of outputs at a time is in floating point."""
+        shape, (outputs, width) = x.shape[:-1], (codes.shape[0], x.shape[-1])
+        x = x.reshape(-1, width)
         bias = None if bias is None else bias.to(x.dtype)
         y = x.new_empty(x.shape[0], outputs)
         count = min(outputs, max(64, _PANEL_BYTES // (width * x.element_size())))
@@ -165,7 +172,7 @@ class Library:
             part = panel[: last - first]
             self.dequantize(codes, weight_scale, bits, first, last - first, part)
             y[:, first:last] = F.linear(x, part, None if bias is None else bias[first:last])
-        return y
+        return y.view(*shape, outputs)
 
     def dequantize(
         self, codes: Tensor, weight_scale: Tensor, bits: int, first: int, count: int, out: Tensor
@@ -222,8 +229,13 @@ def _float32(tensor: Tensor, alive: list[Tensor]) -> int:
     return tensor.data_ptr()
 
 
-def _pointer(tensor: Tensor | None, alive: list[Tensor]) -> int | None:
-    return None if tensor is None else _float32(tensor, alive)
+def _place(tensor: Tensor, alive: list[Tensor]) -> tuple[int, int]:
+    """The number of a tensor's type and where it lies; what the kernels do not widen themselves is made float32."""
+    if tensor.dtype not in DTYPES:
+        return 0, _float32(tensor, alive)
+    tensor = tensor.contiguous()
+    alive.append(tensor)
+    return DTYPES[tensor.dtype], tensor.data_ptr()
 
 
 def _weight(codes: Tensor, scale: Tensor, bits: int, in_features: int, alive: list[Tensor]) -> _Weight:
@@ -241,8 +253,8 @@ def _weight(codes: Tensor, scale: Tensor, bits: int, in_features: int, alive: li
 
 
 def _branch(low: Tensor, up: Tensor, matrices: bool, alive: list[Tensor]) -> _Branch:
-    """low (m, rank), up (out, rank). matrices: whether the kernels have registers for those of bfloat16."""
-    rank, outputs = low.shape[1], up.shape[0]
+    """low (..., rank), up (out, rank). matrices: whether the kernels have registers for those of bfloat16."""
+    low, (outputs, rank) = low.reshape(-1, low.shape[-1]), up.shape
     more = -rank % _REGISTER
     if not matrices or not low.dtype == up.dtype == torch.bfloat16:
         up = F.pad(up.T, (0, -outputs % _REGISTER))
@@ -254,15 +266,14 @@ def _branch(low: Tensor, up: Tensor, matrices: bool, alive: list[Tensor]) -> _Br
 
 
 def _step(kind: str, operands: Sequence[Tensor], alive: list[Tensor]) -> _Step:
-    first = operands[0]
-    second = operands[1] if len(operands) > 1 else None
-    rows = cols = 0
-    if kind == "hadamard":
-        rows = operands[1].shape[0]
-        cols = first.shape[1] // rows
-    elif kind == "kronecker":
-        rows, cols = first.shape[0], operands[1].shape[0]
-    return _Step(STEPS[kind], rows, cols, _float32(first, alive), _pointer(second, alive))
+    if len(operands) == 1:
+        return _Step(STEPS[kind], 0, 0, *_place(operands[0], alive), None)
+    first, second = operands
+    rows = first.shape[0] if kind == "kronecker" else second.shape[0]
+    cols = second.shape[0] if kind == "kronecker" else first.shape[1] // rows
+    if first.dtype != second.dtype:
+        first, second = first.to(torch.float32), second.to(torch.float32)
+    return _Step(STEPS[kind], rows, cols, *_place(first, alive), _place(second, alive)[1])
 
 
 def check_memory(failed: int) -> None:

@@ -95,13 +95,17 @@ def quantize(
     steps: Sequence[Step] = (),
     number: str = "int",
 ) -> tuple[Tensor, Tensor]:
-    """x (m, in) -> codes int8 (m, planes of `weight_bits`, columns), zeros at the end of a plane, and steps (m,).
+    """x (..., in), m rows -> codes int8 (m, planes of `weight_bits`, columns), zeros at planes' ends, and steps (m,).
 
     steps: a channel shift, a channel scale, a rotation for which `rotates` holds, or some of these in this order.
     number: "int", "full_range", or "fp8", whose bit patterns the codes are.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    m, width = x.shape
+    m, width = x.shape[:-1].numel(), x.shape[-1]
+    row = width  # numbers from one to the next
+    if x.ndim == 2 and x.stride(1) == 1:
+        row = x.stride(0)
+    else:
+        x = x.contiguous()
     count, length = planes(weight_bits), padded_columns(width, weight_bits)
     codes = torch.empty(m, count, length, dtype=torch.int8, device=x.device)
     step = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -112,11 +116,11 @@ def quantize(
         for kind in ("channel_shift", "channel_scale")
     ]
     if steps:
-        _rotated(x, channels, steps[0], float32(clip), codes, step, constants)
+        _rotated(x, row, channels, steps[0], float32(clip), codes, step, constants)
         return codes, step
     plain: Any = quantize_rows[(m,)]
     plain(
-        x, *channels, float32(clip), codes, step, width, length, x.stride(0), count * length,
+        x, *channels, float32(clip), codes, step, width, length, row, count * length,
         **_pieces(width, length, count), **constants,
     )  # fmt: skip
     return codes, step
@@ -144,6 +148,7 @@ def _pieces(width: int, length: int, count: int) -> dict[str, Any]:
 
 def _rotated(
     x: Tensor,
+    row: int,
     channels: Sequence[Tensor | None],
     rotation: Step,
     clip: Tensor | None,
@@ -153,7 +158,7 @@ def _rotated(
 ) -> None:
     found = factors(rotation)
     assert found is not None
-    (m, width), (left, right) = x.shape, found.padded
+    m, width, (left, right) = codes.shape[0], x.shape[-1], found.padded
     if found.order:
         signs, base = (operand.contiguous() for operand in rotation[1])
         tensors, norm = (signs, base, None), width**-0.5
@@ -163,7 +168,7 @@ def _rotated(
     def run(config: Config) -> None:
         kernel: Any = quantize_rotated_rows[(min(m, config.rows * processors(x.device)),)]
         kernel(
-            x, *channels, *tensors, clip, codes, step, m, codes.shape[2], x.stride(0), codes.stride(0), norm,
+            x, *channels, *tensors, clip, codes, step, m, codes.shape[2], row, codes.stride(0), norm,
             ORDER=found.order, LEFT=found.left, RIGHT=found.right, L=left, R=right, HALF=x.dtype != torch.float32,
             BLOCK=BLOCK, num_warps=config.warps, num_stages=config.stages, **constants,
         )  # fmt: skip

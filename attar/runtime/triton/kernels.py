@@ -43,18 +43,18 @@ class TritonKernels:
         number: str = "int",
         branch: Branch | None = None,
     ) -> Tensor:
-        """x (m, in) -> transforms -> codes -> product of integers or float8 -> (m, out) in `out_dtype`.
+        """x (..., in) -> transforms -> codes -> product of integers or float8 -> (..., out) in `out_dtype`.
 
         A branch, and GELU behind it, are added to the rounded product.
         """
-        (m, width), n = x.shape, codes.shape[0]
-        y = x.new_empty(m, n, dtype=out_dtype)
+        shape, width = x.shape[:-1], x.shape[-1]
+        y = x.new_empty(*shape, codes.shape[0], dtype=out_dtype)
         if not y.numel():
             return y
         first = gelu if branch is None else None
         with _on(x.device):
             product = "fp8" if number == "fp8" else "int"
-            if unpacks_first(m, product, x.device):
+            if unpacks_first(shape.numel(), product, x.device):
                 found = quantize(x, clip, act_bits, 8, steps, number)
                 unpacked_product(*found, codes, weight_scale, bias, width, weight_bits, y, first)
             else:
@@ -71,11 +71,13 @@ class TritonKernels:
         bits: int,
         number: str = "int",
     ) -> Tensor:
-        """x (m, in) times the dequantized weight -> (m, out) in x.dtype."""
-        if not x.shape[0] or not codes.shape[0]:
-            return x.new_empty(x.shape[0], codes.shape[0])
+        """x (..., in) times the dequantized weight -> (..., out) in x.dtype."""
+        shape = (*x.shape[:-1], codes.shape[0])
+        if not x.numel() or not codes.shape[0]:
+            return x.new_empty(shape)
         with _on(x.device):
-            return weight_only_product(x, codes, weight_scale, bias, bits, number)
+            x = x.reshape(-1, x.shape[-1])
+            return weight_only_product(x, codes, weight_scale, bias, bits, number).view(shape)
 
 
 KERNELS = TritonKernels()

@@ -66,8 +66,8 @@ def packed_product(
     x: Tensor, step: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, width: int, bits: int, y: Tensor,
     gelu: str | None, number: str,
 ) -> None:  # fmt: skip
-    """Activation codes (m, planes of `bits`, columns), packed weights (n, row bytes) -> y (m, n)."""
-    if number == "fp8" and _cublas_takes(y, width):
+    """Activation codes (m, planes of `bits`, columns), packed weights (n, row bytes) -> y (..., n), m rows."""
+    if number == "fp8" and _cublas_takes(x.shape[0], y, width):
         _scaled_matmul(x[:, 0, :width], codes.contiguous(), step, scale, bias, y)
         if gelu is not None:  # of sums rounded to y's type, as in the uncompressed model
             torch.ops.aten.gelu_(y, approximate=gelu)
@@ -84,7 +84,7 @@ def unpacked_product(
     """The same of activation codes in one plane, (m, 1, columns), for many rows."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    m, n = y.shape
+    m, n = x.shape[0], y.shape[-1]
     x, w = x[:, 0], unpacked(codes, None, width, bits, torch.int8)
     factors, bias = float32(scale), contiguous(bias)
 
@@ -103,23 +103,24 @@ def unpacked_product(
     run(choose(problem, DENSE, run, y.device))
 
 
-def _cublas_takes(y: Tensor, width: int) -> bool:
-    """Whether torch's own product of float8 rows with scales gives y: Hopper, bfloat16, whole 16 bytes.
+def _cublas_takes(rows: int, y: Tensor, width: int) -> bool:
+    """Whether torch's own product of float8 rows with scales gives y (..., n): Hopper, bfloat16, whole 16 bytes.
 
     Later GPUs refuse scales of rows with some versions of torch.
     """
     if y.device.type != "cuda" or torch.cuda.get_device_capability(y.device)[0] != 9:
         return False
-    return y.shape[0] >= MANY_ROWS and y.dtype == torch.bfloat16 and width % 16 == 0 == y.shape[1] % 16
+    return rows >= MANY_ROWS and y.dtype == torch.bfloat16 and width % 16 == 0 == y.shape[-1] % 16
 
 
 def _scaled_matmul(x: Tensor, w: Tensor, step: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """x (m, in) · w (n, in)ᵀ, bit patterns both, · step (m,) · scale (n, 1) + bias -> y (m, n).
+    """x (m, in) · w (n, in)ᵀ, bit patterns both, · step (m,) · scale (n, 1) + bias -> y (..., n), m rows.
 
     Sums are carried over to float32 on the way, which the faster accumulation does not.
     """
     x, w, scale = x.view(torch.float8_e4m3fn), w.view(torch.float8_e4m3fn), scale.to(torch.float32)
     bias = None if bias is None else bias.to(y.dtype)
+    y = y.view(x.shape[0], -1)
     torch._scaled_mm(x, w.t(), step[:, None], scale.t(), bias, out_dtype=y.dtype, use_fast_accum=False, out=y)
 
 
@@ -178,8 +179,9 @@ def plane_depth(config: Config, bits: int, integer: bool) -> int:
 def _in_tiles(
     kernel: Any, candidates: Sequence[Config], tensors: Sequence[Any], width: int, bits: int, **more: Any
 ) -> None:
-    """Runs a product of `tensors`, as the kernel takes them: activations (m, planes, columns) first, y (m, n) last."""
-    x, (m, n) = tensors[0], tensors[-1].shape
+    """Runs a product of `tensors`, as the kernel takes them: activations (m, planes, columns) first, y last."""
+    x, y = tensors[0], tensors[-1]
+    m, n = x.shape[0], y.shape[-1]
     count, length = planes(bits), columns_of(width, bits)
     integer = x.dtype == torch.int8
     row_bytes = -(-width * bits // 8)

@@ -15,6 +15,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "pieces.h"
+#include "vectors.h"
 
 namespace attar {
 
@@ -64,7 +65,7 @@ constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpa
 
 constexpr float SMALLEST = 1e-15f;           // a channel scale that a product with its inverse can stand for
 
-thread_local Buffer shared_buffer, own_buffer, steps_buffer;
+thread_local Buffer shared_buffer, own_buffer, call_buffer;
 
 // 1 / scale (k,) where products with these, and their remainders, are normal numbers; else null.
 const float* inverses_of(const float* scale, int64_t k, float* inverse) {
@@ -77,16 +78,43 @@ const float* inverses_of(const float* scale, int64_t k, float* inverse) {
     return normal ? inverse : nullptr;
 }
 
-// Gives the steps of a call the inverses of their channel scales. False when there is not enough memory.
-bool add_inverses(Linear& call) {
-    if (!call.n_steps) return true;
-    const int64_t k = call.weight.k;
-    Step* steps = static_cast<Step*>(steps_buffer.reserve(call.n_steps * (sizeof(Step) + k * sizeof(float))));
-    if (!steps) return false;
+// Replaces `count` numbers of a type by the same in float32, which are written to `free`; that is moved behind them.
+void widen(const float*& numbers, int64_t count, int32_t dtype, float*& free) {
+    if (dtype == FLOAT32) return;
+    const float* const from = numbers;
+    if (dtype == INT8)
+        for (int64_t i = 0; i < count; ++i) free[i] = reinterpret_cast<const int8_t*>(from)[i];
+    else
+        for (int64_t i = 0; i < count; i += LANES) store_some(free, i, FLOAT32, count - i, load_some(from, i, dtype, count - i));
+    numbers = free;
+    free += count;
+}
+
+// How many numbers a step's a and b are.
+int64_t first_count(const Step& step, int64_t k) { return step.kind == KRONECKER ? step.rows * int64_t(step.rows) : k; }
+int64_t second_count(const Step& step) {
+    const int64_t side = step.kind == KRONECKER ? step.cols : step.kind == HADAMARD ? step.rows : 0;
+    return side * side;
+}
+
+// Makes bias and steps what the kernels read: float32, and with the inverses of channel scales. False when there is not
+// enough memory.
+bool prepare(Linear& call) {
+    const int64_t k = call.weight.k, n = call.bias ? call.weight.n : 0;
+    int64_t numbers = n;
+    for (int i = 0; i < call.n_steps; ++i)
+        numbers += (call.steps[i].kind == CHANNEL_SCALE ? 2 : 1) * first_count(call.steps[i], k) + second_count(call.steps[i]);
+    Step* steps = static_cast<Step*>(call_buffer.reserve(call.n_steps * sizeof(Step) + numbers * sizeof(float)));
+    if (!steps) return numbers == 0;
     float* free = reinterpret_cast<float*>(steps + call.n_steps);
+    if (n) widen(call.bias, n, call.bias_dtype, free);
     for (int i = 0; i < call.n_steps; ++i) {
-        steps[i] = call.steps[i];
-        if (steps[i].kind == CHANNEL_SCALE) steps[i].b = inverses_of(steps[i].a, k, free + i * k);
+        Step& step = steps[i] = call.steps[i];
+        widen(step.a, first_count(step, k), step.dtype, free);
+        if (step.b) widen(step.b, second_count(step), step.dtype, free);
+        if (step.kind != CHANNEL_SCALE) continue;
+        step.b = inverses_of(step.a, k, free);
+        free += k;
     }
     call.steps = steps;
     return true;
@@ -196,7 +224,7 @@ int attar_has_threads() {
 // Returns 0, or 1 when there is not enough memory.
 int attar_linear(const Linear* pointer, int level) {
     Linear call = *pointer;
-    if (!add_inverses(call)) return 1;
+    if (!prepare(call)) return 1;
     const Kernels& kernels = *kernels_at(level);
     const int64_t n = call.weight.n, threads = most(1, call.threads);
     prefer_large_pages(call.y, call.m * n * (call.y_dtype == FLOAT32 ? 4 : 2));

@@ -5,14 +5,15 @@
 
 namespace attar {
 
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 enum StepKind : int32_t { CHANNEL_SCALE = 0, HADAMARD = 1, KRONECKER = 2, CHANNEL_SHIFT = 3 };
 enum Gelu : int32_t { NO_GELU = 0, GELU_ERF = 1, GELU_TANH = 2 };
 
-// One transform of a row of `rows * cols` (of a channel each: any) numbers; matrices are row-major float32.
+// One transform of a row of `rows * cols` (of a channel each: any) numbers; matrices are row-major.
 struct Step {
     int32_t kind;
     int32_t rows, cols;  // Hadamard: base order and 2^m, repeated over the row; Kronecker: left and right width
+    int32_t dtype;       // of a and b as the entry gets them; the kernels read float32
     const float* a;      // channel scale, shift (k,) | signs (k,) | left (rows, rows)
     const float* b;      // scale: set by the entry   | base (rows, rows) | right (cols, cols)
 };
@@ -39,12 +40,12 @@ struct Linear {
     void* y;
     int64_t m;
     Weight weight;
-    const float* bias;  // (n,) or null
+    const float* bias;  // (n,) or null; of bias_dtype as the entry gets it
     const float* clip;  // (2,) or null
     const Step* steps;
     int32_t n_steps, act_bits;
     int32_t full_range;  // of the codes of activations: step sizes have a sign
-    int32_t x_dtype, y_dtype;
+    int32_t x_dtype, y_dtype, bias_dtype;
     int32_t gelu;
     Branch branch;
     int32_t threads;
