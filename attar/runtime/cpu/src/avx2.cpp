@@ -21,10 +21,19 @@ struct Avx2 {
         return {_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srli_epi16(w, 8)};
     }
     static INLINE Values broadcast(const int8_t* p) {
-        int32_t word;
-        memcpy(&word, p, 4);
-        __m256i x = _mm256_set1_epi32(word);
-        return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+        int32_t even, odd;
+        memcpy(&even, p, 4), memcpy(&odd, p + 4, 4);
+        return {_mm256_set1_epi32(even), _mm256_set1_epi32(odd)};
+    }
+    // Once for all strips of the weight: of four bytes the even ones, then the odd ones.
+    static void as_halves(const int8_t* x, int64_t depth, int8_t* to) {
+        static_assert(ROWS == 4, "a register of a step");
+        for (int64_t step = 0; step < depth; ++step, x += 16, to += 32) {
+            const __m128i bytes = _mm_loadu_si128((const __m128i*)x);
+            const __m128i even = _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8), odd = _mm_srai_epi16(bytes, 8);
+            _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi32(even, odd));
+            _mm_storeu_si128((__m128i*)(to + 16), _mm_unpackhi_epi32(even, odd));
+        }
     }
     static INLINE Vector dot(Vector sums, Weights w, Values x) {
         sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.even, x.even));

@@ -63,6 +63,7 @@ constexpr int64_t RANGE = 2304;             // k of one pass: a tile's activatio
 constexpr int64_t WHOLE = 1536;             // k that a tile takes at once, however few it prefers
 constexpr int64_t FEWEST_ROWS = 128;        // a thread's rows, below which unpacking the weights would show
 
+constexpr int64_t LEAST_NARROW = 2;          // steps that are worth being widened
 constexpr float SMALLEST = 1e-15f;           // a channel scale that a product with its inverse can stand for
 
 thread_local Buffer shared_buffer, own_buffer, call_buffer;
@@ -162,13 +163,20 @@ void place_branch(const Branch& whole, int64_t row, int64_t output, Branch& part
 // Steps of a tile whose sums of products stay in 16 bits: each adds two products, of the largest code of the weight, stored
 // without a sign, and the activations' smallest.
 int64_t narrow_steps(const Linear& call) {
-    return 32767 / (2 * ((int64_t(1) << call.weight.bits) - 1) << (call.act_bits - 1));
+    const int64_t steps = 32767 / (2 * ((int64_t(1) << call.weight.bits) - 1) << (call.act_bits - 1));
+    return steps < LEAST_NARROW ? 0 : steps;
+}
+
+// Bytes of a tile's activations in another order.
+int64_t halves_bytes(const Kernels& kernels, const Block& block) {
+    return kernels.as_halves ? 2 * kernels.max_rows * depth_of(kernels, block) : 0;
 }
 
 void multiply(const Kernels& kernels, const Linear& call, const Block& block, const Task& task, uint8_t* memory) {
     const int bytes = call.y_dtype == FLOAT32 ? 4 : 2;
     const int64_t depth = depth_of(kernels, block);
-    int32_t* sums = reinterpret_cast<int32_t*>(memory + panel_bytes(kernels, block, task.strips));
+    int8_t* halves = reinterpret_cast<int8_t*>(memory + panel_bytes(kernels, block, task.strips));
+    int32_t* sums = reinterpret_cast<int32_t*>(halves + halves_bytes(kernels, block));
     void* state = kernels.enter ? kernels.enter() : nullptr;
     for (int64_t k = 0; k < block.padded; k += block.range) {
         const int64_t k1 = least(block.padded, k + block.range);
@@ -185,8 +193,9 @@ void multiply(const Kernels& kernels, const Linear& call, const Block& block, co
                 const int64_t to = least(k1, from + depth);
                 tile.depth = (least(call.weight.k, to) - from + 3) / 4;
                 tile.begin = from == 0, tile.end = to == block.padded;
+                tile.x = block.codes + r * block.padded + from * kernels.max_rows;
+                if (kernels.as_halves && !tile.narrow) kernels.as_halves(tile.x, tile.depth, halves), tile.x = halves;
                 for (int64_t n = task.n0; n < task.n1; n += kernels.strip) {
-                    tile.x = block.codes + r * block.padded + from * kernels.max_rows;
                     tile.strip = memory + (n - task.n0) * block.range + (from - k) * kernels.strip;
                     tile.sums = depth == block.padded ? nullptr : own + (n - task.n0) * kernels.max_rows;
                     tile.offset = block.offset + r, tile.row_scale = block.scale + r;
@@ -248,8 +257,8 @@ int attar_linear(const Linear* pointer, int level) {
     block.scale = reinterpret_cast<float*>(memory + block_rows * block.padded);
     block.offset = reinterpret_cast<int32_t*>(block.scale + block_rows);
     const int64_t quantizing = block.padded * (2 * sizeof(float) + kernels.max_rows);
-    const int64_t multiplying =
-        panel_bytes(kernels, block, panel_strips) + sums_bytes(kernels, block, panel_strips, part_rows);
+    const int64_t multiplying = panel_bytes(kernels, block, panel_strips) + halves_bytes(kernels, block) +
+                                sums_bytes(kernels, block, panel_strips, part_rows);
     int failed = 0;
 
     for (block.first = 0; block.first < call.m; block.first += block_rows) {

@@ -53,10 +53,10 @@ struct Linear {
 
 // A tile of the product: some rows of activations against one strip of weights, over a range of the depth.
 struct Tile {
-    const int8_t* x;         // (depth / run, max_rows, 4 run): runs of neighbouring k of each row
+    const int8_t* x;         // (depth / run, max_rows, 4 run): runs of neighbouring k of each row; or Kernels::as_halves
     const uint8_t* strip;    // (depth, outputs of a strip, 4): four neighbouring k of each output
     int64_t depth;           // steps of four k
-    int64_t narrow;          // of them, those whose products, two and two, never leave 16 bits when they are summed up
+    int64_t narrow;          // of them, those whose products, two and two, never leave 16 bits when they are summed up, or 0
     int32_t* sums;           // (rows, outputs of a strip) between the ranges; null when there is one range
     bool begin, end;         // the first range starts from the offsets, the last one writes y
     const int32_t* offset;   // (rows,) what the stored offset of the codes adds to each sum, negated
@@ -127,6 +127,8 @@ struct Kernels {
     // what the weight does not have is zero.
     void (*unpack)(const Weight&, int64_t first, int64_t k0, int64_t k1, uint8_t* strip);
     void (*tile)(int rows, const Tile&);
+    // Tile::x as the tile takes it where nothing is narrow, in twice as many bytes; null where that is no other order.
+    void (*as_halves)(const int8_t* x, int64_t depth, int8_t* to);
     // Weights of one output -> (k,) in `dtype`.
     void (*dequantize)(const Weight&, int64_t row, uint8_t* scratch, void* out, int32_t dtype);
     void (*fake_quantize)(const FakeQuantize&, int64_t row);

@@ -179,6 +179,12 @@ void quantize(const Linear& call, int64_t row, int64_t count, int64_t padded, vo
     for (int64_t r = 0; r < count; ++r)
         quantize_row(call, row + r, padded, x, other, codes + r * padded, scale + r, offset + r);
     for (int64_t k = 0; k < padded; k += 4 * LANES) {
+#if defined(__AVX2__)
+        if constexpr (ROWS == 4) {
+            interleave(codes + k, padded, tile + k * ROWS);
+            continue;
+        }
+#endif
         Ints rows[LANES] = {};
         for (int64_t r = 0; r < count; ++r) rows[r] = load<Ints>(codes + r * padded + k);
         transpose(rows);
