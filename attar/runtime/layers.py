@@ -393,8 +393,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         return restore_weight(self._chain(), weight) if len(self.transforms) else weight
 
     def _chain(self) -> list[Transform]:
-        chain: Any = self.transforms._modules
-        return list(chain.values())
+        return list(self.transforms)  # type: ignore[arg-type]
 
     def _run(self, x: Tensor, gelu: str | None = None) -> Tensor:
         kinds: list[str] = []
