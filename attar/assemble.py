@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 from attar.models.shards import Shards
-from attar.runtime.integrity import header_metadata, tensor_checksums
+from attar.runtime.integrity import header_metadata, tensor_checksum
 from attar.runtime.layers import packed_layers
 from attar.runtime.patches import PARTS, PATCHES, dense_biases
 from attar.stored import read_layers
@@ -89,7 +89,7 @@ def write_weights(
 
         def write(key: str, tensor: Tensor) -> None:
             tensor = tensor.to(kinds[key][0])
-            sums.update(tensor_checksums({key: tensor}))
+            sums[key] = tensor_checksum(tensor)
             home.pop(key).write(key, tensor)
 
         for source in packed:

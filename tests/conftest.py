@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support.fixtures import cli, commands, wan_folder  # noqa: F401 - shared fixtures
+from support.fixtures import cli, commands, small_limit, wan_folder  # noqa: F401 - shared fixtures

@@ -179,7 +179,7 @@ def test_what_cannot_be_done_is_one_line(cli, wan_folder, tmp_path):
     assert "less than one for each of 2 groups" in refused(*GROUPS, *budget, "--set", "allocate.samples=1")
 
 
-def test_dry_run_and_benchmark_know_the_groups(cli, wan_folder, tmp_path):
+def test_dry_run_and_benchmark_know_the_groups(cli, small_limit, wan_folder, tmp_path):
     options = ("--recipe", "hadamard", *GROUPS, "--set", LIST)
     done = cli("compress", wan_folder, *options, "--dry-run", "--json")
     assert done.code == 0, done.err

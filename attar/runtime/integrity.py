@@ -34,10 +34,18 @@ _NO_MEANING = ("attar_version", "recipe")  # where a checkpoint comes from; noth
 _DAMAGED = "The file is damaged or incomplete: copy or download it again"
 
 
+def tensor_checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def tensor_checksums(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of every tensor's dtype, shape and bytes."""
+    """The checksum of every tensor."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
-        return dict(zip(state_dict, pool.map(_checksum, state_dict.values()), strict=True))
+        return dict(zip(state_dict, pool.map(tensor_checksum, state_dict.values()), strict=True))
 
 
 def header_metadata(sums: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -282,14 +290,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read(file: Any, name: str) -> tuple[torch.dtype, tuple[int, ...], str]:
     tensor = file.get_tensor(name)
-    return tensor.dtype, tuple(tensor.shape), _checksum(tensor)
-
-
-def _checksum(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensor.dtype, tuple(tensor.shape), tensor_checksum(tensor)
 
 
 def _file_checksum(path: Path) -> str:

@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+pytestmark = pytest.mark.usefixtures("small_limit")
+
 
 def test_a_compressed_folder_is_measured_with_its_own_blocks(cli, wan_folder, tmp_path):
     packed = tmp_path / "packed"

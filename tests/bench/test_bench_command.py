@@ -48,7 +48,7 @@ def test_what_is_learned_is_left_out():
     assert set(packed_layers(pack_block(block, recipe))) == set(block.roles)
 
 
-def test_parts_are_named_and_memory_is_that_of_the_linears():
+def test_parts_are_named_and_memory_is_that_of_the_linears(small_limit):
     result = bench("digits-video", ROTATED, tokens=64, rounds=3, dtype=torch.float32)
     (block,) = result["blocks"]
     names = [row["part"] for row in block["parts"]]

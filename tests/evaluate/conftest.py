@@ -85,8 +85,15 @@ class Browser:
         self._send("Emulation.setDeviceMetricsOverride", metrics)
         features = [("prefers-color-scheme", scheme), ("prefers-reduced-motion", motion)]
         self._send("Emulation.setEmulatedMedia", {"features": [{"name": n, "value": v} for n, v in features]})
+        self._navigate(path.resolve().as_uri())
+
+    def leave(self) -> None:
+        """To an empty page: a report plays its videos for as long as it is open."""
+        self._navigate("about:blank")
+
+    def _navigate(self, url: str) -> None:
         self._loaded = False
-        self._send("Page.navigate", {"url": path.resolve().as_uri()})
+        self._send("Page.navigate", {"url": url})
         end = time.monotonic() + 30
         while not self._loaded:
             self._note(self._receive(end, "Page.navigate"))
@@ -100,7 +107,7 @@ class Browser:
             raise AssertionError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 15) -> None:
+    def wait(self, expression: str, seconds: float = 30) -> None:
         """Until the expression is true."""
         end = time.monotonic() + seconds
         while not self.run(expression):
@@ -168,7 +175,7 @@ class Browser:
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     binary = next((found for name in names if (found := shutil.which(name))), None)
     if binary is None:
@@ -178,6 +185,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     session = Browser(binary, tmp_path_factory.mktemp("chromium"))
     yield session
     session.close()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    yield chromium
+    chromium.leave()
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,26 @@ def test_bytes_of_single_operators():
     assert (twice.flops(), twice.bytes()) == (2 * 2 * 3 * 8 * 4, 2 * (120 + 24))
 
 
+def test_operators_that_come_again_are_counted_again():
+    x, seen = torch.empty(4, 6, device="meta"), []
+
+    def run():
+        for rows in (2, 3):  # known from data alone
+            first, second = x.t() * 2.0, x.t() * 2
+            seen.append((first.stride(), second.stride(), first.add_(1) is first))
+            part = x[torch.arange(4) < rows]
+            seen.append((part + part).shape[0])
+
+    counts = count_module(nn.Identity(), run)
+    assert seen == [((1, 6), (1, 6), True), 2, ((1, 6), (1, 6), True), 3]
+    moved = [(o.name, o.bytes) for o in counts.operations if o.name in ("mul", "add", "add_")]
+    assert moved == [
+        row
+        for rows in (2, 3)
+        for row in (("mul", 192.0), ("mul", 192.0), ("add_", 192.0), ("add", 3 * rows * 24.0))
+    ]
+
+
 def test_a_model_that_cannot_be_run():
     model, call = on_meta("wan")
     with pytest.raises(AttarError, match="cannot be counted"):

@@ -103,7 +103,7 @@ class Case:
         return sum(errors) / len(errors)
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)])
 def case(request):
     with torch.no_grad():
         return Case(request.param)

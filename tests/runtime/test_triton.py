@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 CHECKS = Path(__file__).with_name("triton_checks.py")
+SLOW_THERE = (
+    "rotation or every_tile or compiles"  # half of the interpreter's time, so that two processes share it
+)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux")
 
 
@@ -23,8 +26,9 @@ def run_checks(*options, **variables):
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
-def test_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("which", [SLOW_THERE, f"not ({SLOW_THERE})"], ids=["large", "small"])
+def test_in_the_interpreter(which):
+    run_checks("-k", which, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
@@ -111,7 +115,10 @@ def test_ones_and_nones_are_constants(compiler):
     compiler.compiled_dense(90, DENSE[0], bias_ptr=None, n=1)
 
 
-@pytest.mark.parametrize("left, right, order", [(64, 80, 0), (96, 128, 0), (40, 128, 20), (108, 128, 108)])
+@pytest.mark.parametrize(
+    "left, right, order",
+    [(64, 80, 0), (96, 128, 0), (40, 128, 20), pytest.param(108, 128, 108, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("capability", [89, pytest.param(90, marks=pytest.mark.slow)])
 def test_rotations_of_real_widths_fit_every_gpu(compiler, capability, left, right, order):
     from attar.runtime.triton.activations import ROTATIONS, Factors

@@ -329,7 +329,7 @@ def test_codes_of_activations_lie_in_planes(weight_bits):
     st.sampled_from(DTYPES),
     st.sampled_from(CLIPS),
 )
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=4 if interpreting() else 15)  # float8 is slow in the interpreter
 def test_float8_products(seed, rows, out_features, in_features, dtype, clip):
     """Codes are those of the reference; sums in float32 may be in another order."""
     scale = ChannelScale(torch.rand(in_features, generator=generator(seed)) + 0.5)

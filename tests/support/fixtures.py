@@ -9,6 +9,8 @@ import pytest
 from support import pipelines
 from support.commands import Cli, Commands
 
+from attar.bench import limit
+
 SMALL = (
     "--recipe",
     "s2q-vdit",
@@ -24,6 +26,13 @@ SMALL = (
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     return Cli(monkeypatch, capsys)
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large product of `attar bench` is a small one: on some processors it takes many seconds."""
+    for name, size in (("ROWS", 64), ("WIDTH", 256), ("OUT", 512)):
+        monkeypatch.setattr(limit, name, size)
 
 
 @pytest.fixture(scope="session")
