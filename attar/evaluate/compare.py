@@ -269,7 +269,11 @@ def _selection(part: dict[str, Any], prompts: list[str]) -> Selection:
 
 
 def _notes(count: int, noun: str, record: dict[str, Any] | None) -> list[str]:
-    notes = ["Sizes are those of the weight files, whatever type the model runs in."]
+    notes = [
+        "Sizes are those of the weight files, whatever type the model runs in.",
+        f"All {noun}s of the original are timed first, then all of the compressed model: what else the machine did "
+        "shows in their times. Of transformers attar bench times both in turns.",
+    ]
     changed = record.get("changed_settings") if record else None
     if record and changed:
         told = ", ".join(

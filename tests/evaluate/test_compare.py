@@ -48,6 +48,7 @@ def test_the_report(wan_folder, small, tmp_path):
     assert len(found["attention"]) == 3 and found["plan"]
     assert len(found["selection"]["chosen"]) == 3 and len(found["selection"]["scores"][0]) == 3
     assert data.generation.steps == 3 and data.generation.frames == 9
+    assert "videos of the original are timed first" in page
 
 
 def test_a_model_beside_itself(wan_folder, tmp_path):

@@ -16,14 +16,17 @@ from torch.distributed import TCPStore
 
 from attar.cli import main
 
-# importing torch and diffusers takes seconds, so one process does it and forks for every command
+# importing torch and diffusers takes seconds, so one process does it and forks for every command; frozen objects stay
+# in memory that the processes share
 _SERVER = """
-import json, os, runpy, signal, sys, traceback
+import gc, json, os, runpy, signal, sys, traceback
 import torch
 torch.set_num_threads(1)
-import diffusers, transformers
+import diffusers, transformers, rich.progress, rich.table
 import attar.cli, attar.conductor, attar.forecast.dry_run, attar.save
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import DiffusionPipeline, HunyuanVideoPipeline, StableDiffusionPipeline, WanPipeline
+from transformers import CLIPTextModel, LlamaModel, UMT5EncoderModel
+gc.collect(), gc.freeze()
 print("ready", flush=True)
 
 def deadly(replace, allowed):
