@@ -150,7 +150,9 @@ def test_every_kind_of_block_is_measured(cli, folders):
     )
     steps, skipped = measured("wan", "blocks.0.*: {skip: true}")
     assert "transformer.blocks.1 (" in steps and "blocks.0" not in steps and "blocks.2" not in steps
-    assert skipped > 0.2 * measured("wan")[1]  # two of three blocks are left
+    # the least of three times: a busy machine makes single ones larger
+    whole = min(measured("wan")[1] for _ in range(3))
+    assert skipped > 0.2 * whole  # two of three blocks are left
     steps, _ = measured("wan", "blocks.2.*: {acts: 16}")
     assert "transformer.blocks.0 (" in steps and "transformer.blocks.2 (" in steps
     assert "blocks.0 (" in measured("wan22")[0] and "transformer_2" not in measured("wan22")[0]
