@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 CHECKS = Path(__file__).with_name("triton_checks.py")
-SLOW_THERE = (
-    "rotation or every_tile or compiles"  # half of the interpreter's time, so that two processes share it
-)
+# half of the interpreter's time, so that two processes share it
+SLOW_THERE = "rotation or every_tile or compiles"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux")
 
 
