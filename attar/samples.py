@@ -16,7 +16,7 @@ from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.block import BlockCall
-from attar.models.tree import map_tensors
+from attar.models.tree import map_tensors, tensors_of
 from attar.quantize.batching import concatenate_calls
 from attar.runtime.step_groups import ARGUMENT, StepGroups
 from attar.workspace import Workspace
@@ -175,8 +175,7 @@ def one_batch(branches: Calls) -> Calls:
 
 def _sharing(call: BlockCall, previous: BlockCall) -> BlockCall:
     """The call with those constants of the previous one that are equal to its own, so that they are held once."""
-    known: list[Tensor] = []
-    map_tensors(previous.constants, known.append)
+    known = tensors_of(previous.constants)
 
     def held(tensor: Tensor) -> Tensor:
         alike = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attar.errors import AttarError
 from attar.models.adapter import Block, ModelAdapter, evaluating
 from attar.models.block import BlockCall, bind
-from attar.models.tree import map_tensors
+from attar.models.tree import map_tensors, tensors_of
 from attar.models.weights import weights_of
 
 
@@ -37,7 +37,7 @@ def catch_block_calls(
     caught: list[BlockCall] = []
     for found in each_catch(transformer, adapter, [block_index], calls, store_device):
         call = found[block_index]
-        known = _tensors(caught[-1].constants) if caught else []
+        known = tensors_of(caught[-1].constants) if caught else []
         constants = map_tensors(call.constants, lambda t, known=known: _shared(t, known))
         caught.append(BlockCall(call.streams, constants))
     return caught
@@ -97,12 +97,6 @@ def _keep(tensor: Tensor, device: torch.device | str | None) -> Tensor:
         return moved.contiguous()
     # memory of its own, since the model may go on to write into what it was given
     return moved.clone(memory_format=torch.contiguous_format)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(value, found.append)
-    return found
 
 
 def _shared(tensor: Tensor, known: Sequence[Tensor]) -> Tensor:

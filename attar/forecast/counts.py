@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from attar.errors import AttarError, reason
 from attar.models.adapter import ModelAdapter
-from attar.models.tree import map_tensors
+from attar.models.tree import map_tensors, tensors_of
 
 FORMATS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -269,7 +269,7 @@ class _Operators(TorchDispatchMode):
         else:
             result = func(*args, **kwargs)
             operation = self._operation(func, args, kwargs, result)
-            if _is_pure(func) and _is_outline(result):
+            if _is_pure(func) and operation is not None and all(t.is_meta for t in tensors_of(result)):
                 self.seen[key] = result, operation
         if operation is not None:
             self.scope.operations.append(replace(operation, block=self.scope.block))
@@ -278,8 +278,7 @@ class _Operators(TorchDispatchMode):
     def _operation(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Operation | None:
         known = flop_registry.get(func.overloadpacket)
         flops = float(known(*args, **kwargs, out_val=result)) if known else 0.0
-        tensors: list[Tensor] = []
-        map_tensors(result, tensors.append)
+        tensors = tensors_of(result)
         if not tensors:
             return None
         role = "matmul" if flops else "elementwise"
@@ -298,13 +297,6 @@ def _is_pure(func: Any) -> bool:
     """Whether an operator writes and returns nothing that it was given."""
     schema = func._schema
     return not schema.is_mutable and all(r.alias_info is None for r in schema.returns)
-
-
-def _is_outline(value: Any) -> bool:
-    """Whether an operator's result is tensors without data."""
-    tensors: list[Tensor] = []
-    map_tensors(value, tensors.append)
-    return bool(tensors) and all(t.is_meta for t in tensors)
 
 
 def _signature(value: Any) -> Any:
@@ -329,6 +321,4 @@ def _stored(tensor: Tensor) -> int:
 
 
 def _total(value: Any) -> int:
-    tensors: list[Tensor] = []
-    map_tensors(value, tensors.append)
-    return sum(map(_stored, tensors))
+    return sum(map(_stored, tensors_of(value)))

@@ -24,6 +24,13 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in the dicts, lists and tuples of `value`, in order."""
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
 def tokens_of(x: Tensor) -> Tensor:
     """A stream as tokens: (B, N, d) as it is, and the features (B, C, H, W) of a U-Net as (B, H·W, C)."""
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
