@@ -17,12 +17,13 @@ from attar.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table: a recipe with overrides. least: bits of weights below which it does not exist."""
+    """A row of a table: a recipe with overrides. least, most: the bits of weights at which it exists."""
 
     name: str
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict)
     least: int = 1
+    most: int = 8
 
     def resolve(self, bits: tuple[int, int]) -> Recipe:
         """The recipe at (weights, acts) bits."""
@@ -56,7 +57,7 @@ class Study:
         """The methods that exist at these bits; of those that do the same there the first."""
         found: dict[str, Method] = {}
         for method in self.methods:
-            if bits[0] >= method.least:
+            if method.least <= bits[0] <= method.most:
                 found.setdefault(digest(method.resolve(bits)), method)
         return list(found.values())
 
@@ -498,7 +499,11 @@ LEADERBOARD = Study(
         Method("q-vdit", "q-vdit"),
         Method("lrq-dit", "lrq-dit", least=3),
         Method("s2q-vdit", "s2q-vdit"),
+        Method("efficientdm", "efficientdm"),
+        Method("quantized-distillation", "quantized-distillation"),
         Method("qvgen", "qvgen"),
+        Method("mpq-dm", "mpq-dm", most=7),
+        Method("mpq-dmv2", "mpq-dmv2", most=7),
         Method("attar-ptq", "attar-ptq"),
         Method("attar-mixed", "attar-mixed"),
         Method("attar", "attar"),

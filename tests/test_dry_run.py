@@ -13,6 +13,7 @@ from attar.evaluate.size import model_size
 from attar.models.adapter import ModelAdapter
 
 FEW = SMALL[2:]
+TRACED = ["--set", "trace={prompts: 2, steps: 3}"]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,27 @@ def test_every_kind_of_block_is_measured(cli, folders):
     steps, _ = measured("wan", "blocks.2.*: {acts: 16}")
     assert "transformer.blocks.0 (" in steps and "transformer.blocks.2 (" in steps
     assert "blocks.0 (" in measured("wan22")[0] and "transformer_2" not in measured("wan22")[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("qvgen", ["--set", "finetune.auxiliary_rank=2"]), ("efficientdm", []), ("mpq-dm", [])],
+)
+def test_training_a_whole_model_is_measured(cli, folders, recipe, more):
+    def learning(steps):
+        options = ["--recipe", recipe, *TRACED, "--set", f"finetune.steps={steps}", *more]
+        done = cli("compress", folders["wan"], "--dry-run", "--json", *options)
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        assert "one training step of transformer.blocks.0" in result["measured_on"]
+        return result["seconds"] - result["trace_seconds"], result["peak_bytes"]
+
+    short, held = learning(10)
+    long, same = learning(100_000)
+    assert long > 100 * short > 0  # with nothing to learn in a block alone it was noise once, or 0
+    assert held == same
+    layers = json.loads(cli("compress", folders["wan"], "--dry-run", "--json", "--recipe", "rtn").out)
+    assert held > layers["peak_bytes"]
 
 
 def test_the_dry_run_asks_what_the_run_would(cli, wan_folder):

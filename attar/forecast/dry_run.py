@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from attar.calibration.trace import transformer_components
 from attar.candidates import presume
@@ -37,15 +41,17 @@ from attar.models.tree import tokens_of
 from attar.models.weights import weights_of
 from attar.planning import plan_components
 from attar.quantize.block import quantize_block
-from attar.quantize.block_settings import BlockSettings
+from attar.quantize.finetune import Finetuner
 from attar.quantize.plan import LayerPlan
 from attar.quantize.recompute import LEAST
-from attar.quantize.reconstruct import ReconstructionSettings
+from attar.quantize.wrap import input_facts, wrap_linears
 from attar.recipe import Recipe
 from attar.samples import catch_samples
 from attar.save import plan_rows
-from attar.settings import block_settings
+from attar.settings import block_settings, finetune_settings
 from attar.text_encoder import plan_text_encoders, text_encoder_bytes
+
+TRIED = 4  # steps of a training that are timed
 
 
 def forecast_job(
@@ -123,12 +129,10 @@ def _time_and_memory(
     steps = traced.steps or call.get("num_inference_steps") or 50
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     first, branches, step_seconds = _one_step(pipe, components, prompts[0], call)
-    settings = block_settings(recipe)
-    epochs = settings.epochs
-    if recipe.finetune is not None and not epochs:  # the price of a training step is needed
-        settings = dataclasses.replace(settings, learning=ReconstructionSettings(epochs=1))
+    epochs = block_settings(recipe).epochs
     learn = allocating = 0.0
     costs: list[BlockCost] = []
+    parts = 1  # samples of a step, whose branches fit no batch then
     peaks, measured = [], [f"one denoising step ({step_seconds:.3g} s)"]
     adapters = {name: ModelAdapter.of(part) for name, part in components.items()}
     for (name, block), blocks in _kinds(adapters, plans, first).items():
@@ -138,10 +142,13 @@ def _time_and_memory(
         with weights_of(components[name]).opened(block.module):
             planned = _planned(block, plans[name])
             arithmetic = Arithmetic.of(components[name], recipe.precision)
-            cost = _measure_block(block, planned, samples[0], settings, arithmetic)
-        costs += [cost] * (blocks * len(samples))
+            cost = _Trial(block, planned, samples[0], recipe, arithmetic).cost()
+        costs += [cost] * blocks
+        parts = max(parts, len(samples))
         if chosen:
             learn += learning_seconds([cost] * blocks, chosen * len(samples), epochs)
+        else:
+            learn += blocks * cost.once
         one = allocation_seconds(cost, planned, recipe, step_seconds / len(samples))
         allocating += blocks * one * len(samples)
         held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
@@ -154,7 +161,7 @@ def _time_and_memory(
             what, seconds = ("training step", cost.epoch) if cost.epoch else ("forward", cost.forward)
             measured.append(f"one {what} of {name}.{block.name} ({seconds:.3g} s)")
     if recipe.finetune is not None:
-        learn += finetune_seconds(costs, len(prompts) * steps, recipe)
+        learn += finetune_seconds(costs, len(prompts) * steps * parts, recipe)
         memory = finetune_memory(resident, components.values(), recipe, costs)
         peaks.append(memory.device + memory.host)
     tracing = len(prompts) * steps * step_seconds
@@ -224,51 +231,93 @@ def _one_step(
     return first, [arguments for name, arguments in calls if name == first], seconds
 
 
-def _measure_block(
-    block: Block,
-    plans: dict[str, LayerPlan],
-    call: BlockCall,
-    settings: BlockSettings,
-    arithmetic: Arithmetic,
-) -> BlockCost:
-    """The block's cost, measured on one sample."""
-    call = call.to(arithmetic.device)
-    saved = 0
+class _Trial:
+    """Copies of a block that are quantized and trained on one sample, to see what it costs.
 
-    def note(tensor: Tensor) -> Tensor:
-        nonlocal saved
-        saved += tensor.nbytes
-        return tensor
+    End-to-end training is tried with all layers of the block, and without terms that look beyond it.
+    """
 
-    def total(epochs: int) -> tuple[float, float]:
-        nonlocal saved
-        module = copy.deepcopy(block.module).float().requires_grad_(False)
+    def __init__(
+        self,
+        block: Block,
+        plans: dict[str, LayerPlan],
+        call: BlockCall,
+        recipe: Recipe,
+        arithmetic: Arithmetic,
+    ) -> None:
+        self.block, self.plans, self.recipe, self.arithmetic = block, plans, recipe, arithmetic
+        self.call, self.settings = call.to(arithmetic.device), block_settings(recipe)
+        self.saved = 0  # bytes kept for the backward passes of all steps
+        self.ends: list[float] = []  # when the steps of a training ended
 
-        def run(given: BlockCall) -> dict[str, Tensor]:
-            return arithmetic.run(module, given, block.outputs)
+    def cost(self) -> BlockCost:
+        """The block's; of the steps of a training the median, without the first one."""
+        self._quantize(0)  # warms up
+        once, forward = self._quantize(0)
+        batch = 1
+        if self.settings.epochs:
+            self._quantize(TRIED)
+        elif self.recipe.finetune is not None and self.plans:
+            batch = self._train()
+        if not self.ends:
+            passed = 3 * forward if self.recipe.finetune is not None else 0.0  # gradients pass it at least
+            return BlockCost(once, forward, passed, 0.0, 0.0)
+        seconds = statistics.median(after - before for before, after in itertools.pairwise(self.ends))
+        rows = max(tokens_of(stream).shape[:-1].numel() for stream in self.call.streams.values())
+        anew = [computed_anew(plan, rows) for plan in self.plans.values()]
+        # such layers keep their rounded weight where no hook sees it
+        large = [p for p in self.plans.values() if rows * p.in_features >= LEAST]
+        kept = sum(4.0 * p.in_features * p.out_features for p in large)
+        saved = self.saved / len(self.ends)
+        return BlockCost(once, forward, seconds / batch, (saved + kept) / batch, max(anew, default=0.0))
 
-        started = time.perf_counter()
+    def _copy(self) -> nn.Module:
+        return copy.deepcopy(self.block.module).float().requires_grad_(False)
+
+    def _run(self, module: nn.Module, call: BlockCall) -> dict[str, Tensor]:
+        return self.arithmetic.run(module, call, self.block.outputs)
+
+    def _target(self, module: nn.Module) -> dict[str, Tensor]:
         with evaluating(module):
-            target = run(call)
-        forward, saved = time.perf_counter() - started, 0
-        learning = ReconstructionSettings(epochs=epochs) if epochs else None
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            return self._run(module, self.call)
+
+    def _quantize(self, epochs: int) -> tuple[float, float]:
+        """(seconds of quantizing the block, of one forward of it)."""
+        module = self._copy()
+        started = time.perf_counter()
+        target = self._target(module)
+        forward = time.perf_counter() - started
+        learning, rounding = (
+            dataclasses.replace(stage, epochs=epochs) if stage is not None and epochs else None
+            for stage in (self.settings.learning, self.settings.rounding)
+        )
+        with self._watched():
             quantize_block(
-                module, plans, run, [call], [target], dataclasses.replace(settings, learning=learning, rounding=None),
+                module, self.plans, partial(self._run, module), [self.call], [target],
+                dataclasses.replace(self.settings, learning=learning, rounding=rounding),
                 loss=lambda prediction, wanted, context: mse(prediction, wanted),
+                progress=lambda epoch, step, loss: self.ends.append(time.perf_counter()),
             )  # fmt: skip
         return time.perf_counter() - started, forward
 
-    total(0)
-    once, forward = total(0)
-    epoch = max(0.0, total(2)[0] - total(1)[0]) if settings.epochs else 0.0
-    if not settings.epochs:
-        return BlockCost(once, forward, epoch, 0.0, 0.0)
-    rows = max(tokens_of(stream).shape[:-1].numel() for stream in call.streams.values())
-    anew = [computed_anew(plan, rows) for plan in plans.values()]
-    # such layers keep their rounded weight where no hook sees it
-    kept = sum(4.0 * p.in_features * p.out_features for p in plans.values() if rows * p.in_features >= LEAST)
-    return BlockCost(once, forward, epoch, saved + kept, max(anew, default=0.0))
+    def _train(self) -> int:
+        """Steps of a training of the whole model, here of the block; returns how many samples a step has."""
+        module, training = self._copy(), finetune_settings(self.recipe)
+        target, run = self._target(module), partial(self._run, module)
+        linears: dict[str, nn.Module] = {name: module.get_submodule(name) for name in self.plans}
+        inputs = input_facts(self.plans, linears, run, [self.call], self.settings, "0")
+        layers = wrap_linears(module, self.plans, linears, inputs, run, [self.call], self.settings, "0")
+        tuner = Finetuner(run, [(self.call, target)] * training.batch_size, layers, training)
+        with self._watched():
+            tuner.train(lambda tuner, loss: self.ends.append(time.perf_counter()), until=TRIED)
+        return training.batch_size
+
+    def _watched(self) -> saved_tensors_hooks:
+        def note(tensor: Tensor) -> Tensor:
+            self.saved += tensor.nbytes
+            return tensor
+
+        return saved_tensors_hooks(note, lambda tensor: tensor)
 
 
 def _bytes(value: Any) -> int:

@@ -116,13 +116,16 @@ class Finetuner:
         if not self._main.param_groups and not self._side.param_groups:
             raise AttarError("nothing is trained: all learning rates are 0", where="finetune")
 
-    def train(self, after: Callable[[Finetuner, float], None] | None = None) -> None:
-        """Runs the steps that are left. after: called with (this, loss) behind every step.
+    def train(
+        self, after: Callable[[Finetuner, float], None] | None = None, until: int | None = None
+    ) -> None:
+        """Runs the steps that are left, or those before `until`. after: called with (this, loss) behind every step.
 
         Raises AttarError when a loss is not finite; the parameters are those of the step before then.
         """
+        last = self.settings.steps if until is None else min(until, self.settings.steps)
         with torch.enable_grad():
-            while self.step < self.settings.steps:
+            while self.step < last:
                 loss = self._update()
                 self._note(loss)
                 if after is not None:
