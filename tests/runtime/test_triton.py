@@ -120,9 +120,10 @@ def test_ones_and_nones_are_constants(compiler):
 )
 @pytest.mark.parametrize("capability", [89, pytest.param(90, marks=pytest.mark.slow)])
 def test_rotations_of_real_widths_fit_every_gpu(compiler, capability, left, right, order):
+    """Every tile of the largest one, and on one GPU of all; of the others here the tile that runs unmeasured."""
     from attar.runtime.triton.activations import ROTATIONS, Factors
 
-    for config in ROTATIONS:
+    for config in ROTATIONS if left == 96 or capability == 90 else ROTATIONS[:1]:
         made = compiler.compiled_rotation(capability, left, right, order, config=config)
         assert made.metadata.shared <= Factors(order, left, right).memory + 1024 <= SHARED
         assert not re.search(r"div\.(full|approx)", made.asm["ptx"])

@@ -2,12 +2,14 @@
 
 It cuts float32 to bfloat16 where a GPU rounds to nearest, rounds it to float8 without a carry into the exponent, and
 multiplies the bits of bfloat16 numbers as if they were integers (triton 3.9). Kernels that are right on a GPU would
-fail, so these are done here as a GPU does them.
+fail, so these are done here as a GPU does them. For every function that a kernel calls it also replaces what it has
+replaced for the kernel already, which takes most of its time; here once a launch.
 """
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -42,9 +44,28 @@ def mend() -> None:
         found = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
         return TensorHandle(found.astype(x.data.dtype), z.dtype.scalar)
 
+    patch_once_a_launch()
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot = create_fp_trunc, create_dot
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def patch_once_a_launch() -> None:
+    patch, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    patched = set()
+
+    def _patch_lang(fn):
+        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return interpreter._LangPatchScope()
+        patched.add(modules)
+        return patch(fn)
+
+    def restored(self):  # at the end of a launch
+        restore(self)
+        patched.clear()
+
+    interpreter._patch_lang, interpreter._LangPatchScope.restore = _patch_lang, restored
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
