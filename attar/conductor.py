@@ -220,7 +220,7 @@ def _prepared(
             check_finite(name, part)
     workspace.claim(
         {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.identity,
             "model": fingerprint(pipe, source, components),
             "prompts": chosen_prompts,
             "generation": call,

@@ -24,6 +24,7 @@ from attar.quantize.finetune import Finetuner, Layer
 from attar.quantize.linear import QuantizedLinear, replace_module
 from attar.quantize.plan import LayerPlan, matching, open_planned
 from attar.quantize.polish import ScaledCodes
+from attar.quantize.recompute import checkpointed
 from attar.quantize.relations import FEATURES, RelationTerm, draw_memory, windows
 from attar.quantize.wrap import input_facts, wrap_linears
 from attar.recipe import Recipe
@@ -129,7 +130,9 @@ class _WholeModel(Job):
                     saved = time.monotonic()
 
             steps_left = tuner.step < whole.steps
-            tuner.train(after)
+            again = [block.module for block in self.adapter.blocks] if whole.gradient_checkpointing else []
+            with checkpointed(again):
+                tuner.train(after)
         if steps_left:  # a run that is killed behind the training does not train again
             self.workspace.write_tensors(self.state_file, *tuner.state())
         for layer in layers.values():

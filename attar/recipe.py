@@ -279,6 +279,14 @@ class Recipe(Stage):
             f"-{kind}" for kind in self.quantize.other_numbers
         )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, JSON-able: a job may go on with anything else changed."""
+        content = self.model_dump(mode="json")
+        if content["finetune"] is not None:
+            del content["finetune"]["gradient_checkpointing"]
+        return content
+
     def to_yaml(self) -> str:
         """Every key with its value, and as a comment what it means."""
         return "".join(_commented(self))

@@ -93,7 +93,9 @@ def finetune_settings(recipe: Recipe) -> FinetuneSettings:
     """Of end-to-end training. The recipe has that stage."""
     assert recipe.finetune is not None
     return FinetuneSettings(
-        **recipe.finetune.model_dump(exclude={"layers", "local", "local_weight", "relation"})
+        **recipe.finetune.model_dump(
+            exclude={"layers", "local", "local_weight", "relation", "gradient_checkpointing"}
+        )
     )
 
 

@@ -68,6 +68,7 @@ LATER = {
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int", "rotation_threshold": 1.0},
     "quantize.low_rank": {"subtract": True},
     "allocate": {"objective": "block", "acts": False},
+    "finetune": {"gradient_checkpointing": False},
     "reconstruct": {
         **{"lambda_over": "joint", "train_levels": False, "level_lr": 1e-3},
         **{"temporal_weight": 0.0, "train_branch": False, "branch_lr": 2.5e-4},

@@ -30,6 +30,7 @@ def test_settings_that_came_later_count_only_where_they_change_something(monkeyp
     content = recipe.model_dump()
     content["quantize.low_rank"] = load_recipe("svdquant").quantize.low_rank.model_dump()
     content["allocate"] = load_recipe("attar-mixed").allocate.model_dump()
+    content["finetune"] = load_recipe("qvgen").finetune.model_dump()
     for stage, former in LATER.items():
         assert former.items() <= content[stage].items()
     before = digest(recipe)

@@ -15,6 +15,7 @@ from attar.calibration.store import TraceStore
 from attar.calibration.trace import trace_pipeline
 from attar.errors import AttarError
 from attar.progress import SilentProgress
+from attar.quantize.finetune import Finetuner
 from attar.recipe import load_recipe
 from attar.runtime.backend import use_backend
 from attar.runtime.layers import packed_layers
@@ -170,6 +171,46 @@ def test_u_nets_are_trained_whole_too(recipe, overrides, tmp_path):
         torch.testing.assert_close(unets.generate(again), unets.generate(pipe), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "recipe", "overrides"),
+    [
+        ("wan", "qvgen", QVGEN),
+        ("flux", "attar-ptq", POLISH),  # blocks of two kinds
+        ("dit", "mpq-dm", EFFICIENT),  # looks at what the last block gives
+        ("sd", "quest", {**FEW, "trace.prompts": 1}),  # and at layers inside
+    ],
+)
+def test_checkpoints_change_no_bit_and_keep_less(name, recipe, overrides, monkeypatch):
+    train, kept = Finetuner.train, []
+
+    def watched(self, after):
+        def note(tensor):
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            train(self, after)
+
+    monkeypatch.setattr(Finetuner, "train", watched)
+    results = []
+    for checkpoints in (False, True):
+        changes = {**overrides, "finetune.gradient_checkpointing": checkpoints}
+        if name == "sd":
+            generation = {**unets.GENERATION, "num_inference_steps": 4}
+            pipe = attar.compress(
+                unets.make("sd"), recipe, overrides=changes, prompts=unets.PROMPTS[:1], generation=generation
+            )
+        else:
+            pipe = compressed(name, recipe, changes)
+        model = pipe.unet if name == "sd" else pipe.transformer
+        results.append({key: tensor for key, tensor in model.state_dict().items()})
+        assert not any("forward" in vars(module) for module in model.modules())
+    plain, again = results
+    assert all(torch.equal(tensor, again[key]) for key, tensor in plain.items())
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_branches_of_unequal_shape_are_samples_of_their_own():
     """A negative prompt of another length: the pipeline calls the transformer with texts that fit no batch."""
     options = {
@@ -269,7 +310,8 @@ def test_a_run_stopped_while_it_trains_goes_on_to_the_same_bytes(recipe, overrid
         compressed("wan", recipe, overrides, workspace=tmp_path / "stopped", progress=Stopping())
     state = tmp_path / "stopped" / "transformer" / "finetune.safetensors"
     assert any("exp_avg of " in key for key in load_file(state))
-    again = compressed("wan", recipe, overrides, workspace=tmp_path / "stopped")
+    sparing = {**overrides, "finetune.gradient_checkpointing": True}  # as one would who ran out of memory
+    again = compressed("wan", recipe, sparing, workspace=tmp_path / "stopped")
     first, second = (p.attar_compression.components["transformer"]["finetune"] for p in (whole, again))
     assert first == second
     files = [contents(tmp_path / name / "transformer") for name in ("whole", "stopped")]

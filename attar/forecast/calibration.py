@@ -34,13 +34,15 @@ GPTQ_COLUMN = 3e-4
 @dataclass(frozen=True)
 class BlockCost:
     """Seconds of one block: done once, one forward of a sample, one training step of a sample; the bytes that a
-    training step keeps for its backward pass, and those that it computes anew in it, for one layer at a time."""
+    training step keeps for its backward pass, and those that it computes anew in it, for one layer at a time; the bytes
+    of its input, in float32."""
 
     once: float
     forward: float
     epoch: float
     saved: float
     anew: float
+    input: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,29 @@ def finetune_seconds(blocks: Iterable[BlockCost], samples: int, recipe: Recipe) 
     """Seconds of training the whole model: the original's outputs of all samples, and a training step of every block
     for each sample of each update. Layers outside the blocks are left out."""
     assert recipe.finetune is not None
-    updates = recipe.finetune.steps * recipe.finetune.batch_size
-    return sum(samples * b.forward + updates * b.epoch for b in blocks)
+    updates, again = (
+        recipe.finetune.steps * recipe.finetune.batch_size,
+        recipe.finetune.gradient_checkpointing,
+    )
+    return sum(samples * b.forward + updates * (b.epoch + again * b.forward) for b in blocks)
 
 
 def finetune_memory(
     model: float, transformers: Iterable[nn.Module], recipe: Recipe, blocks: Iterable[BlockCost]
 ) -> CalibrationMemory:
     """Peak bytes while a whole model is trained: its weights in float32, and where they are trained a copy of each, its
-    gradient and two moments; what each sample keeps for its backward pass through all blocks, and what one layer at a
-    time computes anew."""
+    gradient and two moments; what each sample keeps for its backward pass through all blocks, or with checkpoints of
+    each its input and of one all, and what one layer at a time computes anew."""
     assert recipe.finetune is not None
     count = max(sum(p.numel() for p in part.parameters()) for part in transformers)
     trained = 4 if recipe.finetune.weight_lr else 0
     known = list(blocks)
-    kept = recipe.finetune.batch_size * sum(b.saved for b in known)
+    if recipe.finetune.gradient_checkpointing:
+        kept = sum(b.input for b in known) + max((b.saved for b in known), default=0.0)
+    else:
+        kept = sum(b.saved for b in known)
     anew = max((b.anew for b in known), default=0.0)
+    kept *= recipe.finetune.batch_size
     return CalibrationMemory(model + 4 * count * (1 + trained) + kept + anew, 0.0)
 
 
@@ -154,7 +163,8 @@ def block_costs(
             epoch = STEP_FORWARDS * forward + moved / (hardware.bandwidth * hardware.efficiency["bandwidth"])
             saved = KEPT_WRITTEN * written + 4.0 * weights
             anew = max((computed_anew(p, o.rows) for o, p in planned), default=0.0)
-        costs.append(BlockCost(once, forward, epoch, saved, anew))
+        # bfloat16 counted, float32 held; as many numbers go in as come out
+        costs.append(BlockCost(once, forward, epoch, saved, anew, 2.0 * counts.blocks[name].outputs))
     return costs
 
 
@@ -192,8 +202,8 @@ def forecast_calibration(
     step_seconds: float,
 ) -> dict[str, Any]:
     """Seconds of tracing, choosing bits and learning, and peak bytes, on hardware, for the samples that the recipe
-    asks for, "streamed" with weights that are read block by block; and the precision that blocks are learned in, by
-    default that of a model in 16 bits.
+    asks for, "streamed" with weights that are read block by block, "checkpointed" with gradient checkpointing where the
+    whole model is trained; and the precision that blocks are learned in, by default that of a model in 16 bits.
 
     counts: of one sample, that is of all branches of one denoising step, by transformer. steps: of the model, where
     the recipe does not say. step_seconds: of one denoising step in full precision. Where two experts share the steps
@@ -205,17 +215,21 @@ def forecast_calibration(
     if traced is None:
         memory = calibration_memory(model, transformers, recipe)
         nothing = dict.fromkeys(("trace_seconds", "allocate_seconds", "learn_seconds"), 0.0)
-        return {**nothing, "precision": None, **vars(memory), "streamed": memory.device - model}
+        rest = {"streamed": memory.device - model, "checkpointed": None}
+        return {**nothing, "precision": None, **vars(memory), **rest}
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     settings = block_settings(recipe)
     precision = recipe.precision or default_precision("cpu" if hardware.name == "cpu" else "cuda", True)
-    learn = allocating = saved = trained = streams = constants = 0.0
+    whole = recipe.finetune
+    sparing = recipe if whole is None else _with_checkpoints(recipe)
+    learn = allocating = saved = trained = spared = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}
         costs = block_costs(counted, known, recipe, hardware, precision)
-        if recipe.finetune is not None:
+        if whole is not None:
             learn += finetune_seconds(costs, traced.prompts * (traced.steps or steps), recipe)
             trained = max(trained, finetune_memory(model, transformers, recipe, costs).device)
+            spared = max(spared, finetune_memory(model, transformers, sparing, costs).device)
         if chosen:
             learn += learning_seconds(costs, chosen, settings.epochs)
         for block, cost in zip(counted.blocks, costs, strict=True):
@@ -228,7 +242,8 @@ def forecast_calibration(
     held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
     memory = calibration_memory(model, transformers, recipe, held, streams, constants, saved)
     # a whole model is trained in memory
-    streamed = memory.device - model if recipe.finetune is None else None
+    streamed = memory.device - model if whole is None else None
+    checkpointed = None if whole is None else max(memory.device, spared)
     memory = CalibrationMemory(max(memory.device, trained), memory.host)
     trace = traced.prompts * (traced.steps or steps) * step_seconds
     return {
@@ -238,4 +253,11 @@ def forecast_calibration(
         "precision": precision,
         **vars(memory),
         "streamed": streamed,
+        "checkpointed": checkpointed,
     }
+
+
+def _with_checkpoints(recipe: Recipe) -> Recipe:
+    whole = recipe.finetune
+    assert whole is not None
+    return recipe.model_copy(update={"finetune": whole.model_copy(update={"gradient_checkpointing": True})})

@@ -269,7 +269,9 @@ class _Trial:
         large = [p for p in self.plans.values() if rows * p.in_features >= LEAST]
         kept = sum(4.0 * p.in_features * p.out_features for p in large)
         saved = self.saved / len(self.ends)
-        return BlockCost(once, forward, seconds / batch, (saved + kept) / batch, max(anew, default=0.0))
+        return BlockCost(
+            once, forward, seconds / batch, (saved + kept) / batch, max(anew, default=0.0), _bytes(self.call.streams)
+        )  # fmt: skip
 
     def _copy(self) -> nn.Module:
         return copy.deepcopy(self.block.module).float().requires_grad_(False)

@@ -7,11 +7,13 @@ passes over memory, which cost little beside the products.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
@@ -24,6 +26,21 @@ def recomputed(make: Callable[..., T], *given: Any, size: int) -> T:
     if size < LEAST or not torch.is_grad_enabled():
         return make(*given)
     return checkpoint(make, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, each module keeps its inputs alone for the backward pass, in which it runs again."""
+    former = [(module, vars(module).get("forward")) for module in modules]
+    for module, _ in former:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for module, forward in former:
+            del module.forward
+            if forward is not None:  # it had one of its own
+                module.forward = forward
 
 
 def recomputed_by_rows(make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -147,6 +147,10 @@ class Finetune(Stage):
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(default=1e-4, ge=0, description="of the weights")
     max_norm: float | None = Field(default=1.0, gt=0, description="the gradient's norm is cut there")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="blocks keep their inputs alone and run twice: far less memory, the same result",
+    )
 
     @model_validator(mode="after")
     def _trains_something(self) -> Finetune:

@@ -101,6 +101,8 @@ def test_sentences():
     def says(*args, **bits):
         return " ".join(planned(*args, **bits)["verdict"])
 
+    whole = " ".join(planned("wan-1.3b", recipe="qvgen")["verdict"])
+    assert "with --set finetune.gradient_checkpointing=true" in whole
     assert "has no int4 arithmetic" in says("digits-video", weights=4, acts=4)
     assert "4-bit floats" in says("digits-video", "b200", weights=4, acts=4)
     assert "int4" not in says("digits-video", "a100", weights=4, acts=4)
@@ -142,6 +144,9 @@ def test_what_is_computed_anew_is_there_once():
 
     small, large = BlockCost(0.0, 0.0, 0.0, 10.0, 100.0), BlockCost(0.0, 0.0, 0.0, 20.0, 500.0)
     assert device(small, large, small) - device() == 3 * 40 + 500
+    recipe = load_recipe("efficientdm", {"finetune.batch_size": 3, "finetune.gradient_checkpointing": True})
+    inputs = [replace(block, input=2.0) for block in (small, large, small)]
+    assert device(*inputs) - device() == 3 * (20 + 3 * 2) + 500
 
 
 def test_a_budget_is_presumed(cli):
