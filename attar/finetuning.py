@@ -103,36 +103,12 @@ class _WholeModel(Job):
         """Trains the layers, which are in the model; returns what the evidence says of it."""
         whole = self.recipe.finetune
         assert whole is not None
-        chosen = None if whole.layers is None else matching(self.plan.values(), whole.layers)
-        before, seed = self.error(samples), f"{self.seed}/{self.name}"
-        loss = mse if not self.local else partial(mse_with_layers, main=OUTPUT, weight=whole.local_weight)
-        term = groups = None
-        if self.relation is not None:
-            memory = draw_memory(samples, self.relation.memory, seed) if self.relation.memory else None
-            term, groups = (
-                RelationTerm(self.relation, memory, seed),
-                windows(samples.places, self.relation.window),
-            )
-        tuner = Finetuner(
-            self.forward, samples, layers, finetune_settings(self.recipe), seed, chosen, loss, term, groups
-        )
+        before, tuner = self.error(samples), self._tuner(layers, samples)
         known = self.workspace.read_tensors(self.state_file)
         if known is not None:
             tuner.restore(*known)
-        saved = time.monotonic()
-        with self.progress.task(f"{self.name}: train", whole.steps) as advance:
-
-            def after(tuner: Finetuner, loss: float) -> None:
-                nonlocal saved
-                advance(tuner.step, f"loss {loss:.2e}")
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    self.workspace.write_tensors(self.state_file, *tuner.state())
-                    saved = time.monotonic()
-
-            steps_left = tuner.step < whole.steps
-            again = [block.module for block in self.adapter.blocks] if whole.gradient_checkpointing else []
-            with checkpointed(again):
-                tuner.train(after)
+        steps_left = tuner.step < whole.steps
+        self._train(tuner)
         if steps_left:  # a run that is killed behind the training does not train again
             self.workspace.write_tensors(self.state_file, *tuner.state())
         for layer in layers.values():
@@ -151,6 +127,44 @@ class _WholeModel(Job):
             "error_before": before, "error_after": after_all,
             **self.arithmetic.evidence,
         }  # fmt: skip
+
+    def _tuner(self, layers: Mapping[str, Layer], samples: TracedSteps) -> Finetuner:
+        whole, seed = self.recipe.finetune, f"{self.seed}/{self.name}"
+        assert whole is not None
+        chosen = None if whole.layers is None else matching(self.plan.values(), whole.layers)
+        loss = mse if not self.local else partial(mse_with_layers, main=OUTPUT, weight=whole.local_weight)
+        term = groups = None
+        if self.relation is not None:
+            memory = draw_memory(samples, self.relation.memory, seed) if self.relation.memory else None
+            term = RelationTerm(self.relation, memory, seed)
+            groups = windows(samples.places, self.relation.window)
+        settings = finetune_settings(self.recipe)
+        return Finetuner(self.forward, samples, layers, settings, seed, chosen, loss, term, groups)
+
+    def _train(self, tuner: Finetuner) -> None:
+        """The steps that are left, with what ends the last one."""
+        whole, saved = self.recipe.finetune, time.monotonic()
+        assert whole is not None
+        again = [block.module for block in self.adapter.blocks] if whole.gradient_checkpointing else []
+        with self.progress.task(f"{self.name}: train", whole.steps) as advance:
+
+            def after(tuner: Finetuner, loss: float) -> None:
+                nonlocal saved
+                advance(tuner.step, f"loss {loss:.2e}")
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.workspace.write_tensors(self.state_file, *tuner.state())
+                    saved = time.monotonic()
+
+            try:
+                with checkpointed(again):
+                    tuner.train(after)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                fix = "Lower finetune.batch_size, size or frames"
+                if not whole.gradient_checkpointing:
+                    fix = "Run again with --set finetune.gradient_checkpointing=true, which goes on from here"
+                raise AttarError(
+                    f"out of memory in training step {tuner.step + 1}", where=self.name, fix=fix
+                ) from error
 
     def forward(self, call: BlockCall) -> dict[str, Tensor]:
         """The model's output on one call, and those of the layers that are compared too."""

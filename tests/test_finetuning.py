@@ -211,6 +211,26 @@ def test_checkpoints_change_no_bit_and_keep_less(name, recipe, overrides, monkey
     assert kept[1] < 0.5 * kept[0]
 
 
+def test_a_training_that_runs_out_of_memory_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(finetuning, "SAVE_SECONDS", 0.0)
+    update, enough, steps = Finetuner._update, [], []
+
+    def limited(self):
+        if self.step == 3 and not enough:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        steps.append(self.step)
+        return update(self)
+
+    monkeypatch.setattr(Finetuner, "_update", limited)
+    with pytest.raises(
+        AttarError, match=r"in training step 4 \[transformer\]. Run again with .*checkpointing"
+    ):
+        compressed("dit", "qvgen", QVGEN, workspace=tmp_path)
+    enough.append(True)
+    compressed("dit", "qvgen", {**QVGEN, "finetune.gradient_checkpointing": True}, workspace=tmp_path)
+    assert steps == [0, 1, 2, 3, 4, 5]
+
+
 def test_branches_of_unequal_shape_are_samples_of_their_own():
     """A negative prompt of another length: the pipeline calls the transformer with texts that fit no batch."""
     options = {
