@@ -25,13 +25,20 @@ def reason(error: Exception) -> str:
     return str(text).splitlines()[0].rstrip(".")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, of a device or here, where torch says so in words alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 @contextmanager
 def calling(pipe: Any) -> Iterator[None]:
     """What a pipeline raises inside, because of what it was called with, comes out as an AttarError."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if out_of_memory(error):
             raise
         raise AttarError(
             f"the pipeline rejects its arguments ({reason(error)})",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attar import ranks
 from attar.component import ComponentJob
-from attar.errors import AttarError
+from attar.errors import AttarError, out_of_memory
 from attar.job import Job
 from attar.losses import mse, mse_with_layers, relative_error
 from attar.models.block import BlockCall, as_outputs
@@ -158,10 +158,15 @@ class _WholeModel(Job):
             try:
                 with checkpointed(again):
                     tuner.train(after)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                fix = "Lower finetune.batch_size, size or frames"
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                fix = "Lower finetune.batch_size, size or frames, in another workspace"
                 if not whole.gradient_checkpointing:
-                    fix = "Run again with --set finetune.gradient_checkpointing=true, which goes on from here"
+                    fix = (
+                        "Run again with --set finetune.gradient_checkpointing=true, which goes on from the last "
+                        "state in the same workspace"
+                    )
                 raise AttarError(
                     f"out of memory in training step {tuner.step + 1}", where=self.name, fix=fix
                 ) from error

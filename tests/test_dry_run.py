@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import pipelines
+from support import pipelines, unets
 from support.commands import contents
 from support.fixtures import SMALL
 
 from attar.evaluate.size import model_size
+from attar.forecast.dry_run import forecast_job
 from attar.models.adapter import ModelAdapter
+from attar.models.source import Source
+from attar.recipe import load_recipe
 
 FEW = SMALL[2:]
 TRACED = ["--set", "trace={prompts: 2, steps: 3}"]
@@ -178,6 +181,63 @@ def test_training_a_whole_model_is_measured(cli, folders, recipe, more):
     assert held == same
     layers = json.loads(cli("compress", folders["wan"], "--dry-run", "--json", "--recipe", "rtn").out)
     assert held > layers["peak_bytes"]
+
+
+ROWS_ALONE = {
+    "quantize.roles": {"resnet.conv*": {"skip": True}},
+    "finetune.weight_lr": 0,
+    "finetune.clip_lr": 1e-3,
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "overrides"),
+    [
+        (unets.make, "quest", {}),  # convolutions are opened, few layers chosen
+        (unets.make, "quantized-distillation", ROWS_ALONE),  # blocks in which nothing is trained
+        # polished without a learned block, with codes that stay
+        (
+            pipelines.make,
+            "rtn",
+            {"rounding.method": "gptq", "select.count": 2, "finetune": {"scale_lr": 1e-3}},
+        ),
+        (pipelines.make, "efficientdm", {"finetune.steps": 1}),
+        (pipelines.make, "s2q-vdit", {"reconstruct.epochs": 2, "rounding.epochs": 2, "select.count": 2}),
+    ],
+)
+def test_whatever_can_be_trained_is_tried(make, recipe, overrides):
+    if make is unets.make:
+        pipe, prompts, generation = make("sd"), unets.PROMPTS[:1], unets.GENERATION
+    else:
+        pipe, prompts, generation = make("wan"), pipelines.PROMPTS[:2], pipelines.CASES["wan"].generation
+    model = pipe.unet if make is unets.make else pipe.transformer
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = load_recipe(recipe, {"trace.prompts": len(prompts), "trace.steps": 2, **overrides})
+    result = forecast_job(pipe, Source("it"), recipe, prompts, {**generation, "num_inference_steps": 2})
+    assert result["seconds"] >= result["trace_seconds"] and result["peak_bytes"] > 0
+    assert "training step" in result["measured_on"]
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+def test_of_two_stages_the_larger_one_decides_the_memory():
+    def peak(**stages):
+        recipe = load_recipe("s2q-vdit", {"trace.prompts": 2, "trace.steps": 2, "select.count": 2, **stages})
+        case = pipelines.CASES["wan"]
+        return forecast_job(
+            pipelines.make("wan"), Source("it"), recipe, pipelines.PROMPTS[:2], case.generation
+        )["peak_bytes"]
+
+    assert peak(**{"rounding.epochs": 2}) == peak()
+
+
+def test_pipelines_that_treat_a_single_step_otherwise():
+    """PixArt's takes one step for a distilled model's."""
+    case = pipelines.CASES["pixart"]
+    recipe = load_recipe("smoothquant", {"trace.prompts": 1})
+    pipe = pipelines.make("pixart")
+    result = forecast_job(pipe, Source("it"), recipe, pipelines.PROMPTS[:1], case.generation)
+    assert "one denoising step" in result["measured_on"]
 
 
 def test_the_dry_run_asks_what_the_run_would(cli, wan_folder):

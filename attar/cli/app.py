@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from safetensors import SafetensorError
 
-from attar.errors import AttarError
+from attar.errors import AttarError, out_of_memory
 from attar.files import file_error
 
 app = typer.Typer(
@@ -71,8 +71,6 @@ def main() -> None:
         sys.exit(1)
     except (OSError, SafetensorError) as error:
         _fail(str(file_error(error)))
-    except MemoryError:
-        _fail("out of memory: compress a smaller model, or lower select.count, size or frames")
     except Exception as caught:
         error: Any = caught
         # the parser's own errors, whichever package they come from
@@ -87,6 +85,8 @@ def main() -> None:
             _fail("interrupted", code=130)
         if type(error).__name__ == "OutOfMemoryError":
             _fail("the device is out of memory: use --device cpu, or lower select.count, size or frames")
+        if out_of_memory(error):
+            _fail("out of memory: compress a smaller model, or lower select.count, size or frames")
         raise
 
 

@@ -144,6 +144,7 @@ def block_costs(
     input's width and walks its columns: about in³ + in²·out multiply-adds, in float32.
     """
     learns = block_settings(recipe).epochs > 0 or recipe.finetune is not None
+    batch = 1 if recipe.finetune is None else recipe.finetune.batch_size
     costs = []
     for name in counts.blocks:
         block = while_learned(counts.where(lambda o, name=name: o.block == name), precision)
@@ -162,7 +163,7 @@ def block_costs(
             moved = MOVED_WRITTEN * written + MOVED_WEIGHTS * weights
             epoch = STEP_FORWARDS * forward + moved / (hardware.bandwidth * hardware.efficiency["bandwidth"])
             saved = KEPT_WRITTEN * written + 4.0 * weights
-            anew = max((computed_anew(p, o.rows) for o, p in planned), default=0.0)
+            anew = max((computed_anew(p, batch * o.rows) for o, p in planned), default=0.0)
         # bfloat16 counted, float32 held; as many numbers go in as come out
         costs.append(BlockCost(once, forward, epoch, saved, anew, 2.0 * counts.blocks[name].outputs))
     return costs

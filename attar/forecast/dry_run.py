@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
-import statistics
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from attar.calibration.trace import transformer_components
 from attar.candidates import presume
@@ -25,33 +19,25 @@ from attar.forecast.calibration import (
     BlockCost,
     allocation_seconds,
     calibration_memory,
-    computed_anew,
     finetune_memory,
     finetune_seconds,
     learning_seconds,
 )
 from attar.forecast.sizes import planned_sizes
-from attar.losses import mse
-from attar.models.adapter import Block, ModelAdapter, evaluating
+from attar.forecast.trial import Trial, now, tensor_bytes
+from attar.models.adapter import Block, ModelAdapter
 from attar.models.arithmetic import Arithmetic
-from attar.models.block import BlockCall, bind
+from attar.models.block import bind
 from attar.models.calls import conditioning, latents_only
 from attar.models.source import Source, stored_dtypes
-from attar.models.tree import tokens_of
 from attar.models.weights import weights_of
 from attar.planning import plan_components
-from attar.quantize.block import quantize_block
-from attar.quantize.finetune import Finetuner
 from attar.quantize.plan import LayerPlan
-from attar.quantize.recompute import LEAST
-from attar.quantize.wrap import input_facts, wrap_linears
 from attar.recipe import Recipe
 from attar.samples import catch_samples
 from attar.save import plan_rows
-from attar.settings import block_settings, finetune_settings
+from attar.settings import block_settings
 from attar.text_encoder import plan_text_encoders, text_encoder_bytes
-
-TRIED = 4  # steps of a training that are timed
 
 
 def forecast_job(
@@ -131,19 +117,24 @@ def _time_and_memory(
     first, branches, step_seconds = _one_step(pipe, components, prompts[0], call)
     epochs = block_settings(recipe).epochs
     learn = allocating = 0.0
-    costs: list[BlockCost] = []
+    costs: defaultdict[str, list[BlockCost]] = defaultdict(list)  # of end-to-end training, by transformer
     parts = 1  # samples of a step, whose branches fit no batch then
     peaks, measured = [], [f"one denoising step ({step_seconds:.3g} s)"]
     adapters = {name: ModelAdapter.of(part) for name, part in components.items()}
-    for (name, block), blocks in _kinds(adapters, plans, first).items():
+    for (name, block), counts in _kinds(adapters, plans, first).items():
         adapter = adapters[name]
         adapter.observe(branches[0])
         samples = catch_samples(components[name], adapter, block, [branches])
         with weights_of(components[name]).opened(block.module):
             planned = _planned(block, plans[name])
             arithmetic = Arithmetic.of(components[name], recipe.precision)
-            cost = _Trial(block, planned, samples[0], recipe, arithmetic).cost()
-        costs += [cost] * blocks
+            trial = Trial(block, planned, samples[0], recipe, arithmetic)
+            cost = trial.learning()
+            training = trial.training() if recipe.finetune is not None else None
+        blocks = counts.total()
+        if training is not None:
+            for component, count in counts.items():
+                costs[component] += [training] * count
         parts = max(parts, len(samples))
         if chosen:
             learn += learning_seconds([cost] * blocks, chosen * len(samples), epochs)
@@ -154,15 +145,16 @@ def _time_and_memory(
         held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
         memory = calibration_memory(
             resident, components.values(), recipe, held * len(samples),
-            _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved + cost.anew,
+            tensor_bytes(samples[0].streams), tensor_bytes(samples[0].constants), cost.saved + cost.anew,
         )  # fmt: skip
         peaks.append(memory.device + memory.host)
         if planned:
-            what, seconds = ("training step", cost.epoch) if cost.epoch else ("forward", cost.forward)
+            step = cost.epoch if training is None else training.epoch
+            what, seconds = ("training step", step) if step else ("forward", cost.forward)
             measured.append(f"one {what} of {name}.{block.name} ({seconds:.3g} s)")
-    if recipe.finetune is not None:
-        learn += finetune_seconds(costs, len(prompts) * steps * parts, recipe)
-        memory = finetune_memory(resident, components.values(), recipe, costs)
+    for known in costs.values():  # one transformer after the other
+        learn += finetune_seconds(known, len(prompts) * steps * parts, recipe)
+        memory = finetune_memory(resident, components.values(), recipe, known)
         peaks.append(memory.device + memory.host)
     tracing = len(prompts) * steps * step_seconds
     return {
@@ -176,17 +168,17 @@ def _time_and_memory(
 
 def _kinds(
     adapters: Mapping[str, ModelAdapter], plans: Mapping[str, list[LayerPlan]], first: str
-) -> dict[tuple[str, Block], int]:
-    """(component, one block) of each kind -> how many there are; of the component `first` where that has one."""
+) -> dict[tuple[str, Block], Counter[str]]:
+    """(component, one block) of each kind -> how many each component has; of `first` the block where that has one."""
     kinds: dict[Any, tuple[str, Block]] = {}
-    counts: Counter[Any] = Counter()
+    counts: defaultdict[Any, Counter[str]] = defaultdict(Counter)
     for name in sorted(adapters, key=lambda name: name != first):
         for block in adapters[name].blocks:
             planned = _planned(block, plans[name]).items()
             alike = tuple((path, dataclasses.replace(plan, name="")) for path, plan in planned)
             kind = type(block.module), alike
             kinds.setdefault(kind, (name, block))
-            counts[kind] += 1
+            counts[kind][name] += 1
     return {example: counts[kind] for kind, example in kinds.items()}
 
 
@@ -202,132 +194,40 @@ def _planned(block: Block, plan: list[LayerPlan]) -> dict[str, LayerPlan]:
 def _one_step(
     pipe: Any, components: Mapping[str, nn.Module], prompt: str, call: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]], float]:
-    """(the component that runs first, its calls in one denoising step, the seconds of that step)."""
-    calls: list[tuple[str, dict[str, Any]]] = []
+    """(the component that runs first, its calls in one denoising step, the seconds of one).
+
+    Two steps are run, since some pipelines take a single one for a distilled model's; the first one warms up.
+    """
+    calls: list[tuple[str, dict[str, Any], float]] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            calls.append((name, bind(module, args, kwargs)))
+            calls.append((name, bind(module, args, kwargs), now(pipe.device)))
 
         return hook
 
     handles = [
         part.register_forward_pre_hook(watch(name), with_kwargs=True) for name, part in components.items()
     ]
-    seconds = 0.0
     try:
-        for _ in range(2):  # the first one warms up
-            calls.clear()
-            started = time.perf_counter()
-            generator = torch.Generator().manual_seed(0)
-            options = {**call, "num_inference_steps": 1}
-            with calling(pipe), latents_only(pipe) as undecoded:
-                pipe(**conditioning(pipe, prompt), generator=generator, **undecoded, **options)
-            seconds = time.perf_counter() - started
+        generator = torch.Generator().manual_seed(0)
+        options = {**call, "num_inference_steps": 2}
+        with calling(pipe), latents_only(pipe) as undecoded:
+            pipe(**conditioning(pipe, prompt), generator=generator, **undecoded, **options)
+        ended = now(pipe.device)
     finally:
         for handle in handles:
             handle.remove()
-    first = calls[0][0]
-    return first, [arguments for name, arguments in calls if name == first], seconds
+    first, start = calls[0][0], calls[0][1].get("timestep")
+    step = [given for name, given, _ in calls if name == first and same_time(given.get("timestep"), start)]
+    rest = calls[len(step) :]
+    seconds = (ended - rest[0][2]) * len(step) / len(rest) if rest else ended - calls[0][2]
+    return first, step, seconds
 
 
-class _Trial:
-    """Copies of a block that are quantized and trained on one sample, to see what it costs.
-
-    End-to-end training is tried with all layers of the block, and without terms that look beyond it.
-    """
-
-    def __init__(
-        self,
-        block: Block,
-        plans: dict[str, LayerPlan],
-        call: BlockCall,
-        recipe: Recipe,
-        arithmetic: Arithmetic,
-    ) -> None:
-        self.block, self.plans, self.recipe, self.arithmetic = block, plans, recipe, arithmetic
-        self.call, self.settings = call.to(arithmetic.device), block_settings(recipe)
-        self.saved = 0  # bytes kept for the backward passes of all steps
-        self.ends: list[float] = []  # when the steps of a training ended
-
-    def cost(self) -> BlockCost:
-        """The block's; of the steps of a training the median, without the first one."""
-        self._quantize(0)  # warms up
-        once, forward = self._quantize(0)
-        batch = 1
-        if self.settings.epochs:
-            self._quantize(TRIED)
-        elif self.recipe.finetune is not None and self.plans:
-            batch = self._train()
-        if not self.ends:
-            passed = 3 * forward if self.recipe.finetune is not None else 0.0  # gradients pass it at least
-            return BlockCost(once, forward, passed, 0.0, 0.0)
-        seconds = statistics.median(after - before for before, after in itertools.pairwise(self.ends))
-        rows = max(tokens_of(stream).shape[:-1].numel() for stream in self.call.streams.values())
-        anew = [computed_anew(plan, rows) for plan in self.plans.values()]
-        # such layers keep their rounded weight where no hook sees it
-        large = [p for p in self.plans.values() if rows * p.in_features >= LEAST]
-        kept = sum(4.0 * p.in_features * p.out_features for p in large)
-        saved = self.saved / len(self.ends)
-        return BlockCost(
-            once, forward, seconds / batch, (saved + kept) / batch, max(anew, default=0.0), _bytes(self.call.streams)
-        )  # fmt: skip
-
-    def _copy(self) -> nn.Module:
-        return copy.deepcopy(self.block.module).float().requires_grad_(False)
-
-    def _run(self, module: nn.Module, call: BlockCall) -> dict[str, Tensor]:
-        return self.arithmetic.run(module, call, self.block.outputs)
-
-    def _target(self, module: nn.Module) -> dict[str, Tensor]:
-        with evaluating(module):
-            return self._run(module, self.call)
-
-    def _quantize(self, epochs: int) -> tuple[float, float]:
-        """(seconds of quantizing the block, of one forward of it)."""
-        module = self._copy()
-        started = time.perf_counter()
-        target = self._target(module)
-        forward = time.perf_counter() - started
-        learning, rounding = (
-            dataclasses.replace(stage, epochs=epochs) if stage is not None and epochs else None
-            for stage in (self.settings.learning, self.settings.rounding)
-        )
-        with self._watched():
-            quantize_block(
-                module, self.plans, partial(self._run, module), [self.call], [target],
-                dataclasses.replace(self.settings, learning=learning, rounding=rounding),
-                loss=lambda prediction, wanted, context: mse(prediction, wanted),
-                progress=lambda epoch, step, loss: self.ends.append(time.perf_counter()),
-            )  # fmt: skip
-        return time.perf_counter() - started, forward
-
-    def _train(self) -> int:
-        """Steps of a training of the whole model, here of the block; returns how many samples a step has."""
-        module, training = self._copy(), finetune_settings(self.recipe)
-        target, run = self._target(module), partial(self._run, module)
-        linears: dict[str, nn.Module] = {name: module.get_submodule(name) for name in self.plans}
-        inputs = input_facts(self.plans, linears, run, [self.call], self.settings, "0")
-        layers = wrap_linears(module, self.plans, linears, inputs, run, [self.call], self.settings, "0")
-        tuner = Finetuner(run, [(self.call, target)] * training.batch_size, layers, training)
-        with self._watched():
-            tuner.train(lambda tuner, loss: self.ends.append(time.perf_counter()), until=TRIED)
-        return training.batch_size
-
-    def _watched(self) -> saved_tensors_hooks:
-        def note(tensor: Tensor) -> Tensor:
-            self.saved += tensor.nbytes
-            return tensor
-
-        return saved_tensors_hooks(note, lambda tensor: tensor)
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
+def same_time(one: Any, other: Any) -> bool:
+    """Whether two calls are of one denoising step, as far as they say."""
+    return not isinstance(one, Tensor) or bool((one.flatten()[0] == other.flatten()[0]).item())
 
 
 def forecast_text(result: dict[str, Any]) -> str:

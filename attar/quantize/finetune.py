@@ -68,6 +68,10 @@ class FinetuneSettings:
     max_norm: float | None = 1.0
 
 
+class NothingTrained(AttarError):
+    """No parameter has a rate, or none is there that has one."""
+
+
 class Finetuner:
     """A training run over the layers of a model, which can be stopped after any step and taken up again.
 
@@ -76,7 +80,7 @@ class Finetuner:
     biases and adapters are trained, by default all. loss: of what `run` gives and what the original gave. relation: a
     term of the stream FEATURES beside it. groups: samples, by their places, that stay together in a batch, as a window
     of steps does; what is in none is not trained on. By default every sample is alone.
-    Raises AttarError when nothing is trained, or a rank does not fit.
+    Raises NothingTrained, or AttarError when a rank does not fit.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class Finetuner:
         self._main = self._optimizer(_main_groups(layers, self.chosen, settings, self._sizes))
         self._side = self._optimizer(_auxiliary_groups(layers, settings))
         if not self._main.param_groups and not self._side.param_groups:
-            raise AttarError("nothing is trained: all learning rates are 0", where="finetune")
+            raise NothingTrained("nothing is trained: all learning rates are 0", where="finetune")
 
     def train(
         self, after: Callable[[Finetuner, float], None] | None = None, until: int | None = None

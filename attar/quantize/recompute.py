@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
 import torch
@@ -31,13 +31,14 @@ def recomputed(make: Callable[..., T], *given: Any, size: int) -> T:
 @contextlib.contextmanager
 def checkpointed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, each module keeps its inputs alone for the backward pass, in which it runs again."""
-    former = [(module, vars(module).get("forward")) for module in modules]
-    for module, _ in former:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    former = {module: vars(module).get("forward") for module in modules}
+    for module in former:
+        again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        module.forward = update_wrapper(again, module.forward)  # with its signature
     try:
         yield
     finally:
-        for module, forward in former:
+        for module, forward in former.items():
             del module.forward
             if forward is not None:  # it had one of its own
                 module.forward = forward

@@ -1,5 +1,7 @@
 """Backward passes that keep little: the same numbers, less memory."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,19 @@ def test_small_layers_and_evaluation_keep_what_they_have(monkeypatch):
         layer(x)
     with pytest.raises(AssertionError, match="nothing to compute"):
         layer(x)
+
+
+def test_a_checkpointed_module_runs_again_and_is_as_before():
+    layer, x = layer_of("plain"), torch.randn(2, 9, D)
+    kept, called = gradients(layer, x), []
+    layer.register_forward_hook(lambda *_: called.append(1))
+    signature = inspect.signature(layer.forward)
+    with recompute.checkpointed([layer, layer]):
+        assert inspect.signature(layer.forward) == signature  # callers bind arguments by it
+        again = gradients(layer, x)
+    assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
+    assert len(called) == 1 and "forward" not in vars(layer)
+    layer.forward = own = lambda x: x
+    with pytest.raises(ZeroDivisionError), recompute.checkpointed([layer]):
+        raise ZeroDivisionError
+    assert layer.forward is own
