@@ -37,6 +37,9 @@ from attar.stages import (
     Trace,
 )
 
+# settings that spare memory, and change no bit of the result
+SPARING: Any = {"finetune": {"gradient_checkpointing": True}}
+
 
 class Recipe(Stage):
     """How to compress a model. A stage set to null is left out."""
@@ -282,10 +285,7 @@ class Recipe(Stage):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the result, JSON-able: a job may go on with anything else changed."""
-        content = self.model_dump(mode="json")
-        if content["finetune"] is not None:
-            del content["finetune"]["gradient_checkpointing"]
-        return content
+        return self.model_dump(mode="json", exclude=SPARING)
 
     def to_yaml(self) -> str:
         """Every key with its value, and as a comment what it means."""

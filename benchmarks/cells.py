@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from attar.recipe import Recipe, load_recipe
+from attar.recipe import SPARING, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ LATER = {
     "quantize": {"clip_start": 4.0, "weight_format": "int", "act_format": "int", "rotation_threshold": 1.0},
     "quantize.low_rank": {"subtract": True},
     "allocate": {"objective": "block", "acts": False},
-    "finetune": {"gradient_checkpointing": False},
     "reconstruct": {
         **{"lambda_over": "joint", "train_levels": False, "level_lr": 1e-3},
         **{"temporal_weight": 0.0, "train_branch": False, "branch_lr": 2.5e-4},
@@ -78,7 +77,7 @@ LATER = {
 
 def digest(recipe: Recipe, *without: str) -> str:
     """A short name of what a recipe does, whatever it is called. without: stages that do not count."""
-    unsaid = {"name", "summary", "notes", "paper", *without}
+    unsaid: Any = {**SPARING, **dict.fromkeys(("name", "summary", "notes", "paper", *without), True)}
     content = recipe.model_dump(exclude=unsaid, exclude_none=True)
     if recipe.quantize.branch is None:
         content["quantize"].pop("low_rank", None)  # these bits do not call for it

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from attar.bench.subject import BenchBlock, bench_blocks, latent_grid, pack_block
-from attar.bench.timing import now
 from attar.forecast.architecture import find_architecture
 from attar.forecast.calls import transformer_call
 from attar.forecast.counts import Counts, Operation, count_transformer
@@ -26,6 +25,7 @@ from attar.forecast.hardware import Hardware
 from attar.forecast.latency import predict_latency, quantized_counts
 from attar.forecast.measure import measure_cpu
 from attar.recipe import Recipe, load_recipe
+from attar.runtime.clock import now
 from attar.settings import plan_for, transform_settings
 from benchmarks.store import FOLDER, load, processor, save
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attar.bench.timing import now
+from attar.runtime.clock import now
 
 REST = "rest"
 

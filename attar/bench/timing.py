@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from attar.errors import AttarError
+from attar.runtime.clock import now
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,6 @@ def interleave(
             if turn:
                 seconds[name].append(taken)
     return seconds
-
-
-def now(device: torch.device | str) -> float:
-    """The clock in seconds, once the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def faster(baseline: Sequence[float], other: Sequence[float]) -> Ratio:

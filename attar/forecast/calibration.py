@@ -70,16 +70,20 @@ def finetune_seconds(blocks: Iterable[BlockCost], samples: int, recipe: Recipe) 
 
 
 def finetune_memory(
-    model: float, transformers: Iterable[nn.Module], recipe: Recipe, blocks: Iterable[BlockCost]
+    model: float,
+    transformers: Iterable[nn.Module],
+    recipe: Recipe,
+    blocks: Iterable[BlockCost],
+    checkpoints: bool | None = None,
 ) -> CalibrationMemory:
     """Peak bytes while a whole model is trained: its weights in float32, and where they are trained a copy of each, its
     gradient and two moments; what each sample keeps for its backward pass through all blocks, or with checkpoints of
-    each its input and of one all, and what one layer at a time computes anew."""
+    each its input and of one all, and what one layer at a time computes anew. checkpoints: None as the recipe says."""
     assert recipe.finetune is not None
     count = max(sum(p.numel() for p in part.parameters()) for part in transformers)
     trained = 4 if recipe.finetune.weight_lr else 0
     known = list(blocks)
-    if recipe.finetune.gradient_checkpointing:
+    if recipe.finetune.gradient_checkpointing if checkpoints is None else checkpoints:
         kept = sum(b.input for b in known) + max((b.saved for b in known), default=0.0)
     else:
         kept = sum(b.saved for b in known)
@@ -222,7 +226,6 @@ def forecast_calibration(
     settings = block_settings(recipe)
     precision = recipe.precision or default_precision("cpu" if hardware.name == "cpu" else "cuda", True)
     whole = recipe.finetune
-    sparing = recipe if whole is None else _with_checkpoints(recipe)
     learn = allocating = saved = trained = spared = streams = constants = 0.0
     for name, counted in counts.items():
         known = {p.name: p for p in plans[name] if not p.skipped}
@@ -230,7 +233,7 @@ def forecast_calibration(
         if whole is not None:
             learn += finetune_seconds(costs, traced.prompts * (traced.steps or steps), recipe)
             trained = max(trained, finetune_memory(model, transformers, recipe, costs).device)
-            spared = max(spared, finetune_memory(model, transformers, sparing, costs).device)
+            spared = max(spared, finetune_memory(model, transformers, recipe, costs, True).device)
         if chosen:
             learn += learning_seconds(costs, chosen, settings.epochs)
         for block, cost in zip(counted.blocks, costs, strict=True):
@@ -256,9 +259,3 @@ def forecast_calibration(
         "streamed": streamed,
         "checkpointed": checkpointed,
     }
-
-
-def _with_checkpoints(recipe: Recipe) -> Recipe:
-    whole = recipe.finetune
-    assert whole is not None
-    return recipe.model_copy(update={"finetune": whole.model_copy(update={"gradient_checkpointing": True})})

@@ -24,16 +24,18 @@ from attar.forecast.calibration import (
     learning_seconds,
 )
 from attar.forecast.sizes import planned_sizes
-from attar.forecast.trial import Trial, now, tensor_bytes
+from attar.forecast.trial import Trial
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.arithmetic import Arithmetic
 from attar.models.block import bind
 from attar.models.calls import conditioning, latents_only
 from attar.models.source import Source, stored_dtypes
+from attar.models.tree import tensors_of
 from attar.models.weights import weights_of
 from attar.planning import plan_components
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
+from attar.runtime.clock import now
 from attar.samples import catch_samples
 from attar.save import plan_rows
 from attar.settings import block_settings
@@ -145,7 +147,7 @@ def _time_and_memory(
         held = max(chosen, recipe.allocate.samples if recipe.allocate is not None else 0)
         memory = calibration_memory(
             resident, components.values(), recipe, held * len(samples),
-            tensor_bytes(samples[0].streams), tensor_bytes(samples[0].constants), cost.saved + cost.anew,
+            _bytes(samples[0].streams), _bytes(samples[0].constants), cost.saved + cost.anew,
         )  # fmt: skip
         peaks.append(memory.device + memory.host)
         if planned:
@@ -219,13 +221,17 @@ def _one_step(
         for handle in handles:
             handle.remove()
     first, start = calls[0][0], calls[0][1].get("timestep")
-    step = [given for name, given, _ in calls if name == first and same_time(given.get("timestep"), start)]
+    step = [given for name, given, _ in calls if name == first and _same_time(given.get("timestep"), start)]
     rest = calls[len(step) :]
     seconds = (ended - rest[0][2]) * len(step) / len(rest) if rest else ended - calls[0][2]
     return first, step, seconds
 
 
-def same_time(one: Any, other: Any) -> bool:
+def _bytes(value: Any) -> int:
+    return sum(t.nbytes for t in tensors_of(value))
+
+
+def _same_time(one: Any, other: Any) -> bool:
     """Whether two calls are of one denoising step, as far as they say."""
     return not isinstance(one, Tensor) or bool((one.flatten()[0] == other.flatten()[0]).item())
 

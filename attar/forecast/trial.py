@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from attar.losses import mse
 from attar.models.adapter import Block, evaluating
 from attar.models.arithmetic import Arithmetic
 from attar.models.block import BlockCall
-from attar.models.tree import tokens_of
+from attar.models.tree import tensors_of, tokens_of
 from attar.quantize.block import quantize_block
 from attar.quantize.finetune import Finetuner, Layer, NothingTrained
 from attar.quantize.linear import replace_module
@@ -29,6 +28,7 @@ from attar.quantize.polish import ScaledCodes
 from attar.quantize.recompute import LEAST
 from attar.quantize.wrap import input_facts, wrap_linears
 from attar.recipe import Recipe
+from attar.runtime.clock import now
 from attar.runtime.layers import packed_layers
 from attar.settings import block_settings, finetune_settings
 
@@ -75,7 +75,7 @@ class Trial:
             tuner = Finetuner(run, [(self.call, target)] * settings.batch_size, layers, settings)
         except NothingTrained:
             return self._passed(run, forward, watch)
-        with watch:
+        with watch.hooks:
             tuner.train(lambda tuner, loss: watch.ended(tuner.step), until=STEPS)
         found = watch.steps()
         return self._cost(0.0, forward, found.seconds(forward), found.saved, settings.batch_size)
@@ -102,7 +102,7 @@ class Trial:
             name: stream.detach().requires_grad_(stream.is_floating_point())
             for name, stream in self.call.streams.items()
         }
-        with watch, torch.enable_grad():
+        with watch.hooks, torch.enable_grad():
             for step in range(STEPS):
                 outputs = run(dataclasses.replace(self.call, streams=streams))
                 torch.stack([output.sum() for output in outputs.values()]).sum().backward()
@@ -119,7 +119,7 @@ class Trial:
         kept = sum(4.0 * p.in_features * p.out_features for p in large)
         return BlockCost(
             once, forward, seconds / batch, (saved + kept) / batch, max(anew, default=0.0),
-            tensor_bytes(self.call.streams),
+            sum(t.nbytes for t in tensors_of(self.call.streams)),
         )  # fmt: skip
 
     def _copy(self) -> nn.Module:
@@ -145,7 +145,7 @@ class Trial:
             for stage in (self.settings.learning, self.settings.rounding)
         )
         watch = _Watch(self._now) if watch is None else watch
-        with watch:
+        with watch.hooks:
             quantize_block(
                 module, self.plans, partial(self._run, module), [self.call], [target],
                 dataclasses.replace(self.settings, learning=learning, rounding=rounding),
@@ -175,12 +175,6 @@ class _Watch:
         self.saved += tensor.nbytes
         return tensor
 
-    def __enter__(self) -> None:
-        self.hooks.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
-
     def ended(self, step: int) -> None:
         self.noted.append((step, self.clock(), self.saved))
         self.saved = 0
@@ -203,19 +197,3 @@ class _Steps:
             return 0.0
         times = [after - before for before, after in itertools.pairwise(self.ends)]
         return statistics.median(times) if times else STEP_FORWARDS * forward
-
-
-def now(device: torch.device) -> float:
-    """Seconds of a clock, when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def tensor_bytes(value: Any) -> int:
-    """Of all tensors in mappings and sequences."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
