@@ -63,12 +63,13 @@ def test_the_memory_of_a_container(tmp_path, monkeypatch):
     assert memory.total_memory() == 1000000 and memory.free_memory() == 650000
 
 
-FEW = {"trace.prompts": 2, "select.count": 3, "reconstruct.epochs": 1, "allocate.samples": 2}
+FEW = {"trace.prompts": 2, "select.count": 3, "reconstruct.epochs": 1}
+BUDGET = {"allocate.samples": 2, "allocate.bits": [3, 4, 6], "allocate.act_bits": [4, 6]}
 
 
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
-    [("attar", FEW), ("attar-ptq", {**FEW, "allocate": None, "reconstruct.propagate": "quant"})],
+    [("attar", {**FEW, **BUDGET}), ("attar-ptq", {**FEW, "reconstruct.propagate": "quant"})],
 )
 def test_samples_on_the_disk_give_the_same_model(recipe, overrides, monkeypatch, tmp_path):
     def made():

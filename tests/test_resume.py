@@ -42,6 +42,9 @@ RUNS = {
 }
 
 
+LONG = ("quantized inputs, two experts", "polished", "trained whole")
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
@@ -67,20 +70,23 @@ def whole(commands, models, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("kind", [k for k in RUNS if k != "two segments"])
-def test_killed_before_every_file(kind, commands, models, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "writes"),
+    [
+        ("learned", (1, 2)),
+        ("no data", (1, 2)),
+        *((kind, (3, 2, 4)) for kind in LONG),
+        *(pytest.param(kind, (1, 2), marks=pytest.mark.slow) for kind in LONG),
+    ],
+)
+def test_killed_before_every_file(kind, writes, commands, models, whole, tmp_path):
     """Each process puts one or two files in their places, and dies when the next one is written but not there yet.
 
-    Two, since a block is on disk with the inputs of the next one.
+    Two, since a block is on disk with the inputs of the next one. Of the long runs two to four, but in the slow tests.
     """
     model, options = RUNS[kind]
-    out, seen = tmp_path / "small", []
-    for turn in range(40):
-        if commands.run("compress", models[model], "-o", out, *options, writes=1 + turn % 2) == 0:
-            break
-        seen.append(len(contents(tmp_path / "small.work")))
-        assert not out.exists()
-    assert len(seen) >= 3
+    out = tmp_path / "small"
+    assert commands.run_killed("compress", models[model], "-o", out, *options, out=out, writes=writes) >= 3
     assert contents(out) == whole(kind)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "small.work"]
     left = contents(tmp_path / "small.work")

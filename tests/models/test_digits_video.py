@@ -51,7 +51,7 @@ def test_the_reader_reads_handwriting_that_it_was_not_trained_on():
 
 
 def test_a_few_held_out_prompts_come_out_as_the_card_says(pipe):
-    scenes = split_scenes()[1][7::40]  # 6 scenes
+    scenes = split_scenes()[1][7::80]  # 3 scenes
     call = find_source("digits-video").call_arguments()
     video = pipe(
         [s.prompt for s in scenes], output_type="pt", generator=torch.Generator().manual_seed(0), **call
@@ -60,7 +60,7 @@ def test_a_few_held_out_prompts_come_out_as_the_card_says(pipe):
     promised = json.loads((FOLDER / "training.json").read_text())["scores"]
     for name in ("digit", "colour", "direction"):
         share = sum(getattr(v, name) for v in verdicts) / len(verdicts)
-        assert share >= promised[name] - 0.35  # two of six clips may be wrong
+        assert share >= promised[name] - 0.35  # one of three clips may be wrong
 
 
 @pytest.mark.slow

@@ -116,7 +116,11 @@ def test_ones_and_nones_are_constants(compiler):
 
 @pytest.mark.parametrize(
     "left, right, order",
-    [(64, 80, 0), (96, 128, 0), (40, 128, 20), pytest.param(108, 128, 108, marks=pytest.mark.slow)],
+    [
+        (64, 80, 0),
+        (40, 128, 20),
+        *(pytest.param(*f, marks=pytest.mark.slow) for f in ((96, 128, 0), (108, 128, 108))),
+    ],
 )
 @pytest.mark.parametrize("capability", [89, pytest.param(90, marks=pytest.mark.slow)])
 def test_rotations_of_real_widths_fit_every_gpu(compiler, capability, left, right, order):

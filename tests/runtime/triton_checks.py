@@ -206,7 +206,6 @@ def rotation_of(kind, width):
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "kronecker"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "width, weight_bits, clip",
     [
@@ -218,7 +217,15 @@ def rotation_of(kind, width):
         (1536, 6, (0.9, 0.95)),
     ],
 )
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    "dtype, shifted",
+    [
+        (torch.float32, False),
+        (torch.bfloat16, True),
+        pytest.param(torch.float32, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rotation_is_computed_with_the_codes(width, weight_bits, clip, dtype, kind, shifted):
     """Hadamard bases of orders 1, 12, 60 and 20. Rows in half precision meet factors of 11 bits."""
     rotation = rotation_of(kind, width)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +138,18 @@ class Commands:
         code = command.wait()
         assert code in (0, -9), command.log.read_text()
         return code
+
+    def run_killed(self, *args: object, out: Path, writes: Sequence[int]) -> int:
+        """Runs a command until it ends by itself, and gives how often it was killed before.
+
+        out: what it makes, which is there only at the end. writes: files that the first process, the second and so on
+        put in their places before they die, over and over.
+        """
+        for kills in range(40):
+            if self.run(*args, writes=writes[kills % len(writes)]) == 0:
+                return kills
+            assert not out.exists()
+        raise AssertionError("it never ends")
 
     def answer(self) -> str:
         assert self.process.stdout is not None
