@@ -75,6 +75,7 @@ def act_layers_of(
     measured: component -> group -> what errors in the steps of that group come to. steps: component -> how many each
     group has, by which its multiplications count.
     """
+    assert recipe.allocate is not None
     found = []
     for component in next(iter(options.values()), {}):
         for row in zip(*(plans[component] for plans in options.values()), strict=True):
@@ -87,7 +88,7 @@ def act_layers_of(
                     chosen = p.act_bits if p.act_groups is None else p.act_groups[group]
                     asked[bits] = Candidate(chosen or 0, 0, errors[name][p.act_bits or 0])
                 # one alone for a layer whose bits the recipe names
-                at = {candidate.bits: candidate for candidate in asked.values()}
+                at = {asked[bits].bits: asked[bits] for bits in recipe.allocate.act_widths}
                 weight, own = multiplications[component][name] * count, asked[recipe.mean_acts]
                 found.append(Layer(f"{component}.{name}", weight, 0, own, tuple(at[b] for b in sorted(at))))
     return found

@@ -34,6 +34,7 @@ from attar.models.calls import known_classes
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.planning import Plans, plan_components, with_plan, with_widths
+from attar.pool import check_pool, check_traced
 from attar.progress import Progress, SilentProgress
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
@@ -213,8 +214,8 @@ def _prepared(
     plan_text_encoders(pipe, recipe)
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))
-    check_pool(recipe, chosen_prompts, call)
     check_seed(seed)
+    check_pool(recipe, chosen_prompts, call, seed)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(name, part)
@@ -234,6 +235,7 @@ def _prepared(
             started = time.monotonic()
             _trace(pipe, recipe.traced, store, chosen_prompts, call, seed, progress)
             report.seconds["trace"] = time.monotonic() - started
+            check_traced(recipe, store, components, len(chosen_prompts), seed)
         if recipe.synthesize is not None and (recipe.needs_data or recipe.allocate is not None):
             started = time.monotonic()
             for name, part in components.items():
@@ -281,38 +283,6 @@ def fingerprint(pipe: Any, source: Source, components: Mapping[str, nn.Module]) 
     if source.folder is None:
         return pipeline_fingerprint(pipe)
     return folder_fingerprint(source.folder, next(iter(components.values())).dtype)  # type: ignore[arg-type]
-
-
-def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Raises AttarError before anything is generated if the pool cannot hold the samples that are asked for, or these
-    are fewer than the processes."""
-    if recipe.allocate is not None and recipe.allocate.samples < ranks.size():
-        raise AttarError(
-            f"{ranks.size()} processes cannot share allocate.samples = {recipe.allocate.samples}",
-            where="allocate.samples",
-            fix="Start fewer processes, or ask for more samples",
-        )
-    if recipe.synthesize is not None and recipe.synthesize.count < ranks.size():
-        raise AttarError(
-            f"{ranks.size()} processes cannot share synthesize.count = {recipe.synthesize.count} calibration samples",
-            where="synthesize.count",
-            fix="Start fewer processes, or ask for more samples",
-        )
-    if not recipe.needs_data or recipe.trace is None or recipe.select is None:
-        return
-    if recipe.select.count < ranks.size():
-        raise AttarError(
-            f"{ranks.size()} processes cannot share select.count = {recipe.select.count} calibration samples",
-            where="select.count",
-            fix="Start fewer processes, or ask for more samples",
-        )
-    steps = recipe.trace.steps or call.get("num_inference_steps") or 50
-    if len(prompts) * steps < recipe.select.count:
-        raise AttarError(
-            f"{len(prompts)} prompts of {steps} steps give fewer candidates than select.count = {recipe.select.count}",
-            where="select.count",
-            fix="Ask for fewer samples, or trace more prompts or steps",
-        )
 
 
 def division(recipe: Recipe) -> str:

@@ -52,8 +52,9 @@ def check_trainable(
         if not isinstance(weights_of(part), ResidentWeights):
             fix = "Add --no-stream, or take another recipe"
             raise AttarError("training a whole model needs its weights in memory", where=name, fix=fix)
-        if recipe.finetune.layers is not None:
-            matching(plans[name], recipe.finetune.layers)
+        for chosen in (recipe.finetune.layers, recipe.finetune.local):
+            if chosen is not None:
+                matching(plans[name], chosen)
 
 
 def job_of(recipe: Recipe) -> type[ComponentJob | FinetuneJob | PolishJob]:
@@ -272,6 +273,7 @@ class FinetuneJob:
         layers = wrap_linears(
             whole.transformer, whole.plan, linears, inputs, whole.forward, few, settings, seed
         )
+        linears.clear()  # the layers have what they need of them
         report = whole.train(layers, samples)
         give_types(whole.transformer, types)
         for file, (_, prefix, names) in whole.files().items():

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,7 +103,9 @@ class Measuring:
         if self.decodes:
             self.calls = list(ranks.mine(read_samples(name, transformer, workspace)[0][:count]))
         else:
-            self.trajectory, self.places = _places(store, name, prompts, count, self.followed)
+            self.trajectory, self.places = _places(
+                store, name, prompts, count, self.followed, recipe.quantize.step_groups
+            )
             self.calls = [store.calls(name, prompt, step) for prompt, step in self.places]
         self.adapter.observe(ranks.first(lambda: self.calls[0][0]))  # units come in the order of their calls
         self.settings = block_settings(recipe)
@@ -402,10 +405,10 @@ class Measuring:
 
 
 def _places(
-    store: TraceStore, component: str, prompts: int, count: int, one_trajectory: bool
+    store: TraceStore, component: str, prompts: int, count: int, one_trajectory: bool, groups: int
 ) -> tuple[int, list[tuple[int, int]]]:
     """(steps of a trajectory, this process's (prompt, step)): evenly over the steps in which the component ran, of one
-    prompt, or of all in turns."""
+    prompt, or of all in turns; besides, one of each group of steps that would have none."""
     ran = [[s for s in range(store.steps(p)) if component in store.components(p, s)] for p in range(prompts)]
     if one_trajectory:
         longest = max(range(prompts), key=lambda p: len(ran[p]))
@@ -415,6 +418,11 @@ def _places(
     for i in range(count if turns else 0):
         p = turns[i % len(turns)]
         chosen.append((p, ran[p][int((i + 0.5) / count * len(ran[p]))]))
+    for prompt in turns[:1]:
+        borders = [k * len(ran[prompt]) // groups for k in range(groups + 1)]
+        for first, end in pairwise(borders):
+            if not any(first <= ran[p].index(step) < end for p, step in chosen):
+                chosen.append((prompt, ran[prompt][(first + end) // 2]))
     chosen = list(dict.fromkeys(chosen))
     if len(chosen) < ranks.size():
         raise AttarError(

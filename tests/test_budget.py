@@ -373,3 +373,12 @@ def test_a_unets_units_are_the_same_ones_when_all_are_known(commands, tmp_path):
     (tmp_path / "plan.yaml.work" / "allocation.json").unlink()
     assert commands.run("allocate", folder, "-o", out, *options) == 0
     assert out.read_bytes() == first
+
+
+def test_activations_get_listed_widths_alone(commands, wan_folder, tmp_path):
+    """The recipe's own width is measured as well, and not given."""
+    out = tmp_path / "plan.yaml"
+    acts = ("--acts", "6", "--set", "allocate.acts=true", "--set", "allocate.act_bits=[4, 8]")
+    assert commands.run("allocate", wan_folder, "-o", out, "--budget", "4bits", *acts, *RTN, *FEW) == 0
+    layers = yaml.safe_load(out.read_text())["layers"]["transformer"]
+    assert {layer["acts"] for layer in layers.values()} == {4, 8}

@@ -1,6 +1,8 @@
 """Recipes that train the whole model, from the pipeline to the checkpoint."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -406,3 +408,24 @@ def test_layers_that_are_compared_come_nearer_to_the_original():
         return total
 
     assert distance(100.0) < distance(1e-6)
+
+
+@pytest.mark.parametrize("recipe, overrides", [("quantized-distillation", FEW), ("efficientdm", EFFICIENT)])
+def test_weights_are_held_once_while_training(recipe, overrides, monkeypatch):
+    linears = []
+    wrap = finetuning.wrap_linears
+
+    def wrapped(*args):
+        layers = wrap(*args)
+        linears.extend(weakref.ref(linear) for linear in args[2].values())
+        return layers
+
+    def train(tuner, *_, **__):
+        gc.collect()
+        assert len(linears) == 30 and not any(linear() for linear in linears)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning, "wrap_linears", wrapped)
+    monkeypatch.setattr(Finetuner, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        compressed("wan", recipe, overrides)

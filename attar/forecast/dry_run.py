@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
 from attar.candidates import presume
-from attar.conductor import calibration_prompts, check_pool
+from attar.conductor import calibration_prompts
 from attar.errors import calling
 from attar.finetuning import check_trainable
 from attar.forecast.calibration import (
@@ -33,6 +33,7 @@ from attar.models.source import Source, stored_dtypes
 from attar.models.tree import tensors_of
 from attar.models.weights import weights_of
 from attar.planning import plan_components
+from attar.pool import check_pool
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.runtime.clock import now

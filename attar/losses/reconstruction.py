@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from attar.errors import AttarError
@@ -32,14 +33,17 @@ def relative_error(
     """Squared error relative to the block's own update ‖y − x‖²: 1 is as bad as no block at all.
 
     pred, target, source: stream → (B, N_stream, d), source being the block's input. Where a block gives a stream
-    another shape, all of its output is the update. Returns a scalar.
+    another shape all of its output is the update, and so it is of a block that changes nothing, as a pruned one.
+    Returns a scalar.
     """
     error = sum((pred[name].float() - target[name].float()).square().sum() for name in pred)
     update = sum(
         (target[name].float() - (source[name].float() if source[name].shape == target[name].shape else 0))
         .square().sum() for name in pred
     )  # fmt: skip
-    return error / update  # type: ignore[operator, return-value]
+    assert isinstance(error, Tensor) and isinstance(update, Tensor)
+    whole = sum(target[name].float().square().sum() for name in pred)
+    return error / torch.where(update > 0, update, whole).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def mse_with_layers(

@@ -100,12 +100,6 @@ class Finetuner:
         self.run, self.samples, self.layers, self.settings, self.seed = run, samples, layers, settings, seed
         self.loss, self.relation = loss, relation
         self.groups = [[i] for i in range(len(samples))] if groups is None else groups
-        if not self.groups:
-            raise AttarError(
-                "there are fewer traced steps than a window has",
-                where="finetune.relation.window",
-                fix="Trace more steps, or average over fewer",
-            )
         self.chosen = {name: layers[name] for name in (layers if chosen is None else chosen)}
         self._open = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
         self.decay: RankDecay | None = None
@@ -118,7 +112,9 @@ class Finetuner:
         self._main = self._optimizer(_main_groups(layers, self.chosen, settings, self._sizes))
         self._side = self._optimizer(_auxiliary_groups(layers, settings))
         if not self._main.param_groups and not self._side.param_groups:
-            raise NothingTrained("nothing is trained: all learning rates are 0", where="finetune")
+            raise NothingTrained(
+                "nothing is trained: there is no parameter with a learning rate", where="finetune"
+            )
 
     def train(
         self, after: Callable[[Finetuner, float], None] | None = None, until: int | None = None
@@ -184,7 +180,11 @@ class Finetuner:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
         batch = [(call, target, None) for call, target in map(self.samples.__getitem__, self._places())]
-        call, target, _ = join(batch)
+        try:
+            call, target, _ = join(batch)
+        except AttarError as error:  # texts of unequal length
+            fix = f"Set it to {len(self.groups[0])}, or give prompts of equal length"
+            raise AttarError(f"{error.what} ({error.where})", where="finetune.batch_size", fix=fix) from error
         value = self._loss(self.run(call), target, len(batch))
         loss = value.item()
         if not math.isfinite(loss):

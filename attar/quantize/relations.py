@@ -80,13 +80,7 @@ def draw_memory(samples: Sequence[tuple[Any, Streams]], rows: int, seed: str) ->
     it holds all guidance branches evenly.
     Raises AttarError for fewer rows than samples.
     """
-    each = rows // len(samples)
-    if not each:
-        raise AttarError(
-            f"a memory of {rows} places is smaller than the {len(samples)} traced steps",
-            where="finetune.relation.memory",
-            fix="Choose a larger one",
-        )
+    each = rows_of_each(rows, len(samples))
     generator = torch.Generator().manual_seed(seed_of(seed, "memory"))
     found = []
     for _, streams in samples:
@@ -95,16 +89,35 @@ def draw_memory(samples: Sequence[tuple[Any, Streams]], rows: int, seed: str) ->
     return normalize(torch.cat(found), dim=-1)
 
 
+def rows_of_each(rows: int, samples: int) -> int:
+    """How many rows of a memory each sample has. Raises AttarError for fewer rows than samples."""
+    if rows < samples:
+        raise AttarError(
+            f"a memory of {rows} places is smaller than the {samples} traced steps",
+            where="finetune.relation.memory",
+            fix="Choose a larger one",
+        )
+    return rows // samples
+
+
 def windows(places: Sequence[tuple[int, ...]], length: int) -> list[list[int]]:
     """Indices of consecutive steps, `length` at a time, that do not overlap; a rest that fills no window is left out.
 
     places: (prompt, step, …) of every sample; windows stay within one prompt, and within what else tells them apart.
+    Raises AttarError where none is as long as a window.
     """
     runs: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _, *rest) in enumerate(places):
         runs.setdefault((prompt, *rest), []).append(index)
-    return [
+    found = [
         run[start : start + length]
         for run in runs.values()
         for start in range(0, len(run) - length + 1, length)
     ]
+    if not found:
+        raise AttarError(
+            f"no prompt has as many traced steps as a window, {length}",
+            where="finetune.relation.window",
+            fix="Trace more steps, or average over fewer",
+        )
+    return found

@@ -48,12 +48,20 @@ class RowBitsSettings:
         high = weight_format if self.salient_format == "int" else self.salient_format
         found = [Grid(bits - 1, low), Grid(bits, weight_format), Grid(bits + 1, high)]
         for grid in found:
-            check_row_grid(grid)
             if grid.bits > 8:
                 raise AttarError(
                     f"rows around {bits} bits would have {grid.bits}",
                     fix="Choose at most 7 bits for the weights",
                 )
+            try:
+                check_row_grid(grid)
+            except AttarError as error:
+                raise AttarError(
+                    f"rows around {bits} bits would have {grid.bits}, and {error.what}",
+                    fix="Choose other bits for the weights, or another format"
+                    if grid.bits != bits
+                    else error.fix,
+                ) from error
         return found
 
 

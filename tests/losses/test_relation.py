@@ -149,7 +149,8 @@ def test_windows_stay_within_a_prompt_and_do_not_overlap():
         (p, s, part), (q, t, other) = places[first], places[second]
         assert (p, part) == (q, other) and t == s + 1 and s % 2 == 0
     assert len({i for pair in found for i in pair}) == 16
-    assert windows(places[:2], 2) == []
+    with pytest.raises(AttarError, match="no prompt has as many traced steps as a window, 2"):
+        windows(places[:2], 2)
 
 
 def test_memory_has_rows_of_every_step_with_unit_norm():
