@@ -30,7 +30,7 @@ from attar.errors import AttarError
 from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.alone import Alone
-from attar.models.calls import known_classes
+from attar.models.calls import known_classes, steps_of
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.planning import Plans, plan_components, with_plan, with_widths
@@ -215,7 +215,7 @@ def _prepared(
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))
     check_seed(seed)
-    check_pool(recipe, chosen_prompts, call, seed)
+    check_pool(recipe, chosen_prompts, traced_steps(recipe, pipe, call), seed)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(name, part)
@@ -268,6 +268,11 @@ def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | N
             fix="Give your own with --prompts",
         )
     return pool[: recipe.traced.prompts]
+
+
+def traced_steps(recipe: Recipe, pipe: Any, call: Mapping[str, Any]) -> int:
+    """Denoising steps of a traced prompt; 0 where none is traced."""
+    return 0 if recipe.traced is None else recipe.traced.steps or steps_of(pipe, call)
 
 
 def components_of(pipe: Any, recipe: Recipe) -> dict[str, nn.Module]:
@@ -336,8 +341,9 @@ def _trace(
     progress: Progress,
 ) -> None:
     options = dict(call)
-    own_steps, guidance = options.pop("num_inference_steps", None), options.pop("guidance_scale", None)
-    steps = trace.steps or own_steps or 50
+    guidance = options.pop("guidance_scale", None)
+    steps = trace.steps or steps_of(pipe, options)
+    options.pop("num_inference_steps", None)
     if trace.guidance_scale is not None:
         guidance = trace.guidance_scale
     with progress.task("trace", len(prompts) * steps) as advance:

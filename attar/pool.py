@@ -5,8 +5,7 @@ It is asked before anything is generated, and once more when it is known in whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from attar import ranks
 from attar.calibration.select import ScoreTable, select
@@ -18,11 +17,11 @@ from attar.runtime.step_groups import StepGroups
 from attar.samples import traced_groups
 
 
-def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any], seed: int = 0) -> None:
+def check_pool(recipe: Recipe, prompts: Sequence[str], steps: int, seed: int = 0) -> None:
     """Raises AttarError before anything is generated if the pool cannot hold the samples, windows or groups of steps
     that are asked for, or samples are fewer than the processes.
 
-    call: the arguments of the pipeline.
+    steps: of a traced prompt.
     """
     needed = recipe.needs_data and recipe.trace is not None and recipe.select is not None
     for where, count in (
@@ -38,7 +37,6 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], call: Mapping[str, Any], 
             )
     if recipe.traced is None:
         return
-    steps = recipe.traced.steps or call.get("num_inference_steps") or 50
     if needed and recipe.select is not None and len(prompts) * steps < recipe.select.count:
         raise AttarError(
             f"{len(prompts)} prompts of {steps} steps give fewer candidates than select.count = {recipe.select.count}",

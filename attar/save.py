@@ -266,13 +266,13 @@ def _card(
     }
     call = {k: v for k, v in source.generation.items() if k in _CALL}
     prompts = source.prompts or source.classes or ["a red fox runs through snow"]
-    first = next(next(iter(_compressed(pipe).values())).parameters())
+    dtype = next(iter(_compressed(pipe).values())).dtype
     use: dict[str, Any] = {"alone": type(pipe.vae).__name__} if source.alone else {
         "pipeline_tag": "text-to-video" if makes_videos(pipe) else "text-to-image", "by_class": by_class(pipe),
     }  # fmt: skip
     return ModelCard(
         name=name, base_model=source.name, recipe=recipe.name, bits=recipe.bits, attar_version=__version__, **use,
-        fps=source.fps, dtype="float32" if first.dtype == torch.float32 else "bfloat16",
+        fps=source.fps, dtype="float32" if dtype == torch.float32 else "bfloat16",
         call=call, settings=settings, sizes=sizes, plan=plan_rows(plans, recipe), **_license(source),
         example_prompt=prompts[0],
     )  # fmt: skip

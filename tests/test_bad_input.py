@@ -624,11 +624,32 @@ def test_interruption(cli, wan_folder, tmp_path, monkeypatch):
     assert result.code == 130 and "run the same command again" in result.err
 
 
-def test_out_of_memory(cli, wan_folder, tmp_path, monkeypatch):
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "or fewer frames, lower select.count, or add --stream"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "--device cpu, or take a smaller size or fewer frames, or add",
+        ),
+    ],
+)
+def test_out_of_memory(error, says, cli, wan_folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
 
-        def fail(*_, error=error, **__):
-            raise error
+    monkeypatch.setattr("attar.conductor.run", fail)
+    message = cli(*compress(wan_folder, tmp_path, *SHORT)).message
+    assert "out of memory" in message and says in message
 
-        monkeypatch.setattr("attar.conductor.run", fail)
-        assert "out of memory" in cli(*compress(wan_folder, tmp_path, *SHORT)).message
+
+def test_a_bench_that_needs_too_much(cli, wan_folder):
+    assert "lower --tokens" in cli("bench", wan_folder, "--recipe", "rtn", "--tokens", 99999999999).message
+    assert "processors here" in cli("bench", wan_folder, "--threads", 100000).message
+    assert cli("bench", wan_folder, "--text-tokens", 10**24).code == 2
+
+
+def test_bits_for_a_folder_that_has_its_own(cli, commands, wan_folder, tmp_path):
+    assert commands.run("compress", wan_folder, "-o", tmp_path / "small", "--recipe", "rtn") == 0
+    for option in (("--recipe", "rtn"), ("--weights", "8"), ("--set", "quantize.scale=true")):
+        assert "bits of its own" in cli("bench", tmp_path / "small", *option).message

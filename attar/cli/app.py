@@ -83,11 +83,23 @@ def main() -> None:
             sys.exit(error.exit_code)
         if type(error).__name__ == "Abort":
             _fail("interrupted", code=130)
-        if type(error).__name__ == "OutOfMemoryError":
-            _fail("the device is out of memory: use --device cpu, or lower select.count, size or frames")
         if out_of_memory(error):
-            _fail("out of memory: compress a smaller model, or lower select.count, size or frames")
+            device = type(error).__name__ == "OutOfMemoryError"
+            what = "the device is out of memory: use --device cpu, or" if device else "out of memory:"
+            _fail(f"{what} {_with_less(sys.argv[1] if len(sys.argv) > 1 else '', device)}")
         raise
+
+
+def _with_less(command: str, device: bool) -> str:
+    """What a command can do to need less memory, of the device or of the machine."""
+    if command == "bench":
+        return "lower --tokens"
+    if command not in ("compress", "allocate"):
+        return "take a smaller size or fewer frames"
+    samples = "select.count" if command == "compress" else "allocate.samples"
+    return (
+        "take a smaller size or fewer frames, " + ("" if device else f"lower {samples}, ") + "or add --stream"
+    )
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +40,9 @@ from attar.cli.options import (
 from attar.defaults import DEFAULT_RECIPE
 from attar.errors import AttarError
 from attar.files import check_writable, named_path
+
+if TYPE_CHECKING:
+    from attar.evaluate.statistics import Estimate
 
 
 def one_job(command: Callable[..., None]) -> Callable[..., None]:
@@ -234,7 +238,7 @@ def generate(
     from attar.evaluate.generate import generate as make
     from attar.evaluate.image import save_image
     from attar.evaluate.video import save_video, to_frames
-    from attar.models.calls import makes_videos
+    from attar.models.calls import makes_videos, steps_of
     from attar.models.source import find_source, load_pipeline
     from attar.progress import RichProgress
     from attar.runtime.describe import describe_backend
@@ -249,6 +253,8 @@ def generate(
     if output.suffix != suffix:
         what = f"the output is not {'an .mp4' if video else 'a .png'} file"
         raise AttarError(what, where=str(output), fix=f"Name it something{suffix}")
+    if fps is not None and not math.isfinite(fps):
+        raise AttarError(f"a video cannot have {fps} frames a second", where="--fps", fix="Give a number")
     if fps is not None and not video:
         raise AttarError("images have no frame rate", where="--fps", fix="Leave it out")
     check_writable(output.parent)
@@ -259,7 +265,7 @@ def generate(
     call = source.call_arguments(
         num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, num_frames=frames
     )
-    total = int(call.get("num_inference_steps", 50)) * len(prompt)
+    total = steps_of(pipe, call) * len(prompt)
     with RichProgress().task("generate", total) as advance:
         made = make(pipe, prompt, seed=seed, call=call, step=lambda done: advance(done))
     written = []
@@ -308,6 +314,7 @@ def compare(
     """Videos or images side by side from the same noise, with every figure, as one HTML page."""
     from attar.calibration.prompts import GENERAL_PROMPTS
     from attar.evaluate.compare import compare as run
+    from attar.evaluate.report_data import summarise
     from attar.models.source import find_source, read_prompts
     from attar.progress import RichProgress
 
@@ -326,5 +333,12 @@ def compare(
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")
     else:
-        values = [pair.psnr for pair in data.pairs if pair.psnr is not None]
-        print(f"{output / 'index.html'}: {len(data.pairs)} pairs, PSNR {sum(values) / len(values):.2f} dB")
+        print(f"{output / 'index.html'}: {len(data.pairs)} pairs{_closeness(summarise(data.pairs).psnr)}")
+
+
+def _closeness(found: Estimate | None) -> str:
+    if found is None:
+        return ""
+    if math.isinf(found.mean):
+        return ", all equal"
+    return f", PSNR {found.mean:.2f} dB" + (f" and {found.infinite} equal" if found.infinite else "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,7 +35,7 @@ def plan(
     ] = None,
     frames: Frames = None,
     steps: Steps = None,
-    text_tokens: Annotated[int | None, typer.Option(min=1, help="length of the text")] = None,
+    text_tokens: Annotated[int | None, typer.Option(min=1, max=1 << 20, help="length of the text")] = None,
     guidance: Annotated[
         bool | None,
         typer.Option("--guidance/--no-guidance", help="two branches a step (default: the model's)"),
@@ -69,14 +71,16 @@ def bench(
     shape: Annotated[
         str | None, typer.Option(help="instead: a real model's shapes with random weights, e.g. wan-1.3b")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="whose bits and transforms are packed")] = DEFAULT_RECIPE,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"whose bits and transforms are packed (default: {DEFAULT_RECIPE})")
+    ] = None,
     weights: Annotated[int | None, typer.Option(help="bits of weights")] = None,
     acts: Annotated[int | None, typer.Option(help="bits of activations")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="override, e.g. quantize.rotation=hadamard")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="video tokens of one forward")] = 2048,
-    text_tokens: Annotated[int | None, typer.Option(min=1, help="length of the text")] = None,
+    text_tokens: Annotated[int | None, typer.Option(min=1, max=1 << 20, help="length of the text")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="rounds, in which dense and packed take turns")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's)")] = None,
     backend: Annotated[
@@ -91,7 +95,7 @@ def bench(
 
     from attar.bench.command import bench as measure
     from attar.bench.table import print_bench
-    from attar.models.source import check_device
+    from attar.models.source import check_device, is_compressed
     from attar.recipe import load_recipe
     from attar.runtime.backend import use_backend
 
@@ -99,10 +103,17 @@ def bench(
         what = "nothing to measure is named" if model is None else "a model and a shape are named"
         raise AttarError(what, fix="Give a model, or --shape")
     bits = without_none({"quantize.weights": weights, "quantize.acts": acts})
-    chosen = load_recipe(recipe, {**assignments(set_), **bits})
+    if (recipe is not None or set_ or bits) and model is not None and is_compressed(Path(model)):
+        fix = "Leave out --recipe, --weights, --acts and --set"
+        raise AttarError("the folder has bits of its own", where=model, fix=fix)
+    chosen = load_recipe(recipe or DEFAULT_RECIPE, {**assignments(set_), **bits})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     if threads is not None:
+        if threads > (most := os.cpu_count() or 1):
+            raise AttarError(
+                f"there are {most} processors here", where="--threads", fix=f"Give at most {most}"
+            )
         torch.set_num_threads(threads)
     with use_backend(backend) if backend is not None else nullcontext():
         name = model if model is not None else shape

@@ -32,11 +32,13 @@ from attar.evaluate.report_data import (
 from attar.evaluate.size import model_size
 from attar.evaluate.video import save_video, to_frames
 from attar.models.block import bind
+from attar.models.calls import call_value, steps_of
 from attar.models.components import is_denoiser
 from attar.models.source import Source, load_pipeline
 from attar.models.tree import map_tensors
 from attar.models.zoo.judges import DigitReader, verdicts
 from attar.progress import Progress
+from attar.recipe import load_recipe
 from attar.runtime.describe import describe_backend
 
 ERROR_POINTS = 25  # denoising steps at which both denoisers are fed the same input
@@ -62,12 +64,12 @@ def compare(
     out = Path(out)
     check_report_folder(out)
     call = reference.call_arguments(**(overrides or {}))
-    steps = int(call.get("num_inference_steps", 50))
     evidence = _evidence(compressed)
     pipe = load_pipeline(reference, dtype=dtype, device=device)
+    steps, guidance = steps_of(pipe, call), float(call_value(pipe, call, "guidance_scale", 1.0))
     with progress.task("original", len(prompts) * steps) as advance, _Recorder(pipe, steps) as recorded:
         before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
-    kind, precision = type(pipe).__name__, _precision(pipe)
+    kind, facts = type(pipe).__name__, _facts(reference, pipe, before)
     del pipe
     pipe = load_pipeline(compressed, dtype=dtype, device=device)
     if type(pipe).__name__ != kind:
@@ -78,15 +80,15 @@ def compare(
         raise AttarError(f"the two models make {_noun(before)}s of different sizes", where=compressed.name)
     data = ReportData(
         title=f"{compressed.name.rstrip('/').split('/')[-1]} beside {reference.name.rstrip('/').split('/')[-1]}",
-        reference=_facts(reference, precision, None, before),
-        compressed=_facts(compressed, _bits(compressed, pipe), pipe, after),
+        reference=facts,
+        compressed=_facts(compressed, pipe, after),
         generation=Generation(
-            steps=steps, guidance_scale=float(call.get("guidance_scale", 5.0)), seed=seed, fps=reference.fps,
+            steps=steps, guidance_scale=guidance, seed=seed, fps=reference.fps,
             frames=before.videos.shape[1], height=before.videos.shape[3], width=before.videos.shape[4],
         ),
         pairs=_pairs(reference, prompts, before, after, out, seed),
         timestep_errors=_timestep_errors(pipe, recorded),
-        notes=_notes(len(prompts), _noun(before), _record(compressed)),
+        notes=_notes(len(prompts), _noun(before), _record(compressed), _record(reference)),
         **evidence,
     )  # fmt: skip
     build_report(data, out)
@@ -190,31 +192,24 @@ def _timestep_errors(pipe: Any, recorded: _Recorder) -> list[TimestepError]:
     return errors
 
 
-def _facts(source: Source, bits: str, pipe: Any, made: Generated) -> ModelFacts:
+def _facts(source: Source, pipe: Any, made: Generated) -> ModelFacts:
     record = _record(source)
     seconds = sorted(made.seconds)[len(made.seconds) // 2]
     assert source.folder is not None
     return ModelFacts(
-        name=source.name.rstrip("/").split("/")[-1], bits=bits, parts=model_size(source.folder),
-        recipe=record["recipe"]["name"] if record else None,
-        backend=None if pipe is None else describe_backend(pipe.components.values(), pipe.device),
+        name=source.name.rstrip("/").split("/")[-1], parts=model_size(source.folder),
+        bits=record["bits"] if record else _precision(pipe), recipe=record["recipe"]["name"] if record else None,
+        backend=describe_backend(pipe.components.values(), pipe.device) if record else None,
         seconds_per_video=seconds, hardware=_hardware(),
     )  # fmt: skip
 
 
-def _bits(source: Source, pipe: Any) -> str:
-    record = _record(source)
-    if record:
-        return record["bits"]
-    return _precision(pipe)
-
-
 def _precision(pipe: Any) -> str:
-    """The type of the denoiser's parameters, be it a transformer or a U-Net."""
+    """The type that the denoiser works in, be it a transformer or a U-Net: a few of its parameters may have another."""
     denoiser: Any = next(
         part for name, part in pipe.components.items() if part is not None and is_denoiser(name)
     )
-    return str(next(denoiser.parameters()).dtype).removeprefix("torch.")
+    return str(denoiser.dtype).removeprefix("torch.")
 
 
 def _record(source: Source) -> dict[str, Any] | None:
@@ -223,10 +218,9 @@ def _record(source: Source) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        bits = record["recipe"]["quantize"]
-        record["bits"] = f"W{bits['weights']}A{bits['acts']}"
+        record["bits"] = load_recipe(record["recipe"]).bits
         record["sections"] = _sections(record)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (AttarError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise AttarError("compression.json is damaged", where=str(path), fix="Compress again") from error
     return record
 
@@ -268,8 +262,13 @@ def _selection(part: dict[str, Any], prompts: list[str]) -> Selection:
     return Selection(part["policy"], prompts, scores, chosen, table.get("norm_correlation"))
 
 
-def _notes(count: int, noun: str, record: dict[str, Any] | None) -> list[str]:
+def _notes(count: int, noun: str, record: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
+    """record, other: of the compressed model, and of the one that it is compared with, where that is compressed too."""
+    compressed = (
+        f"The original beside it is compressed too, by the recipe {other['recipe']['name']}." if other else ""
+    )
     notes = [
+        *([compressed] if compressed else []),
         "Sizes are those of the weight files, whatever type the model runs in.",
         f"All {noun}s of the original are timed first, then all of the compressed model: what else the machine did "
         "shows in their times. Of transformers attar bench times both in turns.",

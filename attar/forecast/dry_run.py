@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attar.calibration.trace import transformer_components
 from attar.candidates import presume
-from attar.conductor import calibration_prompts
+from attar.conductor import calibration_prompts, traced_steps
 from attar.errors import calling
 from attar.finetuning import check_trainable
 from attar.forecast.calibration import (
@@ -68,7 +68,7 @@ def forecast_job(
     text = plan_text_encoders(pipe, recipe)
     chosen = calibration_prompts(recipe, source, prompts)
     call = source.call_arguments(**(generation or {}))
-    check_pool(recipe, chosen, call)
+    check_pool(recipe, chosen, traced_steps(recipe, pipe, call))
     return {
         "recipe": recipe.name,
         "bits": recipe.bits,
@@ -115,7 +115,7 @@ def _time_and_memory(
     if traced is None:
         memory = calibration_memory(resident, components.values(), recipe)
         return {"seconds": 0.0, "trace_seconds": 0.0, "peak_bytes": int(memory.device), "measured_on": None}
-    steps = traced.steps or call.get("num_inference_steps") or 50
+    steps = traced_steps(recipe, pipe, call)
     chosen = recipe.select.count if recipe.needs_data and recipe.select is not None else 0
     first, branches, step_seconds = _one_step(pipe, components, prompts[0], call)
     epochs = block_settings(recipe).epochs

@@ -50,11 +50,11 @@ def _seconds(operation: Operation, hardware: Hardware) -> float:
 
 
 def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
-    """The arithmetic that a planned linear runs in: "int4", "int8", "int8-few", "fp8", or the model's own.
+    """The arithmetic that a planned linear runs in: "int8", "int8-few", "fp8", or the model's own.
 
     Weights without quantized activations are expanded and multiplied in the model's format, and so are factors of two
-    kinds. Integers use the smallest container that the hardware multiplies and that holds both factors: 6-bit
-    activations run as 8-bit ones.
+    kinds. Integers of all widths are multiplied as bytes, also where the hardware knows int4, for which attar has no
+    kernels.
     """
     if plan.weight_bits is None or plan.act_bits is None:
         return dense
@@ -66,8 +66,6 @@ def execution_format(plan: LayerPlan, hardware: Hardware, dense: str) -> str:
         grid.stored != "int" for grid in plan.row_bits.grids(plan.weight_bits, plan.weight_format)
     ):
         return dense  # some rows are
-    if max(plan.weight_bits, plan.act_bits) <= 4 and "int4" in hardware.rates:
-        return "int4"
     if plan.weight_bits + plan.act_bits <= FEW_BITS and "int8-few" in hardware.rates:
         return "int8-few"
     return "int8" if "int8" in hardware.rates else dense
@@ -100,7 +98,7 @@ def quantized_counts(
         if plan.act_bits is not None or transformed:
             written = inputs
             if plan.act_bits is not None:
-                bits = {"int4": 0.5, "int8": 1.0, "int8-few": 1.0, "fp8": 1.0}.get(
+                bits = {"int8": 1.0, "int8-few": 1.0, "fp8": 1.0}.get(
                     format, inputs / max(1.0, operation.rows * width)
                 )
                 written = operation.rows * (width * bits + 4)

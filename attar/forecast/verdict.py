@@ -95,9 +95,9 @@ def _containers(result: Mapping[str, Any], acting: Sequence[LayerPlan]) -> str |
             "fast as those of eight: they gain time, not only bytes."
         )
     if all(max(p.weight_bits or 0, p.act_bits or 0) <= 4 for p in acting):
-        if "int4" in rates:
-            return None
         why = "multiplies 4-bit floats, not integers" if "fp4" in rates else "has no int4 arithmetic"
+        if "int4" in rates:
+            why = "multiplies int4, attar's kernels do not"
         return f"{title} {why}: {result['bits']} runs in int8, no faster than W8A8; it gains bytes, not time."
     odd = sorted({p.act_bits for p in acting if p.act_bits not in (4, 8) and p.act_bits})
     if odd:

@@ -23,6 +23,20 @@ def call_parameters(pipe: Any) -> set[str]:
     return set(inspect.signature(pipe.__call__).parameters)
 
 
+def call_value(pipe: Any, call: Mapping[str, Any], name: str, other: Any) -> Any:
+    """What a call of the pipeline with these arguments has under a name: given, else the pipeline's default, else
+    `other`."""
+    given = call.get(name)
+    if given is None and name in (parameters := inspect.signature(pipe.__call__).parameters):
+        given = parameters[name].default
+    return other if given is None or given is inspect.Parameter.empty else given
+
+
+def steps_of(pipe: Any, call: Mapping[str, Any]) -> int:
+    """How many denoising steps a call of the pipeline with these arguments takes."""
+    return int(call_value(pipe, call, "num_inference_steps", 50))
+
+
 def makes_videos(pipe: Any) -> bool:
     """Whether the pipeline, or a class of pipelines, is asked for a number of frames; else it makes images."""
     return bool({"num_frames", "video_length"} & call_parameters(pipe))

@@ -58,6 +58,47 @@ def test_a_model_beside_itself(wan_folder, tmp_path):
     assert data.selection is None and data.block_errors == []
 
 
+def test_what_a_call_leaves_to_the_pipeline(tmp_path):
+    """Steps and guidance in the report are those that ran, where the model's folder does not say."""
+    folder = pipelines.save(tmp_path / "flux", "flux")
+    settings = json.loads((folder / "generation.json").read_text())
+    for name in ("num_inference_steps", "guidance_scale"):
+        settings.pop(name, None)
+    (folder / "generation.json").write_text(json.dumps(settings))
+    made = run(folder, folder, tmp_path / "report").generation
+    assert (made.steps, made.guidance_scale) == (28, 3.5)  # the defaults of FluxPipeline
+
+
+def test_two_compressed_models_and_groups_of_steps(commands, wan_folder, small, tmp_path):
+    groups = tmp_path / "groups"
+    options = ("--recipe", "rtn", "--set", "quantize.step_groups=2", "--set", "quantize.acts=[8, 4]")
+    assert commands.run("compress", wan_folder, "-o", groups, *options) == 0
+    data = run(small, groups, tmp_path / "report")
+    assert data.reference.bits == "W4A6" and data.reference.backend == backend_description()
+    assert data.compressed.bits == "W4A8/4"
+    assert "compressed too, by the recipe s2q-vdit" in " ".join(data.notes)
+
+
+def test_types_are_those_that_the_models_work_in(cli, tmp_path):
+    """Some parameters of Wan stay in float32 whatever type is asked for, the first one among them."""
+    pipe = pipelines.make("wan").to(torch.bfloat16)
+    folder = pipelines.save(tmp_path / "wan", pipe=pipe)
+    small = tmp_path / "small"
+    assert cli("compress", folder, "-o", small, "--recipe", "rtn", "--dtype", "bfloat16").code == 0
+    assert "torch_dtype=torch.bfloat16" in (small / "README.md").read_text()
+    assert run(folder, small, tmp_path / "report", dtype=torch.bfloat16).reference.bits == "bfloat16"
+
+
+def test_what_is_equal_is_not_in_the_mean(cli, wan_folder, small, tmp_path, monkeypatch):
+    values = torch.tensor([float("inf"), 30.0])
+    monkeypatch.setattr("attar.evaluate.compare.psnr", lambda *_: values)
+    done = cli("compare", wan_folder, small, "-o", tmp_path / "report", "-n", "2")
+    assert "2 pairs, PSNR 30.00 dB and 1 equal" in done.out
+    values[1] = float("inf")
+    done = cli("compare", wan_folder, small, "-o", tmp_path / "report", "-n", "2")
+    assert "2 pairs, all equal" in done.out
+
+
 @pytest.mark.parametrize("name", ["wan", "wan22", "cogvideox", "hunyuan", "ltx", "flux", "pixart", "dit"])
 def test_recorded_calls_give_what_they_gave(name):
     """One call for each step of the first video only, whatever the pipeline does about guidance."""

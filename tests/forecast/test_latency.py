@@ -115,7 +115,7 @@ def test_weights_alone_save_no_arithmetic():
 @pytest.mark.parametrize(
     ("weights", "acts", "gpu", "format"),
     [
-        (4, 4, "a100", "int4"), (4, 4, "h200", "int8"), (4, 4, "b200", "int8"), (4, 6, "4090", "int8"),
+        (4, 4, "a100", "int8"), (4, 4, "h200", "int8"), (4, 4, "b200", "int8"), (4, 6, "4090", "int8"),
         (8, 8, "a100", "int8"), (4, None, "4090", "bf16"), (None, None, "h100", "bf16"),
     ],
 )  # fmt: skip
