@@ -167,7 +167,7 @@ FIXED = {"quantize.rotation": "hadamard"}
 CLIP_ALONE = {"reconstruct.train_scale": False, "reconstruct.train_rotation": False}
 LADDER = Study(
     "ladder",
-    "Does every part of the default recipe lower the held-out block error? (5 epochs)",
+    "Does every part of `attar-ptq` lower the held-out block error? (5 epochs)",
     ((4, 4),),
     (
         Method("round to nearest", "rtn"),
@@ -248,7 +248,7 @@ DISTILLATION = Study(
 
 LEARNING = Study(
     "learning",
-    "Over-fitting, samples, propagation, and the kind of rotation (the default recipe, one thing changed)",
+    "Over-fitting, samples, propagation, and the kind of rotation (`attar-ptq`, here *default*, one thing changed)",
     ((4, 4),),
     tuple(
         Method(name, "attar-ptq", changes)
@@ -300,7 +300,7 @@ ACCURACY = Study(
 
 
 def _formats(weights: int, formats: tuple[str, ...], learned: tuple[str, ...], trained: str) -> Study:
-    """Tables of so many bits beside integers, rounded to nearest, then on top of the default recipe."""
+    """Tables of so many bits beside integers, rounded to nearest, then on top of attar-ptq."""
 
     def numbers(name: str, **more: Any) -> dict[str, Any]:
         return {"quantize.weight_format": name, **more}
