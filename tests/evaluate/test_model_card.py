@@ -49,6 +49,7 @@ def test_the_usage_code_is_python_and_imports_attar_first():
     assert tree.body[0].names[0].name == "attar"
     assert 'it\'s a "fox"' in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     assert "num_frames=17" in code and "someone/wan-w4a6" in code
+    assert '# pipe.to("cuda")' in code  # a comment: the code runs without a GPU
 
 
 def test_every_part_is_shown_and_tables_hold():
@@ -69,7 +70,8 @@ def test_parts_without_data_vanish_and_local_paths_are_not_told():
     assert "/home" not in text
     front, body = front_matter(text)
     assert "base_model" not in front and "license" not in front
-    assert [line for line in body.splitlines() if line.startswith("#")] == ["# small", "## Use", "## Limits"]
+    prose = "".join(body.split("```")[::2])
+    assert [line for line in prose.splitlines() if line.startswith("#")] == ["# small", "## Use", "## Limits"]
     assert "\n\n\n" not in text
 
 
