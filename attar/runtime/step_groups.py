@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from attar.runtime.formats import check_format
 
 ARGUMENT = "timestep"  # of a model's forward
 _ATTRIBUTE = "attar_step_groups"
+_CHECKPOINTING = "_gradient_checkpointing_func"  # of diffusers' models and their blocks
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,23 @@ class StepGroups:
         return cls(tuple(map(float, config["thresholds"])), config["descending"])
 
 
+class _Call(threading.local):
+    """The group of the call of a model that this thread is in; None outside of one.
+
+    Of the thread and not of the layers, which several threads may be in at once. Compiled code guards on it.
+    """
+
+    group: int | None = None
+
+
+_CALL = _Call()
+
+
 class GroupedActs:
     """A layer whose activations may have other bits in each group of steps.
 
     act_bits: of all groups, or those of the widest; None for floating point. act_groups: of each, where they differ.
-    step_group: the group that the layer computes for now, see `choose_group`.
+    step_group: the group that the layer computes for outside of the model's calls, see `choose_group`.
     """
 
     act_bits: int | None
@@ -129,12 +143,13 @@ class GroupedActs:
         """Raises AttarError where they depend on a group that nobody has chosen."""
         if self.act_groups is None:
             return self.act_bits
-        if self.step_group is None:
+        group = self.step_group if _CALL.group is None else _CALL.group
+        if group is None:
             raise AttarError(
                 "the layer has other activation bits in each group of steps, and the step is not known",
                 fix="Call the whole model, which knows it by its timestep, or name the group with choose_group",
             )
-        return self.act_groups[self.step_group]
+        return self.act_groups[group]
 
 
 def check_act_groups(groups: Sequence[Any], act_bits: int | None, act_format: str) -> tuple[int, ...]:
@@ -151,7 +166,11 @@ def check_act_groups(groups: Sequence[Any], act_bits: int | None, act_format: st
 
 
 def choose_group(module: nn.Module, group: int) -> None:
-    """All layers in `module` with bits by groups compute for this one from now on."""
+    """All layers in `module` with bits by groups compute for this one from now on, but in calls of a whole model.
+
+    In every thread. Raises AttarError for a group that there is not.
+    """
+    _CALL.group = None  # a compiled call that failed has left it
     for layer in module.modules():
         if isinstance(layer, GroupedActs) and layer.act_groups is not None:
             if not 0 <= group < len(layer.act_groups):
@@ -170,15 +189,17 @@ def check_takes_timestep(model: nn.Module) -> None:
 
 
 def follow_steps(model: nn.Module, groups: StepGroups) -> None:
-    """From now on every call of the model chooses the group by its timestep, before anything else. In place.
+    """From now on every call of the model computes for the group of its timestep, in its own thread alone. In place.
 
-    Blocks that are called apart compute for the group of the model's last call. Reading a timestep that lies on a GPU
-    waits for it, once a call. Raises AttarError for a model whose forward has no argument `timestep`.
+    So do the blocks that its gradient checkpointing recomputes. Outside of a call nothing is chosen: blocks that are
+    called apart need `choose_group`. Reading a timestep that lies on a GPU waits for it, once a call.
+    Raises AttarError for a model whose forward has no argument `timestep`.
     """
     check_takes_timestep(model)
     if step_groups_of(model) is None:
-        hook: Any = _choose
-        model.register_forward_pre_hook(hook, with_kwargs=True)
+        begin: Any = _begin
+        model.register_forward_pre_hook(begin, with_kwargs=True)
+        model.register_forward_hook(_end, always_call=True)
     object.__setattr__(model, _ATTRIBUTE, groups)
 
 
@@ -188,11 +209,57 @@ def step_groups_of(model: nn.Module) -> StepGroups | None:
 
 
 @torch.compiler.disable
-def _choose(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     groups = step_groups_of(model)
     assert groups is not None
     timestep = kwargs.get(ARGUMENT)
     if timestep is None:
         place = list(inspect.signature(type(model).forward).parameters).index(ARGUMENT) - 1  # without self
         timestep = args[place] if place < len(args) else None
-    choose_group(model, groups.group(timestep))
+    group = groups.group(timestep)
+    if torch.is_grad_enabled():
+        _keep_in_recompute(model)
+    _CALL.group = group
+
+
+@torch.compiler.disable
+def _end(*_: Any) -> None:
+    _CALL.group = None
+
+
+def _keep_in_recompute(model: nn.Module) -> None:
+    """Checkpointing may have been enabled, or given another function, since the last call."""
+    for module in model.modules():
+        function = module.__dict__.get(_CHECKPOINTING)
+        if function is not None and not isinstance(function, _Checkpointing):
+            setattr(module, _CHECKPOINTING, _Checkpointing(function))
+
+
+class _Checkpointing:
+    """diffusers' function (module, *args) for checkpointing, with the forward's group in the recompute.
+
+    That runs when the call is over, perhaps after one of another group, and on a GPU in another thread.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        group = _CALL.group
+        if group is not None and not torch.compiler.is_compiling():  # which recomputes what it has traced
+            module = _InGroup(module, group)
+        return self.function(module, *args, **kwargs)
+
+
+class _InGroup:
+    """A block that computes for one group wherever it is called."""
+
+    def __init__(self, block: Callable[..., Any], group: int) -> None:
+        self.block, self.group = block, group
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, _CALL.group = _CALL.group, self.group
+        try:
+            return self.block(*args, **kwargs)
+        finally:
+            _CALL.group = before

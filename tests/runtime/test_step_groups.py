@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attar.errors import AttarError
 from attar.runtime import backend_name, packed_layers, quantization_config_of, use_backend
@@ -112,7 +117,80 @@ def test_casts_and_copies_keep_the_groups(grouped):
     inputs = {k: v.bfloat16() if torch.is_tensor(v) and v.ndim > 1 else v for k, v in call(900.0).items()}
     with torch.no_grad():
         assert torch.equal(cast(**inputs)[0], first(**inputs)[0])
-    assert packed_layers(cast)["blocks.0.attn1.to_q"].step_group == 0
+
+
+def test_a_group_ends_with_its_call(grouped):
+    """What is called apart never computes for the step of a call that is over, whichever way that ended."""
+    model = copy.deepcopy(grouped)
+    layer = packed_layers(model)["blocks.0.ffn.net.2"]
+    run(model, 900.0)
+    with pytest.raises(AttarError, match="the step is not known"):
+        layer(torch.randn(1, 64))
+    with pytest.raises(RuntimeError):
+        model(**{**call(900.0), "encoder_hidden_states": torch.randn(1, 6, 17)})
+    with pytest.raises(AttarError, match="the step is not known"):
+        layer(torch.randn(1, 64))
+    choose_group(model, 1)  # for calls apart: the model's own still follow their timesteps
+    assert layer(torch.randn(1, 64)).shape == (1, 32)
+    assert torch.equal(run(model, 900.0), run(grouped, 900.0))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_do_not_share_the_group(grouped, compiled):
+    """Two calls are in front of the blocks at the same time, in different groups."""
+    model = copy.deepcopy(grouped)
+    expected = {timestep: run(grouped, timestep) for timestep in (900.0, 100.0)}
+    if compiled:
+        model.blocks[0].ffn.compile(backend="eager", fullgraph=True)
+        for timestep in expected:
+            run(model, timestep)
+    both = threading.Barrier(2, timeout=60)
+    model.condition_embedder.register_forward_pre_hook(lambda *_: [both.wait()].clear())
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(expected, pool.map(lambda timestep: run(model, timestep), expected), strict=True))
+    for timestep, result in expected.items():
+        assert torch.equal(found[timestep], result)
+
+
+def gradient(model, x, after=None):
+    """Of the model's input at the step 100. after: a timestep that it is called with before the backward."""
+    x = x.clone().requires_grad_()
+    loss = model(**{**call(100.0), "hidden_states": x})[0].square().sum()
+    if after is not None:
+        run(model, after)
+    loss.backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_checkpointing_recomputes_in_the_group_of_the_forward(grouped, own):
+    plain, model = copy.deepcopy(grouped).train(), copy.deepcopy(grouped).train()
+    function = partial(checkpoint, use_reentrant=True) if own else None
+    model.enable_gradient_checkpointing(function)
+    x = call(100.0)["hidden_states"]
+    for _ in range(2):
+        torch.testing.assert_close(gradient(model, x, after=900.0), gradient(plain, x))
+    model.enable_gradient_checkpointing()
+    torch.testing.assert_close(gradient(model, x, after=900.0), gradient(plain, x))
+    model.disable_gradient_checkpointing()
+    torch.testing.assert_close(gradient(model, x, after=900.0), gradient(plain, x))
+
+
+def test_checkpointing_by_hand_is_refused(grouped):
+    """Whoever recomputes a block without the model's function gets an error, not the bits of another step."""
+    model = copy.deepcopy(grouped)
+    forward = model.blocks[1].forward
+    model.blocks[1].forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)
+    with pytest.raises(AttarError, match="the step is not known"):
+        gradient(model, call(100.0)["hidden_states"])
+
+
+def test_a_first_block_cache_follows(grouped):
+    model = copy.deepcopy(grouped)
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=1e-9))
+    for timestep in (900.0, 100.0):
+        with model.cache_context("cond"):
+            assert torch.equal(run(model, timestep), run(grouped, timestep))
 
 
 def test_compiled_blocks_follow(grouped):
