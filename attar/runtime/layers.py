@@ -322,10 +322,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         gate over frames each frame has a weight of its own; what fuses projections by their `.data` gets an error. The
         branch is counted with a gate of one.
         """
-        weight = self._product_weight()
-        if self.low_rank_in is not None and self.low_rank_out is not None:
-            weight = weight + self.low_rank_out.to(weight.dtype) @ self.low_rank_in.to(weight.dtype)
-        found = weight.to(self.compute_dtype).as_subclass(_ReadOnlyWeight)
+        found = self._dense_weight().as_subclass(_ReadOnlyWeight)
         found.shifted = any(transform.kind == ChannelShift.kind for transform in self._chain())
         found.gated = self.frame_gate is not None
         return found
@@ -342,7 +339,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     def input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the input (..., in) for that of the output (..., out), of the dequantized layer."""
         if self.frame_gate is None or self.low_rank_in is None or self.low_rank_out is None:
-            return grad @ self.weight.to(grad.dtype)
+            return grad @ self._dense_weight().to(grad.dtype)
         up, down = (part.to(grad.dtype).T for part in (self.low_rank_in, self.low_rank_out))
         weight = self._product_weight().to(self.compute_dtype)
         return grad @ weight.to(grad.dtype) + branch_product(grad, down, up, self.frame_gate)
@@ -386,6 +383,19 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             f"weight={self.weight_bits} bits{kind} per {'row' if self.group_size is None else self.group_size}, "
             f"activation={acts}{branch}"
         )
+
+    def reset_parameters(self) -> None:
+        """Raises AttarError: codes are not to be drawn anew, and a bias alone would be another layer."""
+        raise AttarError(
+            "a packed layer cannot be reset", fix="Reset the full-precision model, and compress it again"
+        )
+
+    def _dense_weight(self) -> Tensor:
+        """The dequantized weight in the original basis, with the branch, in the dtype of the model."""
+        weight = self._product_weight()
+        if self.low_rank_in is not None and self.low_rank_out is not None:
+            weight = weight + self.low_rank_out.to(weight.dtype) @ self.low_rank_in.to(weight.dtype)
+        return weight.to(self.compute_dtype)
 
     def _product_weight(self) -> Tensor:
         """The dequantized weight in the original basis, without the branch; float32."""
@@ -464,12 +474,28 @@ class _StraightThrough(torch.autograd.Function):
         return ctx.layer.input_gradient(grad), None
 
 
-class _ReadOnlyWeight(torch.Tensor):
-    """A computed weight: writing to its `.data`, as merging a LoRA does, would be lost without a word."""
+_HARMLESS = ("requires_grad_", "retain_grad", "detach_", "share_memory_", "rename_")  # of no values
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and",
+                                         "or", "xor", "lshift", "rshift", "matmul")} | {"__setitem__"}  # fmt: skip
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+class _ReadOnlyWeight(torch.Tensor):
+    """A computed weight: writing to it or its `.data`, as merging a LoRA does, would be lost without a word.
+
+    What is computed of it is an ordinary tensor.
+    """
+
     shifted = False
     gated = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        ends = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+        if ends or name in _IN_PLACE:
+            _refuse(args[0] if args else kwargs.get("self", kwargs.get("tensor")))
+        _refuse(kwargs.get("out"))
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -483,10 +509,15 @@ class _ReadOnlyWeight(torch.Tensor):
                 "the bias of this packed layer belongs to shifted inputs, so its weight cannot be fused with others",
                 fix="Leave projections apart, or compress with quantize.shift=false",
             )
-        return self.detach()
+        return self.detach().as_subclass(_ReadOnlyWeight)
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        _refuse(self)
+
+
+def _refuse(written: Any) -> None:
+    if isinstance(written, _ReadOnlyWeight):
         raise AttarError(
             "the weight of a packed layer cannot be written",
             fix="Keep the LoRA unfused, or fuse it into the full-precision model before compressing",

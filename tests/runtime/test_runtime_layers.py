@@ -116,6 +116,54 @@ def test_weight_is_in_the_original_basis():
         layer.weight = nn.Parameter(weight)
 
 
+WRITES = {
+    "copy": lambda w: w.copy_(torch.zeros(OUT, IN)),
+    "mul": lambda w: w.mul_(2),
+    "data": lambda w: w.data.mul_(2),
+    "assigned data": lambda w: setattr(w, "data", torch.zeros(OUT, IN)),
+    "item": lambda w: w.__setitem__(0, 0.0),
+    "operator": lambda w: w.__iadd__(1.0),
+    "operator on data": lambda w: w.data.__imul__(2.0),
+    "zeros": nn.init.zeros_,
+    "normal": nn.init.normal_,
+    "kaiming": nn.init.kaiming_uniform_,
+    "out": lambda w: torch.add(torch.zeros(OUT, IN), 1, out=w),
+    "no_grad": torch.no_grad()(lambda w: w.clamp_(0, 1)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_writing_to_the_weight_is_refused(write):
+    layer = make()
+    before = snapshot(layer)
+    with pytest.raises(AttarError, match="cannot be written"):
+        write(layer.weight)
+    assert_exact(before, layer)
+
+
+def test_the_weight_can_be_read_in_every_way():
+    layer = make()
+    weight = layer.weight
+    assert type(weight + 1) is type(weight.clone()) is type(weight.data.float().clone()) is torch.Tensor
+    plain = torch.empty(OUT, IN).copy_(weight)
+    for other in (
+        copy.deepcopy(weight),
+        pickle.loads(pickle.dumps(weight)),
+        nn.Parameter(weight.data.clone()),
+    ):
+        assert torch.equal(other, plain)
+    assert torch.equal(torch.cat([weight.data, weight]), torch.cat([plain, plain]))
+    assert layer.weight.requires_grad_(False).clone().mul_(2).equal(2 * plain)
+
+
+def test_a_layer_is_not_reset():
+    layer = make()
+    before = layer.bias.clone()
+    with pytest.raises(AttarError, match="cannot be reset"):
+        layer.reset_parameters()
+    assert torch.equal(layer.bias, before)
+
+
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "float", "double"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_casts_leave_buffers_alone(cast, bias):
