@@ -63,7 +63,8 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     `act_groups`: activation bits of each group of denoising steps, where these differ; `act_bits` are the widest then,
     and the model that the layer is part of says which group it is (step_groups.py).
 
-    Gradients flow to the input (straight-through), so adapters beside or before the layer can be trained.
+    Gradients flow to the input (straight-through) and to a bias that wants one, so adapters beside or before the layer
+    can be trained, and biases with them.
     """
 
     is_attar_packed = True
@@ -291,8 +292,8 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             raise AttarError(
                 f"an input of shape {tuple(input.shape)} does not fit {self.in_features} features"
             )
-        if torch.is_grad_enabled() and input.requires_grad:
-            y = _StraightThrough.apply(input, self)
+        if torch.is_grad_enabled() and (input.requires_grad or self._trains_bias()):
+            y = _StraightThrough.apply(input, self.bias, self)
             return y if gelu is None else F.gelu(y, approximate=gelu)
         return self._run(input, gelu)
 
@@ -384,6 +385,10 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             f"activation={acts}{branch}"
         )
 
+    def _trains_bias(self) -> bool:
+        bias = self._parameters["bias"]
+        return bias is not None and bias.requires_grad
+
     def reset_parameters(self) -> None:
         """Raises AttarError: codes are not to be drawn anew, and a bias alone would be another layer."""
         raise AttarError(
@@ -465,13 +470,18 @@ class _StraightThrough(torch.autograd.Function):
     """Forward of the packed layer; backward as of the floating-point linear of the dequantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer  # whose bias it is: an argument, so that it gets its gradient
         return layer._run(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.layer.input_gradient(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        of_x, of_bias, _ = ctx.needs_input_grad
+        return (
+            ctx.layer.input_gradient(grad) if of_x else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
+            None,
+        )
 
 
 _HARMLESS = ("requires_grad_", "retain_grad", "detach_", "share_memory_", "rename_")  # of no values

@@ -103,6 +103,15 @@ def test_lora_trains_through_packed_layers(model, call):
     assert losses[-1] < losses[0]
 
 
+def test_lora_trains_the_biases_too(model, call):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "net.0.proj"], bias="all")
+    inner = peft.get_peft_model(model, config).base_model.model
+    inner(**call)[0].square().sum().backward()
+    biases = {n: p for n, p in inner.named_parameters() if n.startswith("blocks.") and n.endswith("bias")}
+    assert any("base_layer" in n for n in biases) and all(p.grad is not None for p in biases.values())
+
+
 @pytest.mark.parametrize("buffers", [False, True])
 def test_accelerate_cpu_offload(model, call, expected, buffers):
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=buffers)

@@ -239,6 +239,24 @@ def test_gradients_are_straight_through():
     assert not any(p.requires_grad for p in layer.parameters())
 
 
+@pytest.mark.parametrize("frozen_input", [False, True])
+@pytest.mark.parametrize("act_bits", [8, None])
+def test_a_bias_is_trained_as_a_dense_one(act_bits, frozen_input):
+    layer, dense = make(8, act_bits, None), nn.Linear(IN, OUT)
+    dense.weight.data, dense.bias.data = layer.weight.clone(), layer.bias.data.clone()
+    layer.bias.requires_grad_(True)
+    out = torch.randn(2, 5, OUT, generator=generator(6))
+    grads = []
+    for one in (layer, dense):
+        x = inputs(2, 5).requires_grad_(not frozen_input)
+        (one(x) * out).sum().backward()
+        grads.append((one.bias.grad, x.grad))
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    assert (grads[0][1] is None) == frozen_input
+    if not frozen_input:
+        torch.testing.assert_close(grads[0][1], grads[1][1])
+
+
 def test_constant_and_empty_inputs():
     layer = make()
     assert torch.isfinite(layer(torch.zeros(2, IN))).all()
