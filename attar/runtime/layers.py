@@ -40,6 +40,9 @@ from attar.runtime.transforms import (
 )
 
 
+_INPUTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     """A linear layer that keeps its weight as packed codes.
 
@@ -288,6 +291,10 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
 
         It is GELU of the output before its rounding (`ops.packed_linear`); with gradients, of the rounded output.
         """
+        if input.dtype not in _INPUTS:
+            raise AttarError(
+                f"an input of {input.dtype} is none of a linear layer", fix="Cast it to the model's dtype"
+            )
         if input.shape[-1] != self.in_features:
             raise AttarError(
                 f"an input of shape {tuple(input.shape)} does not fit {self.in_features} features"

@@ -257,6 +257,16 @@ def test_a_bias_is_trained_as_a_dense_one(act_bits, frozen_input):
         torch.testing.assert_close(grads[0][1], grads[1][1])
 
 
+@pytest.mark.parametrize("act_bits", [6, None])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+)
+def test_inputs_of_other_types_are_refused(dtype, act_bits):
+    layer = make(4, act_bits, None)
+    with pytest.raises(AttarError, match=f"an input of {dtype}"):
+        layer(torch.ones(2, IN).to(dtype))
+
+
 def test_constant_and_empty_inputs():
     layer = make()
     assert torch.isfinite(layer(torch.zeros(2, IN))).all()
