@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_module_tensor_to_device
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers import auto
@@ -64,6 +65,12 @@ class AttarQuantizer(DiffusersQuantizer):
                 "a packed model cannot be offloaded to disk: float32 scales would be rounded",
                 fix="Use device_map without disk, enable_model_cpu_offload or group offloading",
             )
+
+    def get_special_dtypes_update(
+        self, model: ModelMixin, torch_dtype: torch.dtype | None
+    ) -> dict[str, torch.dtype]:
+        # Without a dtype every tensor counts as it is; accelerate takes no None here.
+        return {} if torch_dtype is None else super().get_special_dtypes_update(model, torch_dtype)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         verify_files(checkpoint_files, self.quantization_config.to_dict())

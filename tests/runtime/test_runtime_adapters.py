@@ -136,9 +136,14 @@ def test_group_offloading(model, call, expected, kind):
     assert close(run(model, call), expected)
 
 
-def test_device_map(saved, call, expected):
-    model = WanTransformer3DModel.from_pretrained(saved, subfolder="transformer", device_map="cpu")
+@pytest.mark.parametrize("where", ["cpu", "auto", "balanced", "sequential"])
+def test_device_map(saved, call, expected, where):
+    model = WanTransformer3DModel.from_pretrained(saved, subfolder="transformer", device_map=where)
     assert close(run(model, call), expected)
+    half = WanTransformer3DModel.from_pretrained(
+        saved, subfolder="transformer", device_map=where, torch_dtype=torch.bfloat16
+    )
+    assert half.dtype == torch.bfloat16
 
 
 def test_compile_repeated_blocks(model, call, expected):
