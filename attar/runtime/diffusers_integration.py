@@ -140,6 +140,11 @@ class AttarQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if not safe_serialization:
+            raise AttarError(
+                "a packed model is saved as safetensors only, whose checksums loading asks for",
+                fix="Leave out safe_serialization=False",
+            )
         if any(".base_layer." in name for name in state_dict):
             raise AttarError("a LoRA is attached to the packed model", fix="Unload it before saving")
         return state_dict, header_metadata(tensor_checksums(state_dict), self.quantization_config.to_dict())

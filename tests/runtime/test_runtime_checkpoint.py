@@ -137,6 +137,17 @@ def test_save_replaces_the_folder_whole(saved, tmp_path):
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["recipe"] == "test"
 
 
+def test_pickled_weights_are_refused(saved, packed_wan, tmp_path):
+    """diffusers would write a file that cannot be loaded, and remove those that can."""
+    model = load(saved)
+    model.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(AttarError, match="safetensors only"):
+        model.save_pretrained(tmp_path / "transformer", safe_serialization=False)
+    assert sorted(os.listdir(tmp_path / "transformer")) == ["config.json", WEIGHTS]
+    verify_folder(tmp_path)
+    assert_same_state(packed_wan.state_dict(), load(tmp_path).state_dict())
+
+
 def test_unpacked_model_has_no_config(call):
     with pytest.raises(AttarError, match="no packed layer"):
         quantization_config_of(torch.nn.Linear(2, 2))
