@@ -39,7 +39,6 @@ from attar.runtime.transforms import (
     transform_from_config,
 )
 
-
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
