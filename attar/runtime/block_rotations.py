@@ -40,12 +40,13 @@ class BlockRotations(Transform):
                 f"{stages} rotations of {blocks} blocks of {block} do not go with orders of {tuple(orders.shape)}",
                 where="BlockRotations",
             )
-        if not orders.is_meta:
-            every = torch.arange(orders.shape[1], device=orders.device).expand(orders.shape)
-            if not torch.equal(orders.long().sort(-1).values, every):
-                raise AttarError("an order of channels must name each once", where="BlockRotations")
+        _check_orders(orders)
         self.register_buffer("rotations", float32(rotations))
         self.register_buffer("orders", orders.detach().to(torch.int32, copy=True).contiguous())
+
+    def check(self) -> None:
+        super().check()
+        _check_orders(self.orders)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> BlockRotations:
@@ -79,6 +80,14 @@ class BlockRotations(Transform):
             if stage:
                 weight = weight.index_select(-1, self.orders[stage - 1].argsort())
         return weight
+
+
+def _check_orders(orders: Tensor) -> None:
+    if orders.is_meta:
+        return
+    every = torch.arange(orders.shape[1], device=orders.device).expand(orders.shape)
+    if not torch.equal(orders.long().sort(-1).values, every):
+        raise AttarError("an order of channels must name each once", where="BlockRotations")
 
 
 def _blockwise(x: Tensor, matrices: Tensor) -> Tensor:

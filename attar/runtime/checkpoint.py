@@ -41,7 +41,7 @@ from typing import Any
 
 from torch import nn
 
-from attar.errors import AttarError
+from attar.errors import AttarError, reason
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
 from attar.runtime.patches import PatchLinear, model_splits, open_layers
@@ -238,8 +238,13 @@ def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
             )
         except AttarError as error:
             raise AttarError(error.what, where=name, fix=error.fix) from error
-        except (TypeError, ValueError) as error:
-            raise AttarError(f"scheme {position} cannot be read: {error}", where=name) from error
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:  # what fields of a scheme lead to
+            raise AttarError(f"scheme {position} cannot be read: {reason(error)}", where=name) from error
     for name, layer in replacements.items():
         model.set_submodule(name, layer)
     if _STEP_GROUPS in config:

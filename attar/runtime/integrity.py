@@ -103,7 +103,7 @@ def verify_files(
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                table = json.loads(metadata.get(CHECKSUM_KEY, "{}"))
+                table = _table(metadata.get(CHECKSUM_KEY, "{}"), path.name)
                 if promised is not None and (table, metadata.get(CONFIG_KEY)) != promised:
                     raise AttarError(
                         "weight files of different saves are mixed", where=path.name, fix=_DAMAGED
@@ -156,6 +156,17 @@ def verify_folder(folder: str | os.PathLike[str]) -> list[Path]:
         raise AttarError("no attar checkpoint here", where=str(root), fix="Name the folder that attar wrote")
     _verify_copies(root)
     return checked
+
+
+def _table(text: str, where: str) -> dict[str, str]:
+    """The checksums of a header by their tensors."""
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict) or not all(isinstance(digest, str) for digest in table.values()):
+        raise AttarError(f"{CHECKSUM_KEY} in the header is no table of checksums", where=where, fix=_DAMAGED)
+    return table
 
 
 def _verify_component(folder: Path, raw: Mapping[str, Any]) -> None:
@@ -243,7 +254,7 @@ def _verify_copies(root: Path) -> None:
         return
     try:
         promised = dict(json.loads(path.read_text(encoding="utf-8")).get("copied") or {})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise AttarError(f"{EVIDENCE} is damaged", where=str(path), fix="Compress again") from error
     for name in promised:
         if not (root / name).is_file():
@@ -260,7 +271,7 @@ def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise AttarError(
             f"config.json is not valid JSON ({error})", where=folder.name, fix=_DAMAGED
         ) from error
@@ -278,7 +289,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [
                 folder / f for f in sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AttarError(
                 "the index of the shards is damaged", where=indexes[0].name, fix=_DAMAGED
             ) from error

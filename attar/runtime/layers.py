@@ -219,8 +219,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             layer.codes = pack_rows(codes, layer.row_kind, layer.rows)
         if act_clip is not None:
             clip = torch.as_tensor(act_clip, dtype=torch.float32, device=codes.device).detach().clone()
-            if clip.shape != (2,) or not bool(torch.isfinite(clip).all()):
-                raise AttarError("act_clip must be two finite factors (f_lo, f_hi)")
+            _check_clip(clip)
             layer.act_clip = clip
         if levels is not None:
             layer.levels = _like("levels", levels, layer.levels, codes.device)
@@ -354,7 +353,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     def settle(self, name: str) -> None:
         """Takes the model's dtype from the bias, after a library has filled the layer from a checkpoint.
 
-        Raises AttarError, with the layer's name, when a float32 buffer was cast, and for scales that are not finite.
+        Raises AttarError, with the layer's name, when a float32 buffer was cast, and for values that no layer has.
         """
         for buffer, tensor in self.named_buffers():
             kept = torch.float16 if buffer.rsplit(".", 1)[-1] in ("levels", "shift") else torch.float32
@@ -367,6 +366,10 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
                 check_levels(self.levels, self.weight_bits)
             if self.frame_gate is not None and not self.frame_gate.is_meta:
                 _check_gate(self.frame_gate)
+            if self.act_clip is not None and not self.act_clip.is_meta:
+                _check_clip(self.act_clip)
+            for transform in self._chain():
+                transform.check()
         except AttarError as error:
             raise AttarError(error.what, where=name) from error
         scale = self.weight_scale
@@ -550,6 +553,11 @@ def _like(name: str, value: Tensor, empty: Any, device: torch.device) -> Tensor:
     if value.shape != empty.shape:
         raise AttarError(f"{name} has shape {tuple(value.shape)}, expected {tuple(empty.shape)}")
     return value.detach().to(device=device, dtype=empty.dtype, copy=True)
+
+
+def _check_clip(clip: Tensor) -> None:
+    if clip.shape != (2,) or not bool((torch.isfinite(clip) & (clip >= 0)).all()):
+        raise AttarError("act_clip must be two finite factors (f_lo, f_hi), not negative")
 
 
 def _check_gate(gate: Tensor) -> None:

@@ -113,7 +113,10 @@ class StepGroups:
             raise AttarError(f"{config!r} does not describe groups of steps")
         if not all(type(value) in (int, float) for value in config["thresholds"]):
             raise AttarError(f"{config['thresholds']!r} are no thresholds between groups of steps")
-        return cls(tuple(map(float, config["thresholds"])), config["descending"])
+        try:
+            return cls(tuple(map(float, config["thresholds"])), config["descending"])
+        except OverflowError:  # of an integer
+            raise AttarError("a threshold between groups of steps is too large") from None
 
 
 class _Call(threading.local):

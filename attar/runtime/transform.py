@@ -31,6 +31,12 @@ class Transform(KeepsBufferDtype):
         """x T, or without an x the operands: hooks that bring a module's offloaded tensors run in a call only."""
         return self.operands() if x is None else self.activation_side(x, *self.operands())
 
+    def check(self) -> None:
+        """Raises AttarError for values that no transform of the kind has. Of matrices, only whether they are finite."""
+        for name, buffer in self.named_buffers():
+            if not buffer.is_meta and not bool(torch.isfinite(buffer).all()):
+                raise AttarError(f"{name} must be finite", where=type(self).__name__)
+
     def config(self) -> dict[str, Any]:
         """What `from_config` needs, beside the width, to make a transform with the same buffers' shapes."""
         return {"kind": self.kind}

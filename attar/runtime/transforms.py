@@ -66,9 +66,12 @@ class ChannelScale(Transform):
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
-        if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise AttarError("a channel scale must be finite and positive", where="ChannelScale")
         self.register_buffer("scale", float32(scale).reshape(-1))
+        self.check()
+
+    def check(self) -> None:
+        if not self.scale.is_meta and not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
+            raise AttarError("a channel scale must be finite and positive", where="ChannelScale")
 
     @classmethod
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> ChannelScale:
@@ -107,18 +110,29 @@ class Hadamard(Transform):
             whole = base_order(d)
             block = d if whole is not None else d & -d
         order = base_order(block) if order is None else order
-        if order is None or block < 2 or d % block or block % order or (block // order).bit_count() != 1:
+        if (
+            order is None
+            or order < 1
+            or block < 2
+            or d % block
+            or block % order
+            or (block // order).bit_count() != 1
+        ):
             raise AttarError(
                 f"no Hadamard rotation of width {d} (block {block}, base order {order})",
                 fix="Use a Kronecker or dense rotation for this layer",
             )
-        if not signs.is_meta and not bool((signs.abs() == 1).all()):
-            raise AttarError("the signs of a Hadamard rotation must be +1 or -1", where="Hadamard")
+        _check_signs(signs)
         self.block, self.order = block, order
         self.register_buffer("signs", signs.to(torch.int8).reshape(-1))
         # Stored with the checkpoint (K² bytes), so that a file never depends on how a table is built.
         base = hadamard_base(order).to(signs.device) if order > 1 else None
         self.register_buffer("base", base)
+
+    def check(self) -> None:
+        _check_signs(self.signs)
+        if self.base is not None:
+            _check_signs(self.base)
 
     @classmethod
     def random(
@@ -176,7 +190,7 @@ class Kronecker(Transform):
     def from_config(cls, config: dict[str, Any], d: int, device: Any = "meta") -> Kronecker:
         only(config, "kind", "left", "right")
         left, right = config.get("left", 0), config.get("right", 0)
-        if left * right != d:
+        if left < 1 or left * right != d:
             raise AttarError(f"a Kronecker transform of {left} x {right} does not fit a layer of width {d}")
         return cls(torch.eye(left, device=device), torch.eye(right, device=device))
 
@@ -268,6 +282,11 @@ def restore_weight(
     for transform in reversed(list(transforms)):
         weight = transform.inverse_weight_side(weight, dtype)
     return weight
+
+
+def _check_signs(signs: Tensor) -> None:
+    if not signs.is_meta and not bool((signs.abs() == 1).all()):
+        raise AttarError("the signs of a Hadamard rotation must be +1 or -1", where="Hadamard")
 
 
 def _rotate(x: Tensor, base: Tensor, block: int) -> Tensor:

@@ -336,6 +336,67 @@ def test_verify_needs_an_attar_checkpoint(tmp_path):
         verify_folder(tmp_path)
 
 
+@pytest.mark.parametrize("table", ['["a"]', "5", "true", '"aaa"', "null", "{", "[" * 100_000, '{"a": 1}'])
+def test_a_header_without_a_table_of_checksums(saved, tmp_path, table):
+    folder = shutil.copytree(saved, tmp_path / "damaged")
+    path = folder / "transformer" / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), "attar_sha256": table}
+    save_file(load_file(path), path, metadata)
+    for check in (verify_folder, load):
+        with pytest.raises(AttarError, match=r"is no table of checksums \[diffusion_pytorch_model"):
+            check(folder)
+
+
+TO_OUT = "blocks.0.attn1.to_out.0"
+FFN = "blocks.0.ffn.net.2"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "says"),
+    [
+        (f"{TO_OUT}.transforms.0.scale", 0.0, "finite and positive"),
+        (f"{TO_OUT}.transforms.0.scale", float("nan"), "finite and positive"),
+        (f"{TO_OUT}.transforms.1.left", float("nan"), "left must be finite"),
+        (f"{FFN}.transforms.1.signs", 3, "signs of a Hadamard"),
+        (f"{FFN}.act_clip", float("nan"), "two finite factors"),
+        (f"{FFN}.act_clip", -1.0, "two finite factors"),
+    ],
+)
+def test_values_are_checked_where_checksums_cannot_tell(saved, tmp_path, tensor, value, says):
+    folder = shutil.copytree(saved, tmp_path / "damaged")
+    path = folder / "transformer" / WEIGHTS
+    tensors = load_file(path)
+    tensors[tensor][..., 0] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(AttarError, match=says) as caught:
+        load(folder)
+    assert tensor.split(".transforms")[0].removesuffix(".act_clip") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "hadamard", "order": 0, "block": 64},
+        {"kind": "hadamard", "order": -1, "block": 64},
+        {"kind": "hadamard", "order": "1", "block": 64},
+        {"kind": "kronecker", "left": -8, "right": -8},
+        {"kind": "kronecker", "left": None, "right": 8},
+        {"kind": "block_rotations", "block": 0, "stages": 1},
+        {"kind": "block_rotations", "block": 8, "stages": 10**30},
+    ],
+)
+def test_impossible_transforms_are_one_error(saved, fields):
+    config = read_config(saved)
+    ours = config.pop("quantization_config")
+    ours["schemes"][ours["layers"][TO_OUT]]["transforms"] = [fields]
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(config)
+    with pytest.raises(AttarError, match=r"blocks\.0\.attn1\.to_out") as caught:
+        replace_linears(model, ours)
+    assert "\n" not in str(caught.value)
+
+
 def test_disk_offload_is_refused(saved, tmp_path):
     with pytest.raises(AttarError, match="offloaded to disk"):
         load(saved, device_map={"": "cpu", "blocks.0": "disk"}, offload_folder=str(tmp_path))

@@ -255,6 +255,7 @@ def test_a_model_that_does_not_follow_is_not_saved():
         "none": (lambda c: c.pop("step_groups"), "and none are known"),
         "rising": (lambda c: c["step_groups"].update(thresholds=[4.0, 6.0]), "are no thresholds"),
         "infinite": (lambda c: c["step_groups"].update(thresholds=[float("inf")]), "are no thresholds"),
+        "a huge one": (lambda c: c["step_groups"].update(thresholds=[10**400]), "is too large"),
         "words": (lambda c: c["step_groups"].update(thresholds=["high"]), "are no thresholds"),
         "no direction": (lambda c: c["step_groups"].pop("descending"), "does not describe groups"),
         "a number": (lambda c: c.update(step_groups=3), "does not describe groups"),
