@@ -1,6 +1,8 @@
 """Text encoders with low-bit weights: packed, saved, loaded by transformers, the same bytes whichever way it went."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from attar.errors import AttarError
 from attar.evaluate.size import model_size
 from attar.quantize.formats import quantize_weight
 from attar.recipe import load_recipe
-from attar.runtime.layers import packed_layers
+from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.reference import dequantize
 
 OPTIONS = ("--recipe", "rtn", "--text-encoder-weights", "4", "--set", "text_encoder.group_size=16")
@@ -60,6 +62,28 @@ def test_transformers_loads_it_packed(models, small, name):
     kept = set(original.state_dict()) - {f"{path}.weight" for path in linears}
     state = encoder.state_dict()
     assert all(torch.equal(state[key].float(), original.state_dict()[key]) for key in kept)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_computes_no_weight(small, name, dtype, monkeypatch):
+    """transformers asks the last linear of every feed-forward for its weight's dtype."""
+    encoder = CLASSES[name].from_pretrained(small[name] / "text_encoder", dtype=dtype)
+    plain = copy.deepcopy(encoder)
+    for module in plain.modules():
+        if type(module).__module__ == "attar.runtime.t5":
+            module.__class__ = next(
+                c for c in type(module).__mro__ if c.__module__.startswith("transformers.")
+            )
+    asked = []
+    read = PackedLinear.weight.fget
+    monkeypatch.setattr(PackedLinear, "weight", property(lambda layer: asked.append(layer) or read(layer)))
+    ids = torch.tensor([[3, 4, 5, 1]])
+    with torch.no_grad():
+        found = encoder(ids).last_hidden_state
+        assert not asked
+        assert torch.equal(plain(ids).last_hidden_state, found) and len(asked) > 0
+    assert pickle.loads(pickle.dumps(encoder)).state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", CLASSES)

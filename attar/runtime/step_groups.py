@@ -201,8 +201,9 @@ def follow_steps(model: nn.Module, groups: StepGroups) -> None:
     check_takes_timestep(model)
     if step_groups_of(model) is None:
         begin: Any = _begin
+        end: Any = _end
         model.register_forward_pre_hook(begin, with_kwargs=True)
-        model.register_forward_hook(_end, always_call=True)
+        model.register_forward_hook(end, always_call=True)
     object.__setattr__(model, _ATTRIBUTE, groups)
 
 

@@ -65,6 +65,7 @@ class AttarTextQuantizer(HfQuantizer):
         for name, layer in packed_layers(model).items():
             layer.settle(name)
         align(model)
+        _spare_weights(model)
         # The flag's effect in transformers is to forbid `.half()` and `.float()`, which packed layers survive.
         model.is_quantized = False
         return model
@@ -100,7 +101,15 @@ def mark_text_encoder(model: Any, recipe: str = "custom") -> Any:
     config = AttarTextConfig(**quantization_config_of(model, recipe))
     model.hf_quantizer = AttarTextQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
+    _spare_weights(model)
     return model
+
+
+def _spare_weights(model: nn.Module) -> None:
+    """Lets no part of a packed model compute the weight of a packed layer."""
+    from attar.runtime.t5 import spare_weights  # loads model code, which `import attar` should not
+
+    spare_weights(model)
 
 
 def _keep_uninitialised(model: nn.Module) -> None:
