@@ -238,12 +238,7 @@ def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
             )
         except AttarError as error:
             raise AttarError(error.what, where=name, fix=error.fix) from error
-        except (
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            RuntimeError,
-        ) as error:  # what fields of a scheme lead to
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise AttarError(f"scheme {position} cannot be read: {reason(error)}", where=name) from error
     for name, layer in replacements.items():
         model.set_submodule(name, layer)
