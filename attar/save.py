@@ -122,7 +122,7 @@ def save_compressed(
         copied = _save_components(pipe, partial, source, workspace)
         content = compression.to_json()
         recipe = Recipe(**compression.recipe)
-        content["changed_settings"] = changed_settings(recipe)
+        content["bits"], content["changed_settings"] = recipe.bits, changed_settings(recipe)
         content["copied"] = file_checksums(partial, copied)
         for name, part in content["components"].items():
             part["plan"] = [vars(row) for row in plan_rows({name: plans[name]}, recipe)]

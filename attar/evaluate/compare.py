@@ -38,7 +38,6 @@ from attar.models.source import Source, load_pipeline
 from attar.models.tree import map_tensors
 from attar.models.zoo.judges import DigitReader, verdicts
 from attar.progress import Progress
-from attar.recipe import load_recipe
 from attar.runtime.describe import describe_backend
 
 ERROR_POINTS = 25  # denoising steps at which both denoisers are fed the same input
@@ -218,9 +217,12 @@ def _record(source: Source) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["bits"] = load_recipe(record["recipe"]).bits
+        bits = record["recipe"]["quantize"]
+        record["bits"] = str(
+            record.get("bits", f"W{bits['weights']}A{bits['acts']}")
+        )  # not said by older versions
         record["sections"] = _sections(record)
-    except (AttarError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise AttarError("compression.json is damaged", where=str(path), fix="Compress again") from error
     return record
 

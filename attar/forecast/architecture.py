@@ -62,9 +62,10 @@ def find_architecture(model: str, compressed: bool = False) -> Architecture:
         )
     if model not in zoo_names() and not Path(model).exists():
         names = ", ".join([*zoo_names(), *shape_names()])
-        raise AttarError(
-            "no such model", where=model, fix=f"Give a local diffusers folder, or one of: {names}"
-        )
+        fix = f"Give a local diffusers folder, or one of: {names}"
+        if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+            fix += f". Of a model on the hub its configs are enough: hf download {model} --include '*.json'"
+        raise AttarError("no such model", where=model, fix=fix)
     source = find_source(model)
     assert source.folder is not None
     index = _json(source.folder / "model_index.json")

@@ -85,7 +85,11 @@ def find_hardware(name: str, peaks: Mapping[str, float] | None = None) -> Hardwa
 def _from_table(name: str) -> Hardware:
     if name not in gpu_names():
         known = ", ".join(["cpu", *gpu_names()])
-        raise AttarError(f"unknown hardware {name!r}", where="--gpu", fix=f"Use one of {known}")
+        raise AttarError(
+            f"unknown hardware {name!r}",
+            where="--gpu",
+            fix=f"Use one of {known}; for another card the nearest, with its own rates in --peak",
+        )
     entry = _table()[name]
     figures = {**entry["rates"], "bandwidth": entry["bandwidth"], "memory": entry["memory"]}
     efficiency = entry["efficiency"]

@@ -118,13 +118,16 @@ def _fit(result: Mapping[str, Any]) -> str | None:
     if streamed is not None and streamed <= memory:
         return (
             f"Calibration at this size needs about {format_bytes(needed)} with the whole pipeline on the device, which "
-            f"has {format_bytes(memory)}, and {format_bytes(streamed)} with --stream."
+            f"has {format_bytes(memory)}, and {format_bytes(streamed)} with attar compress --stream."
         )
     does_not = f"Calibration at this size does not fit: about {format_bytes(needed)} on a device with "
     does_not += format_bytes(memory)
     checkpointed = costs["checkpointed"]
     if checkpointed is None:
-        return f"{does_not}; calibrate at fewer frames or a lower resolution, or take a recipe without data."
+        return (
+            f"{does_not}; calibrate at fewer frames or a lower resolution, --frames, --height and --width of attar "
+            "compress, or take a recipe without data."
+        )
     if checkpointed < needed:
         does_not += f", and {format_bytes(checkpointed)} with --set finetune.gradient_checkpointing=true"
     if checkpointed <= memory:

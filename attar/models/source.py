@@ -84,9 +84,8 @@ def find_source(model: str, *, alone: bool = False) -> Source:
         raise AttarError("a model is a diffusers folder, not a file", where=model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         names = ", ".join(zoo_names())
-        raise AttarError(
-            "no such model", where=model, fix=f"Give a diffusers folder, a hub id, or one of: {names}"
-        )
+        fix = f"Give a diffusers folder, a hub id, or one of: {names} (shapes of real models are for plan and bench)"
+        raise AttarError("no such model", where=model, fix=fix)
     from huggingface_hub import snapshot_download
 
     try:

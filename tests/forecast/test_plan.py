@@ -113,8 +113,8 @@ def test_sentences():
     assert planned("digits-video", acts=16)["speedup"]["bound"] == 1
     text = says("hunyuan")
     assert text.startswith("Quantized linears alone cannot help much: attention is 87%") and "1.07×" in text
-    assert "6 bits run in int8" in text and "with --stream" not in text
-    assert "with --stream" in says("wan-1.3b", "4090") and "does not fit" in says("wan-14b", "4090")
+    assert "6 bits run in int8" in text and "compress --stream" not in text
+    assert "compress --stream" in says("wan-1.3b", "4090") and "does not fit" in says("wan-14b", "4090")
     assert "does not fit" not in says("digits-video")
 
 
@@ -212,6 +212,7 @@ def test_folders_of_every_family(cli, tmp_path, name):
     [
         (("wan-1.3b", "--gpu", "h300"), "unknown hardware 'h300' [--gpu]. Use one of cpu, a100"),
         (("wan-9b", "--gpu", "h200"), "no such model [wan-9b]"),
+        (("Wan-AI/Wan", "--gpu", "h200"), "hf download Wan-AI/Wan --include '*.json'"),
         (("wan-1.3b", "--gpu", "h200", "--resolution", "830x480"), "830 is not divisible by 16"),
         (("wan-1.3b", "--gpu", "h200", "--resolution", "wide"), "no resolution [--resolution]"),
         (("wan-1.3b", "--gpu", "h200", "--resolution", "832x0"), "no resolution [--resolution]"),
