@@ -215,7 +215,8 @@ def _prepared(
     chosen_prompts = calibration_prompts(recipe, source, prompts)
     call = plain_arguments(source.call_arguments(**(generation or {})))
     check_seed(seed)
-    check_pool(recipe, chosen_prompts, traced_steps(recipe, pipe, call), seed)
+    steps = traced_steps(recipe, pipe, call)
+    check_pool(recipe, chosen_prompts, steps, seed)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(name, part)
@@ -233,7 +234,7 @@ def _prepared(
         store = TraceStore(workspace.folder / "trace")
         if recipe.traced is not None:
             started = time.monotonic()
-            _trace(pipe, recipe.traced, store, chosen_prompts, call, seed, progress)
+            _trace(pipe, recipe.traced, store, chosen_prompts, steps, call, seed, progress)
             report.seconds["trace"] = time.monotonic() - started
             check_traced(recipe, store, components, len(chosen_prompts), seed)
         if recipe.synthesize is not None and (recipe.needs_data or recipe.allocate is not None):
@@ -336,14 +337,13 @@ def _trace(
     trace: Trace,
     store: TraceStore,
     prompts: list[str],
+    steps: int,
     call: Mapping[str, Any],
     seed: int,
     progress: Progress,
 ) -> None:
-    options = dict(call)
+    options = {key: value for key, value in call.items() if key != "num_inference_steps"}
     guidance = options.pop("guidance_scale", None)
-    steps = trace.steps or steps_of(pipe, options)
-    options.pop("num_inference_steps", None)
     if trace.guidance_scale is not None:
         guidance = trace.guidance_scale
     with progress.task("trace", len(prompts) * steps) as advance:

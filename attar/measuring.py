@@ -409,7 +409,7 @@ def _places(
 ) -> tuple[int, list[tuple[int, int]]]:
     """(steps of a trajectory, this process's (prompt, step)): evenly over the steps in which the component ran, of one
     prompt, or of all in turns; besides, one of each group of steps that would have none."""
-    ran = [[s for s in range(store.steps(p)) if component in store.components(p, s)] for p in range(prompts)]
+    ran = [store.steps_of(component, p) for p in range(prompts)]
     if one_trajectory:
         longest = max(range(prompts), key=lambda p: len(ran[p]))
         ran = [steps if p == longest else [] for p, steps in enumerate(ran)]

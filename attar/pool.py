@@ -55,7 +55,7 @@ def check_traced(
     if recipe.traced is None:
         return
     for name in components:
-        ran = [[s for s in range(store.steps(p)) if name in store.components(p, s)] for p in range(prompts)]
+        ran = [store.steps_of(name, p) for p in range(prompts)]
         if not any(ran):
             raise AttarError("the component did not run in any traced step", where=name)
         if recipe.quantize.step_groups > 1:

@@ -34,7 +34,7 @@ def traced_groups(
     prompts: how many were traced, all with the same timesteps. Raises AttarError where these cannot be told apart.
     """
     for prompt in range(prompts):
-        steps = [s for s in range(store.steps(prompt)) if component in store.components(prompt, s)]
+        steps = store.steps_of(component, prompt)
         if steps:
             break
     else:

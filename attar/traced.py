@@ -40,9 +40,7 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
     ) -> None:
         self.name, self.transformer, self.store, self.workspace = name, transformer, store, workspace
         self.streams = streams
-        ran = [
-            (p, s) for p in range(prompts) for s in range(store.steps(p)) if name in store.components(p, s)
-        ]
+        ran = [(p, s) for p in range(prompts) for s in store.steps_of(name, p)]
         if not ran:
             raise AttarError("the component did not run in any traced step", where=name)
         first = {p: s for p, s in reversed(ran)}

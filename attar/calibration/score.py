@@ -53,9 +53,7 @@ def score_candidates(
     For tokens of at most 1024 channels C_quant is computed in both norms, and the table has their rank correlation.
     Raises AttarError if the component never ran in these traces, or a candidate is not finite.
     """
-    where: list[tuple[int, int]] = [
-        (p, k) for p in prompts for k in range(store.steps(p)) if component in store.components(p, k)
-    ]
+    where: list[tuple[int, int]] = [(p, k) for p in prompts for k in store.steps_of(component, p)]
     if not where:
         raise AttarError("the component did not run in any traced step", where=component)
     scores: list[tuple[Tensor, Tensor, Tensor]] = []

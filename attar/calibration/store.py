@@ -143,6 +143,10 @@ class TraceStore:
         calls = self._content(prompt)["steps"][step]["calls"]
         return list(dict.fromkeys(call["component"] for call in calls))
 
+    def steps_of(self, component: str, prompt: int) -> list[int]:
+        """The steps of a prompt in which a component ran."""
+        return [step for step in range(self.steps(prompt)) if component in self.components(prompt, step)]
+
     def calls(self, component: str, prompt: int, step: int) -> list[dict[str, Any]]:
         """Keyword arguments of that component's calls at that step, on the CPU: one for each call that the
         pipeline made, so one for each guidance branch (or one with a doubled batch). [] if it did not run."""

@@ -63,12 +63,12 @@ def compare(
     out = Path(out)
     check_report_folder(out)
     call = reference.call_arguments(**(overrides or {}))
-    evidence = _evidence(compressed)
+    record, other = _record(compressed), _record(reference)
     pipe = load_pipeline(reference, dtype=dtype, device=device)
     steps, guidance = steps_of(pipe, call), float(call_value(pipe, call, "guidance_scale", 1.0))
     with progress.task("original", len(prompts) * steps) as advance, _Recorder(pipe, steps) as recorded:
         before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
-    kind, facts = type(pipe).__name__, _facts(reference, pipe, before)
+    kind, facts = type(pipe).__name__, _facts(reference, other, pipe, before)
     del pipe
     pipe = load_pipeline(compressed, dtype=dtype, device=device)
     if type(pipe).__name__ != kind:
@@ -80,15 +80,15 @@ def compare(
     data = ReportData(
         title=f"{compressed.name.rstrip('/').split('/')[-1]} beside {reference.name.rstrip('/').split('/')[-1]}",
         reference=facts,
-        compressed=_facts(compressed, pipe, after),
+        compressed=_facts(compressed, record, pipe, after),
         generation=Generation(
             steps=steps, guidance_scale=guidance, seed=seed, fps=reference.fps,
             frames=before.videos.shape[1], height=before.videos.shape[3], width=before.videos.shape[4],
         ),
         pairs=_pairs(reference, prompts, before, after, out, seed),
         timestep_errors=_timestep_errors(pipe, recorded),
-        notes=_notes(len(prompts), _noun(before), _record(compressed), _record(reference)),
-        **evidence,
+        notes=_notes(len(prompts), _noun(before), record, other),
+        **(record["sections"] if record else {}),
     )  # fmt: skip
     build_report(data, out)
     return data
@@ -191,8 +191,7 @@ def _timestep_errors(pipe: Any, recorded: _Recorder) -> list[TimestepError]:
     return errors
 
 
-def _facts(source: Source, pipe: Any, made: Generated) -> ModelFacts:
-    record = _record(source)
+def _facts(source: Source, record: dict[str, Any] | None, pipe: Any, made: Generated) -> ModelFacts:
     seconds = sorted(made.seconds)[len(made.seconds) // 2]
     assert source.folder is not None
     return ModelFacts(
@@ -218,18 +217,12 @@ def _record(source: Source) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         bits = record["recipe"]["quantize"]
-        record["bits"] = str(
-            record.get("bits", f"W{bits['weights']}A{bits['acts']}")
-        )  # not said by older versions
+        # older versions do not say it
+        record["bits"] = str(record.get("bits", f"W{bits['weights']}A{bits['acts']}"))
         record["sections"] = _sections(record)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise AttarError("compression.json is damaged", where=str(path), fix="Compress again") from error
     return record
-
-
-def _evidence(source: Source) -> dict[str, Any]:
-    record = _record(source)
-    return {} if record is None else record["sections"]
 
 
 def _sections(record: dict[str, Any]) -> dict[str, Any]:
@@ -266,15 +259,13 @@ def _selection(part: dict[str, Any], prompts: list[str]) -> Selection:
 
 def _notes(count: int, noun: str, record: dict[str, Any] | None, other: dict[str, Any] | None) -> list[str]:
     """record, other: of the compressed model, and of the one that it is compared with, where that is compressed too."""
-    compressed = (
-        f"The original beside it is compressed too, by the recipe {other['recipe']['name']}." if other else ""
-    )
     notes = [
-        *([compressed] if compressed else []),
         "Sizes are those of the weight files, whatever type the model runs in.",
         f"All {noun}s of the original are timed first, then all of the compressed model: what else the machine did "
         "shows in their times. Of transformers attar bench times both in turns.",
     ]
+    if other:
+        notes.insert(0, f"The original beside it is compressed too, by the recipe {other['recipe']['name']}.")
     changed = record.get("changed_settings") if record else None
     if record and changed:
         told = ", ".join(
