@@ -6,7 +6,6 @@ case. A weight whose rows are all alike has one kind.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.errors import AttarError
+from attar.quantize.clip_search import searched_clip
 from attar.quantize.formats import (
     clip_weight,
     fake_quantize_weight,
@@ -33,8 +33,6 @@ from attar.quantize.tables import (
 )
 from attar.runtime.formats import INTEGER_FORMATS, code_range, decode
 from attar.runtime.rows import RowKind
-
-SHARES = tuple(1 - 0.02 * i for i in range(36))  # of the largest magnitude of a row: 1.00, 0.98 … 0.30
 
 
 @dataclass(frozen=True)
@@ -123,47 +121,22 @@ class WeightQuantizer(nn.Module):
     def search_clip(self, weight: Tensor) -> None:
         """Starts the clipping of each row and group where the weight (out, in) is rounded with the smallest error.
 
-        Both ends are cut at the same share of the row's largest magnitude, and nowhere farther out than where clipping
-        starts without a search; where all codes of integers are used, one of them has a code more, and is cut that much
-        farther out. Tables are fitted to what is cut. Raises AttarError without clipping.
+        Nowhere farther out than where clipping starts without a search (clip_search.py). Tables are fitted to what is
+        cut. Raises AttarError without clipping.
         """
         if self.clip_logit is None or self.clip_start is None:
             raise AttarError(
                 "there is no clipping to search", where="quantize.clip_search", fix="Set weight_clip"
             )
-        start = chosen = torch.full_like(self.clip_logit, self.clip_start)  # whatever it was before
-        grouped = weight.unflatten(1, (start.shape[2], -1))
-        ends = torch.stack([grouped.amin(-1).neg(), grouped.amax(-1)]).clamp(min=1e-12)  # (2, out, groups)
-        self.clip_logit.copy_(start)
-        best = self._errors(weight)
-        shorter = self._shorter_end()
-        sides = [torch.stack([torch.ones_like(shorter), shorter])]
-        if bool((shorter < 1).any()):
-            sides.append(sides[0].flip(0))
-        for share, side in itertools.product(SHARES, sides):
-            factor = (share * side * ends.amax(0) / ends).clamp(max=0.999)
-            self.clip_logit.copy_(torch.minimum(factor.logit(), start))
-            error = self._errors(weight)
-            chosen = torch.where(error < best, self.clip_logit, chosen)
-            best = torch.minimum(error, best)
-        self.clip_logit.copy_(chosen)
+        groups = self.clip_logit.shape[2]
+        found = [
+            searched_clip(
+                rows.of(weight), self.clip_start, rows.grid.bits, groups, rows.grid.number, rows.levels
+            )
+            for rows in self._rows()
+        ]
+        self.clip_logit.copy_(self._joined(found).transpose(0, 1))
         self.fit(weight)
-
-    def _errors(self, weight: Tensor) -> Tensor:
-        """Squared errors of rounding a weight (out, in), for each row and group (out, groups)."""
-        assert self.clip_logit is not None
-        return (self(weight) - weight).square().unflatten(1, (self.clip_logit.shape[2], -1)).sum(-1)
-
-    def _shorter_end(self) -> Tensor:
-        """(out, 1): how far the end with the fewer codes reaches, against the other one."""
-        assert self.clip_logit is not None
-
-        def share(rows: Tensor, scale: Tensor, bits: int, number: str, levels: Tensor | None) -> Tensor:
-            most = 1 << (bits - 1)
-            return rows.new_full((len(rows), 1), (most - 1) / most if number == "full_range" else 1.0)
-
-        rows = self.clip_logit[0]
-        return self.by_kinds(share, rows, rows)
 
     def mix(self, grids: Sequence[Grid], row_grid: Tensor) -> None:
         """Gives row r the grid `grids[row_grid[r]]`; where that is one for all, the rows are of one kind.

@@ -11,7 +11,7 @@ from support.block_case import Case
 from torch import nn
 
 from attar.errors import AttarError
-from attar.quantize import block
+from attar.quantize import block, clip_search
 from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.linear import QuantizedLinear
@@ -89,6 +89,41 @@ def test_it_never_makes_a_row_or_group_worse(seed, bits, groups, tail, number):
     assert (after <= before * (1 + 1e-5)).all()
     once = layer.quantizer.clip_logit.clone()
     assert (once <= 4.0).all() and torch.isfinite(once).all()
+
+
+@pytest.mark.parametrize("weight_format", ["int", "full_range", "power", "lloyd"])
+@pytest.mark.parametrize("groups", [None, 32])
+def test_rows_by_few_are_rows_at_once_and_no_other_share_is_better(weight_format, groups):
+    """Against trying one share of all rows after another."""
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(2.5).sample((OUT, 64))
+    layer = layer_of(weight, 3, group_size=groups, weight_format=weight_format)
+    quantizer, logits = layer.quantizer, []
+    for few in (1, 1 << 14, 1 << 30):
+        quantizer.clip_logit.data.fill_(4.0)
+        quantizer.fit(weight)
+        levels = quantizer.levels
+        with mock.patch.dict(clip_search.AT_ONCE, {"cpu": few}):
+            logits.append(
+                clip_search.searched_clip(
+                    weight, 4.0, 3, quantizer.clip_logit.shape[2], quantizer.grid.number, levels
+                ).transpose(0, 1)
+            )
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+    def errors():
+        return (quantizer(weight) - weight).square().view(OUT, -1, groups or 64).sum(-1)
+
+    quantizer.clip_logit.data.copy_(logits[0])
+    best = errors()
+    grouped = weight.view(OUT, -1, groups or 64)
+    low, high = -grouped.amin(-1), grouped.amax(-1)
+    for share in clip_search.SHARES:
+        for side in ((1, 0.75), (0.75, 1)) if weight_format == "full_range" else ((1, 1),):
+            reach = share * torch.maximum(low, high)
+            ends = torch.stack([reach * side[0] / low, reach * side[1] / high])
+            quantizer.clip_logit.data.copy_(ends.clamp(max=0.999).logit().clamp(max=4.0))
+            assert (best <= errors() * (1 + 1e-5)).all()
 
 
 def test_a_second_search_does_not_remember_the_first():
