@@ -643,6 +643,14 @@ def test_out_of_memory(error, says, cli, wan_folder, tmp_path, monkeypatch):
     assert "out of memory" in message and says in message
 
 
+def test_a_gpu_that_is_too_small_for_a_video(cli, wan_folder, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("attar.models.source.load_pipeline", fail)
+    assert "or add --offload model" in cli("generate", wan_folder, "a red 3").message
+
+
 def test_a_bench_that_needs_too_much(cli, wan_folder):
     assert "lower --tokens" in cli("bench", wan_folder, "--recipe", "rtn", "--tokens", 99999999999).message
     assert "processors here" in cli("bench", wan_folder, "--threads", 100000).message

@@ -95,7 +95,7 @@ def _with_less(command: str, device: bool) -> str:
     if command == "bench":
         return "lower --tokens"
     if command not in ("compress", "allocate"):
-        return "take a smaller size or fewer frames"
+        return "take a smaller size or fewer frames" + (", or add --offload model" if device else "")
     samples = "select.count" if command == "compress" else "allocate.samples"
     return (
         "take a smaller size or fewer frames, " + ("" if device else f"lower {samples}, ") + "or add --stream"

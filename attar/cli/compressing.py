@@ -19,10 +19,12 @@ from attar.cli.options import (
     Device,
     Dtype,
     Frames,
+    Guidance,
     Height,
     Json,
     Model,
     NoiseSeed,
+    Offload,
     Prompts,
     RecipeName,
     Seed,
@@ -225,13 +227,14 @@ def generate(
     ] = None,
     seed: NoiseSeed = 0,
     steps: Steps = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="classifier-free guidance scale")] = None,
+    guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="of the file (default: the model's)")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    offload: Offload = None,
     as_json: Json = False,
 ) -> None:
     """Generate videos or images with any pipeline, compressed or not."""
@@ -239,6 +242,7 @@ def generate(
     from attar.evaluate.image import save_image
     from attar.evaluate.video import save_video, to_frames
     from attar.models.calls import makes_videos, steps_of
+    from attar.models.offload import computes_on
     from attar.models.source import find_source, load_pipeline
     from attar.progress import RichProgress
     from attar.runtime.describe import describe_backend
@@ -258,8 +262,8 @@ def generate(
     if fps is not None and not video:
         raise AttarError("images have no frame rate", where="--fps", fix="Leave it out")
     check_writable(output.parent)
-    pipe = load_pipeline(source, dtype=torch_dtype(dtype), device=device)
-    backend = describe_backend(pipe.components.values(), pipe.device)
+    pipe = load_pipeline(source, dtype=torch_dtype(dtype), device=device, offload=offload)
+    backend = describe_backend(pipe.components.values(), computes_on(pipe))
     if backend is not None:
         print(f"backend {backend}", file=sys.stderr)
     call = source.call_arguments(
@@ -307,8 +311,13 @@ def compare(
     count: Annotated[int, typer.Option("-n", min=1, help="how many prompts at most")] = 8,
     seed: NoiseSeed = 1000,
     steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     device: Device = None,
     dtype: Dtype = None,
+    offload: Offload = None,
     as_json: Json = False,
 ) -> None:
     """Videos or images side by side from the same noise, with every figure, as one HTML page."""
@@ -326,9 +335,13 @@ def compare(
         read_prompts(prompts) if prompts else read_prompts(own) if own.is_file()
         else original.classes or list(GENERAL_PROMPTS)
     )  # fmt: skip
+    call = {
+        "num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width,
+        "num_frames": frames,
+    }  # fmt: skip
     data = run(
-        original, small, chosen[:count], output, seed=seed,
-        overrides={"num_inference_steps": steps}, dtype=torch_dtype(dtype), device=device, progress=RichProgress(),
+        original, small, chosen[:count], output, seed=seed, overrides=call, dtype=torch_dtype(dtype), device=device,
+        offload=offload, progress=RichProgress(),
     )  # fmt: skip
     if as_json:
         print((output / "report.json").read_text(encoding="utf-8"), end="")

@@ -39,6 +39,15 @@ Width = Annotated[int | None, typer.Option(min=1, help="pixels (default: the mod
 Frames = Annotated[int | None, typer.Option(min=1, help="number of frames (default: the model's)")]
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default: the model's)")]
 
+Guidance = Annotated[float | None, typer.Option(min=0, help="classifier-free guidance scale")]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        metavar="model|group",
+        help="keep in main memory what does not run: all but one component, or all but one layer (slower)",
+    ),
+]
+
 
 def note(message: str) -> None:
     """A line on stderr, once for all processes."""

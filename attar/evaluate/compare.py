@@ -34,6 +34,7 @@ from attar.evaluate.video import save_video, to_frames
 from attar.models.block import bind
 from attar.models.calls import call_value, steps_of
 from attar.models.components import is_denoiser
+from attar.models.offload import computes_on
 from attar.models.source import Source, load_pipeline
 from attar.models.tree import map_tensors
 from attar.models.zoo.judges import DigitReader, verdicts
@@ -53,24 +54,26 @@ def compare(
     overrides: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    offload: str | None = None,
     progress: Progress,
 ) -> ReportData:
     """Generates every prompt with both models; writes `out`/index.html, report.json, and videos/*.mp4 or images/*.png.
 
-    One model is in memory at a time; a former report in `out` is replaced. Raises AttarError when the two do not
-    belong together, and when `out` holds something else than a report.
+    One model is in memory at a time; a former report in `out` is replaced. overrides: arguments of the pipeline's
+    call, of both models. Raises AttarError when the two do not belong together, and when `out` holds something else
+    than a report.
     """
     out = Path(out)
     check_report_folder(out)
     call = reference.call_arguments(**(overrides or {}))
     record, other = _record(compressed), _record(reference)
-    pipe = load_pipeline(reference, dtype=dtype, device=device)
+    pipe = load_pipeline(reference, dtype=dtype, device=device, offload=offload)
     steps, guidance = steps_of(pipe, call), float(call_value(pipe, call, "guidance_scale", 1.0))
     with progress.task("original", len(prompts) * steps) as advance, _Recorder(pipe, steps) as recorded:
         before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
     kind, facts = type(pipe).__name__, _facts(reference, other, pipe, before)
     del pipe
-    pipe = load_pipeline(compressed, dtype=dtype, device=device)
+    pipe = load_pipeline(compressed, dtype=dtype, device=device, offload=offload)
     if type(pipe).__name__ != kind:
         raise AttarError(f"a {kind} cannot be compared with a {type(pipe).__name__}", where=compressed.name)
     with progress.task("compressed", len(prompts) * steps) as advance:
@@ -197,7 +200,7 @@ def _facts(source: Source, record: dict[str, Any] | None, pipe: Any, made: Gener
     return ModelFacts(
         name=source.name.rstrip("/").split("/")[-1], parts=model_size(source.folder),
         bits=record["bits"] if record else _precision(pipe), recipe=record["recipe"]["name"] if record else None,
-        backend=describe_backend(pipe.components.values(), pipe.device) if record else None,
+        backend=describe_backend(pipe.components.values(), computes_on(pipe)) if record else None,
         seconds_per_video=seconds, hardware=_hardware(),
     )  # fmt: skip
 

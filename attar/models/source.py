@@ -19,6 +19,7 @@ from attar.files import named_path
 from attar.models.alone import Alone, autoencoder_class
 from attar.models.calls import class_names
 from attar.models.components import check_complete, load_complete
+from attar.models.offload import check_offload, keep_in_main_memory
 from attar.models.zoo import zoo_folder, zoo_names
 from attar.runtime.aligned import align
 from attar.runtime.checkpoint import QUANT_METHOD
@@ -96,26 +97,40 @@ def find_source(model: str, *, alone: bool = False) -> Source:
         raise AttarError(f"the hub gives no such model ({reason(error)})", where=model) from error
 
 
-def load(model: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+def load(
+    model: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    offload: str | None = None,
+) -> Any:
     """A pipeline, or an autoencoder in a folder of its own, by built-in name, folder or hub id, compressed or not, on a
     device. See `load_pipeline`."""
     source = find_source(str(model), alone=True)
-    pipe = load_pipeline(source, dtype=dtype, device=device)
+    pipe = load_pipeline(source, dtype=dtype, device=device, offload=offload)
     return pipe.vae if source.alone else pipe
 
 
 def load_pipeline(
-    source: Source, *, dtype: torch.dtype | None = None, device: str | None = None, quiet: bool = True
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    offload: str | None = None,
+    quiet: bool = True,
 ) -> Any:
     """The pipeline of a source on a device, or what stands for it (`Alone`). dtype defaults to float32 on CPU and
-    bfloat16 elsewhere.
+    bfloat16 elsewhere. offload: what waits in main memory until it runs on the device, see offload.py.
 
-    Raises AttarError for folders that diffusers cannot read, and for weight files that are damaged or lack a tensor.
+    Raises AttarError for folders that diffusers cannot read, for weight files that are damaged or lack a tensor, and
+    for offloading from the CPU, or of an autoencoder alone.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
+    if offload is not None:
+        check_offload(offload, device, source.alone)
     dtype = dtype or default_dtype(device)
     assert source.folder is not None
     check_weight_files(source.folder)
@@ -133,6 +148,9 @@ def load_pipeline(
     if labels is not None:  # diffusers reads them, and would not write them again
         pipe.register_to_config(id2label=labels)
     pipe.set_progress_bar_config(disable=True)
+    if offload is not None:
+        keep_in_main_memory(pipe, device, offload)
+        return pipe
     pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attar.errors import AttarError
 from attar.runtime.autocast import full_precision
 from attar.runtime.branch import branch_low, branch_product
+from attar.runtime.computed_weight import computed_weight
 from attar.runtime.float32 import KeepsBufferDtype
 from attar.runtime.formats import check_levels, decode
 from attar.runtime.ops import packed_linear
@@ -328,10 +329,11 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         gate over frames each frame has a weight of its own; what fuses projections by their `.data` gets an error. The
         branch is counted with a gate of one.
         """
-        found = self._dense_weight().as_subclass(_ReadOnlyWeight)
-        found.shifted = any(transform.kind == ChannelShift.kind for transform in self._chain())
-        found.gated = self.frame_gate is not None
-        return found
+        return computed_weight(
+            self._dense_weight(),
+            shifted=any(transform.kind == ChannelShift.kind for transform in self._chain()),
+            gated=self.frame_gate is not None,
+        )
 
     def branch(self, x: Tensor) -> Tensor | None:
         """What the low-rank branch adds for inputs x (..., in), in their dtype; None where there is none.
@@ -490,56 +492,6 @@ class _StraightThrough(torch.autograd.Function):
             ctx.layer.input_gradient(grad) if of_x else None,
             grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None,
             None,
-        )
-
-
-_HARMLESS = ("requires_grad_", "retain_grad", "detach_", "share_memory_", "rename_")  # of no values
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and",
-                                         "or", "xor", "lshift", "rshift", "matmul")} | {"__setitem__"}  # fmt: skip
-
-
-class _ReadOnlyWeight(torch.Tensor):
-    """A computed weight: writing to it or its `.data`, as merging a LoRA does, would be lost without a word.
-
-    What is computed of it is an ordinary tensor.
-    """
-
-    shifted = False
-    gated = False
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        ends = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
-        if ends or name in _IN_PLACE:
-            _refuse(args[0] if args else kwargs.get("self", kwargs.get("tensor")))
-        _refuse(kwargs.get("out"))
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        if self.gated:
-            raise AttarError(
-                "the branch of this packed layer has a gate over frames, so its weight cannot be fused with others",
-                fix="Leave projections apart, or compress with quantize.low_rank.gate=none",
-            )
-        if self.shifted:
-            raise AttarError(
-                "the bias of this packed layer belongs to shifted inputs, so its weight cannot be fused with others",
-                fix="Leave projections apart, or compress with quantize.shift=false",
-            )
-        return self.detach().as_subclass(_ReadOnlyWeight)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        _refuse(self)
-
-
-def _refuse(written: Any) -> None:
-    if isinstance(written, _ReadOnlyWeight):
-        raise AttarError(
-            "the weight of a packed layer cannot be written",
-            fix="Keep the LoRA unfused, or fuse it into the full-precision model before compressing",
         )
 
 
