@@ -246,8 +246,7 @@ def test_a_budget_gives_bits_by_groups(commands, sensitive, objective, tmp_path)
     layers = yaml.safe_load(out.read_text())["layers"]["transformer"]
     assert {name: layer["acts"] for name, layer in layers.items() if "acts" in layer} == acts
 
-    # the other objective measures the same, and more behind it
-    for more, processes in ((["--stream"], 1), ([], 2)) if objective == "latents" else ():
+    for more, processes in ((["--stream"], 1), ([], 2)):
         again = tmp_path / f"again-{processes}.yaml"
         command = commands.start("allocate", sensitive, "-o", again, *options, *more, processes=processes)
         assert command.wait_all() == [0] * processes, [log.read_text() for log in command.logs]

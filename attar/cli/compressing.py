@@ -34,6 +34,7 @@ from attar.cli.options import (
     WeightBits,
     Width,
     assignments,
+    call_options,
     emit,
     note,
     torch_dtype,
@@ -266,9 +267,7 @@ def generate(
     backend = describe_backend(pipe.components.values(), computes_on(pipe))
     if backend is not None:
         print(f"backend {backend}", file=sys.stderr)
-    call = source.call_arguments(
-        num_inference_steps=steps, guidance_scale=guidance, height=height, width=width, num_frames=frames
-    )
+    call = source.call_arguments(**call_options(steps, guidance, height, width, frames))
     total = steps_of(pipe, call) * len(prompt)
     with RichProgress().task("generate", total) as advance:
         made = make(pipe, prompt, seed=seed, call=call, step=lambda done: advance(done))
@@ -335,10 +334,7 @@ def compare(
         read_prompts(prompts) if prompts else read_prompts(own) if own.is_file()
         else original.classes or list(GENERAL_PROMPTS)
     )  # fmt: skip
-    call = {
-        "num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width,
-        "num_frames": frames,
-    }  # fmt: skip
+    call = call_options(steps, guidance, height, width, frames)
     data = run(
         original, small, chosen[:count], output, seed=seed, overrides=call, dtype=torch_dtype(dtype), device=device,
         offload=offload, progress=RichProgress(),

@@ -38,7 +38,6 @@ Height = Annotated[int | None, typer.Option(min=1, help="pixels (default: the mo
 Width = Annotated[int | None, typer.Option(min=1, help="pixels (default: the model's)")]
 Frames = Annotated[int | None, typer.Option(min=1, help="number of frames (default: the model's)")]
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps (default: the model's)")]
-
 Guidance = Annotated[float | None, typer.Option(min=0, help="classifier-free guidance scale")]
 Offload = Annotated[
     str | None,
@@ -71,6 +70,16 @@ def assignments(pairs: list[str] | None) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise AttarError(f"the value of {key} cannot be read", where="--set") from error
     return found
+
+
+def call_options(
+    steps: int | None, guidance: float | None, height: int | None, width: int | None, frames: int | None
+) -> dict[str, Any]:
+    """Arguments of a pipeline's call by the names that diffusers has for them; None leaves one to the model."""
+    return {
+        "num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width,
+        "num_frames": frames,
+    }  # fmt: skip
 
 
 def without_none(values: dict[str, Any]) -> dict[str, Any]:

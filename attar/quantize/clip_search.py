@@ -31,10 +31,10 @@ def searched_clip(
     sides = weight.new_tensor([(1.0, short), (short, 1.0)] if number == "full_range" else [(1.0, 1.0)])
     shares = (weight.new_tensor(SHARES).view(-1, 1, 1) * sides).flatten(0, 1)  # (tries - 1, 2)
     tries = 1 + len(shares)
-    together = AT_ONCE.get(weight.device.type, AT_ONCE_ELSEWHERE) // (tries * weight.shape[1])
+    together = max(1, AT_ONCE.get(weight.device.type, AT_ONCE_ELSEWHERE) // (tries * weight.shape[1]))
     found = []
-    for first in range(0, len(weight), max(together, 1)):
-        rows = weight[first : first + max(together, 1)]
+    for first in range(0, len(weight), together):
+        rows = weight[first : first + together]
         own = levels if levels is None or len(levels) == 1 else levels[first : first + len(rows)]
         logits = _tried(rows, start, shares, groups)
         repeated = rows.repeat(tries, 1)
