@@ -92,9 +92,9 @@ def compress(
     "quantize.weights" and "quantize.acts". budget: "0.30x", "3.2bits", "0.5dB" or "same", short for
     "allocate.budget": bits for each layer by measured sensitivity. plan: a plan file with the bits of each layer, in
     the place of a budget that the recipe has. prompts: for calibration; default: the model's own, else general ones.
-    generation: arguments of the pipeline's call while tracing (height, num_frames, ...). workspace: a folder; a killed
-    run that is started again with the same arguments goes on there. Without one, a temporary folder is used. seed: of
-    noise, selection, rotations and order.
+    generation: arguments of the pipeline's call while tracing (height, num_frames, ...). Neither is read by a recipe
+    that traces nothing. workspace: a folder; a killed run that is started again with the same arguments goes on there.
+    Without one, a temporary folder is used. seed: of noise, selection, rotations and order.
 
     The result has the attribute `attar_compression` (a `Compression`). Raises AttarError for everything that cannot be
     done; no file is half-written then, and all that the request itself can be wrong in is found before the first

@@ -253,7 +253,8 @@ def test_verbs_do_not_know_each_other():
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("counts", {"models"}),
+        ("alike", {"models"}),
+        ("counts", {"models", "forecast.alike"}),
         ("hardware", set()),
         ("latency", {"quantize", "runtime", "forecast.counts", "forecast.hardware"}),
         ("measure", {"runtime", "forecast.counts", "forecast.hardware"}),

@@ -50,6 +50,19 @@ def test_every_linear_is_listed_with_its_bits_or_the_reason(cli, wan_folder):
     assert contents(wan_folder) == before
 
 
+@pytest.mark.parametrize(("recipe", "read"), [("rtn", False), ("smoothquant", True)])
+def test_prompts_and_sizes_that_nothing_reads_are_noted(cli, folders, tmp_path, recipe, read):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    few = FEW[:4] if read else []
+    for given in (["--prompts", prompts], ["--height", "16"], []):
+        done = cli("compress", folders["wan"], "--dry-run", "--recipe", recipe, *few, *given)
+        assert done.code == 0, done.err
+        assert ("prompts and sizes change nothing" in " ".join(done.err.split())) == (
+            bool(given) and not read
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -152,6 +152,8 @@ def compress(
         )
     )
     note(f"weights {'streamed' if choice.streamed else 'in memory'}: {choice.reason}")
+    if chosen.traced is None and (given is not None or generation):
+        note(f"the recipe {chosen.name} runs the pipeline on no prompt: prompts and sizes change nothing")
     if dry_run:
         pipe = open_pipeline(source, choice, precision, device)
         chosen = (

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from attar.errors import AttarError, reason
+from attar.forecast.alike import Alike, blank, signature
 from attar.models.adapter import ModelAdapter
 from attar.models.tree import map_tensors, tensors_of
 
@@ -120,11 +121,15 @@ def count_transformer(transformer: nn.Module, call: Mapping[str, Any]) -> Counts
     linears = [linear for block in adapter.blocks for linear in adapter.linears(block)]
     names = {id(x.module.weight): (x.name, x.role) for x in [*linears, *adapter.outside_linears()]}
     scope = _Scope(names)
+    alike = Alike(scope.operations)
     with ExitStack() as stack:
         for block in adapter.blocks:
             stack.enter_context(scope.watch_block(block.name, block.module))
+            roles = [(x.name.removeprefix(block.name), x.role) for x in adapter.linears(block)]
             for attention in adapter.attentions(block):
                 stack.enter_context(scope.watch_attention(attention.kind, attention.module))
+                roles.append((attention.name.removeprefix(block.name), attention.kind))
+            stack.enter_context(alike.watch(block.name, block.module, tuple(roles)))
         return _count(lambda: transformer(**call), scope, type(transformer).__name__)
 
 
@@ -262,10 +267,10 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket.__name__ in _FREE or _is_view(func):
             return func(*args, **kwargs)
-        key = (func, _signature(args), _signature(kwargs))
+        key = (func, signature(args), signature(kwargs))
         if key in self.seen:
             outline, operation = self.seen[key]
-            result = map_tensors(outline, lambda t: t.new_empty_strided(t.shape, t.stride()))
+            result = map_tensors(outline, blank)
         else:
             result = func(*args, **kwargs)
             operation = self._operation(func, args, kwargs, result)
@@ -297,17 +302,6 @@ def _is_pure(func: Any) -> bool:
     """Whether an operator writes and returns nothing that it was given."""
     schema = func._schema
     return not schema.is_mutable and all(r.alias_info is None for r in schema.returns)
-
-
-def _signature(value: Any) -> Any:
-    """What the shapes of an operator's outputs depend on, as a key; one with data in it is like no other."""
-    if isinstance(value, Tensor):
-        return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_signature, value))
-    if isinstance(value, dict):
-        return tuple((name, _signature(part)) for name, part in value.items())
-    return type(value), value
 
 
 def _format(tensor: Tensor) -> str:
