@@ -46,8 +46,8 @@ held-out prompts with the same noise as full precision, 50 steps. Printed by `py
 - **all right**: prompts whose digit, colour, direction and speed are all shown (in brackets: full precision); one
   prompt is 4 points, or 1.4 over three seeds, so a loss of a point cannot be seen here
 - **block speed**: one block of Wan 1.3B at 2,048 tokens on one core of a Xeon with AMX, times faster than bfloat16,
-  which uses AMX too, in the same run, with the quartiles over rounds (`python -m benchmarks.latency`); tables of
-  numbers have no kernels on CPUs
+  which uses AMX too, in the same run: the ratio of medians, and the quartiles of single rounds' ratios, which need not
+  hold it (`python -m benchmarks.latency`); tables of numbers have no kernels on CPUs
 - ± is the half width of the 95 % t-interval over seeds; rows of one seed are no more than a hint
 """
 

@@ -40,7 +40,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print a recipe in resolved form: every key with its value."""
+    import yaml
+
     from attar.recipe import load_recipe
 
-    recipe = load_recipe(name, assignments(set_))
-    emit(recipe.model_dump()) if as_json else print(recipe.to_yaml(), end="")
+    text = load_recipe(name, assignments(set_)).to_yaml()
+    emit(yaml.safe_load(text)) if as_json else print(text, end="")
