@@ -31,6 +31,7 @@ from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.alone import Alone
 from attar.models.calls import known_classes, steps_of
+from attar.models.offload import is_offloaded
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.planning import Plans, plan_components, with_plan, with_widths
@@ -206,6 +207,12 @@ def _prepared(
     progress: Progress,
 ) -> Iterator[tuple[Compression, TraceStore]]:
     """Inside, the workspace is claimed, the pipeline traced and bits chosen, and no layer is touched yet."""
+    if is_offloaded(pipe):
+        raise AttarError(
+            "an offloaded pipeline is not compressed: its weights are where hooks put them",
+            where=type(pipe).__name__,
+            fix="Load it without offload; for models larger than the device there is attar compress --stream",
+        )
     components = components_of(pipe, recipe)
     bits = recipe.quantize.weights
     plans = plan_components(components, recipe if recipe.allocate is None else with_widths(recipe, bits))

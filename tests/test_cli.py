@@ -130,6 +130,28 @@ def test_prompts_of_a_file(tmp_path):
         read_prompts(file)
 
 
+def test_videos_are_kept_as_they_come(cli, wan_folder, tmp_path, monkeypatch):
+    """What was made before a failure or an interrupt is there, and no resumption is promised."""
+    from attar.evaluate import generate as module
+
+    options = ("--steps", "1", "--frames", "5")
+    three = ("generate", wan_folder, "a dog", "a fox", "a cat", *options)
+    assert cli(*three, "-o", tmp_path / "all.mp4").code == 0
+    make = module.generate
+
+    def interrupted(pipe, prompts, **given):
+        if prompts == ["a cat"]:
+            raise KeyboardInterrupt
+        return make(pipe, prompts, **given)
+
+    monkeypatch.setattr(module, "generate", interrupted)
+    done = cli(*three, "-o", tmp_path / "some.mp4")
+    assert done.code == 130 and "interrupted" in done.err and "again" not in done.err
+    assert sorted(p.name for p in tmp_path.glob("some*")) == ["some-0.mp4", "some-1.mp4"]
+    for i in (0, 1):
+        assert (tmp_path / f"some-{i}.mp4").read_bytes() == (tmp_path / f"all-{i}.mp4").read_bytes()
+
+
 def test_the_fingerprint_of_a_model(wan_folder, tmp_path):
     known = pipeline_fingerprint(load(str(wan_folder)))
     assert known == pipeline_fingerprint(load(str(wan_folder)))
@@ -138,6 +160,9 @@ def test_the_fingerprint_of_a_model(wan_folder, tmp_path):
     assert pipeline_fingerprint(pipe) != known
     pipe = load(str(wan_folder))
     pipe.scheduler.register_to_config(shift=9.0)
+    assert pipeline_fingerprint(pipe) != known
+    pipe = load(str(wan_folder))
+    pipe.register_to_config(boundary_ratio=0.5)
     assert pipeline_fingerprint(pipe) != known
     code = "import sys; from attar.models.source import load; from attar.identity import pipeline_fingerprint as of"
     command = [sys.executable, "-c", f"{code}; print(of(load(sys.argv[1])))", str(wan_folder)]

@@ -56,3 +56,22 @@ def test_weights_in_the_older_format_count(folder):
     content[100] ^= 1
     (folder / "text_encoder" / "pytorch_model.bin").write_bytes(content)
     assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize(
+    ("file", "entry"),
+    [("scheduler/scheduler_config.json", {"shift": 9.0}), ("model_index.json", {"boundary_ratio": 0.5})],
+)
+def test_what_the_trajectory_depends_on_is(folder, wan_folder, file, entry):
+    path = folder / file
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "_diffusers_version": "0.1"}))
+    assert fingerprint(folder) == fingerprint(wan_folder)
+    path.write_text(json.dumps({**content, **entry}))
+    assert fingerprint(folder) != fingerprint(wan_folder)
+
+
+def test_a_tokenizer_is(folder, wan_folder):
+    path = next(p for p in sorted((folder / "tokenizer").iterdir()) if not p.name.endswith("config.json"))
+    path.write_bytes(path.read_bytes() + b" ")
+    assert fingerprint(folder) != fingerprint(wan_folder)

@@ -74,6 +74,21 @@ def test_what_does_not_run_waits_in_main_memory(offload, cli, model, tmp_path):
     assert report["generation"]["guidance_scale"] == 1 and report["compressed"]["backend"]
 
 
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_an_offloaded_pipeline_is_not_compressed(offload, model, tmp_path):
+    with pretended_gpu():
+        pipe = attar.load(model, device="cuda", offload=offload)
+        with pytest.raises(AttarError, match="an offloaded pipeline is not compressed"):
+            attar.compress(pipe, "rtn", workspace=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_pipeline_that_is_not_offloaded_so(tmp_path):
+    folder = pipelines.save(tmp_path / "dit", "dit")
+    with pretended_gpu(), pytest.raises(AttarError, match=r"does not support group offloading.*Use model"):
+        attar.load(folder, device="cuda", offload="group")
+
+
 @pytest.mark.parametrize("options", [{"offload": "disk"}, {"offload": "model", "device": "cpu"}])
 def test_what_cannot_be_offloaded(options, model):
     with pytest.raises(AttarError, match="offload"):

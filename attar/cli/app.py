@@ -65,7 +65,8 @@ def main() -> None:
     except AttarError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted: run the same command again to go on", code=130)
+        resumes = sys.argv[1:2] in (["compress"], ["allocate"])
+        _fail(f"interrupted{': run the same command again to go on' if resumes else ''}", code=130)
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -244,7 +244,7 @@ def generate(
     from attar.evaluate.generate import generate as make
     from attar.evaluate.image import save_image
     from attar.evaluate.video import save_video, to_frames
-    from attar.models.calls import makes_videos, steps_of
+    from attar.models.calls import conditioning, makes_videos, steps_of
     from attar.models.offload import computes_on
     from attar.models.source import find_source, load_pipeline
     from attar.progress import RichProgress
@@ -270,21 +270,36 @@ def generate(
     if backend is not None:
         print(f"backend {backend}", file=sys.stderr)
     call = source.call_arguments(**call_options(steps, guidance, height, width, frames))
-    total = steps_of(pipe, call) * len(prompt)
-    with RichProgress().task("generate", total) as advance:
-        made = make(pipe, prompt, seed=seed, call=call, step=lambda done: advance(done))
+    steps_each = steps_of(pipe, call)
+    for sentence in prompt:
+        conditioning(pipe, sentence)  # an unknown class is refused before the first is made
     written = []
-    for i, (sentence, clip) in enumerate(zip(prompt, to_frames(made.videos), strict=True)):
-        path = output if len(prompt) == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
-        meta = {"prompt": sentence, "seed": seed + i, "model": source.name, **{k: v for k, v in call.items()}}
-        upscale = max(1, 192 // clip.shape[2])
-        if video:
-            save_video(clip, path, fps or source.fps, upscale, meta)
-        else:
-            save_image(clip[0], path, upscale, meta)
-        written.append(
-            {"file": str(path), "prompt": sentence, "seed": seed + i, "seconds": round(made.seconds[i], 2)}
-        )
+    with RichProgress().task("generate", steps_each * len(prompt)) as advance:
+        for i, sentence in enumerate(prompt):  # each is kept as soon as it is there
+            before = i * steps_each
+            made = make(
+                pipe,
+                [sentence],
+                seed=seed + i,
+                call=call,
+                step=lambda done, before=before: advance(before + done),
+            )
+            clip = to_frames(made.videos)[0]
+            path = output if len(prompt) == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
+            meta = {"prompt": sentence, "seed": seed + i, "model": source.name, **call}
+            upscale = max(1, 192 // clip.shape[2])
+            if video:
+                save_video(clip, path, fps or source.fps, upscale, meta)
+            else:
+                save_image(clip[0], path, upscale, meta)
+            written.append(
+                {
+                    "file": str(path),
+                    "prompt": sentence,
+                    "seed": seed + i,
+                    "seconds": round(made.seconds[0], 2),
+                }
+            )
     if as_json:
         emit(written)
     else:

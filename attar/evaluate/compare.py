@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 from collections.abc import Sequence
@@ -73,6 +74,9 @@ def compare(
         before = generate(pipe, prompts, seed=seed, call=call, step=lambda done: advance(done))
     kind, facts = type(pipe).__name__, _facts(reference, other, pipe, before)
     del pipe
+    gc.collect()  # hooks of diffusers and accelerate refer back to the modules that they are of
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     pipe = load_pipeline(compressed, dtype=dtype, device=device, offload=offload)
     if type(pipe).__name__ != kind:
         raise AttarError(f"a {kind} cannot be compared with a {type(pipe).__name__}", where=compressed.name)

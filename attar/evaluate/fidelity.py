@@ -13,6 +13,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from attar.errors import AttarError
 
 _SSIM_WINDOW = 11  # side of the Gaussian window of Wang et al. 2004
+_AT_ONCE = (
+    1 << 22
+)  # numbers of the frames whose similarity is computed at once, which takes 35 times their bytes
 
 
 def psnr(reference: Tensor, compressed: Tensor) -> Tensor:
@@ -24,7 +27,10 @@ def psnr(reference: Tensor, compressed: Tensor) -> Tensor:
     values.
     """
     _check_videos(reference, compressed)
-    error = (reference.double() - compressed.double()).square().flatten(1).mean(1)
+    pairs = zip(
+        reference.split(1), compressed.split(1), strict=True
+    )  # a video at a time: float64 takes memory
+    error = torch.cat([(a.double() - b.double()).square().flatten(1).mean(1) for a, b in pairs])
     return -10 * torch.log10(error)
 
 
@@ -41,14 +47,18 @@ def ssim(reference: Tensor, compressed: Tensor) -> Tensor:
             f"SSIM needs frames of at least {_SSIM_WINDOW}×{_SSIM_WINDOW} pixels, these are {height}×{width}",
             fix="Leave SSIM out for such small videos",
         )
-    values = structural_similarity_index_measure(
-        compressed.float().flatten(0, 1),  # (B, F, C, H, W) -> (B*F, C, H, W)
-        reference.float().flatten(0, 1),
-        data_range=1.0,
-        reduction="none",
-    )
-    assert isinstance(values, Tensor)  # a tuple only where asked for
-    return values.reshape(batch, frames).mean(1)
+    values = []
+    count = max(1, _AT_ONCE // reference[0, 0].numel())
+    # (B, F, C, H, W) -> (B*F, C, H, W)
+    for some, other in zip(
+        compressed.flatten(0, 1).split(count), reference.flatten(0, 1).split(count), strict=True
+    ):
+        found = structural_similarity_index_measure(
+            some.float(), other.float(), data_range=1.0, reduction="none"
+        )
+        assert isinstance(found, Tensor)  # a tuple only where asked for
+        values.append(found.reshape(-1))
+    return torch.cat(values).reshape(batch, frames).mean(1)
 
 
 def latent_error(reference: Tensor, compressed: Tensor) -> Tensor:

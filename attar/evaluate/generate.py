@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from attar.errors import AttarError, calling
 from attar.models.calls import conditioning, following
+from attar.models.offload import computes_on
+from attar.runtime.clock import now
 
 
 @dataclass
@@ -41,6 +42,7 @@ def generate(
     videos, seconds, done = [], [], 0
     options = dict(call or {})
     conditions = [conditioning(pipe, prompt) for prompt in prompts]
+    device = computes_on(pipe)
 
     def count(*_: Any) -> None:
         nonlocal done
@@ -49,7 +51,7 @@ def generate(
             step(done)
 
     for i, condition in enumerate(conditions):
-        started = time.perf_counter()
+        started = now(device)
         generator = torch.Generator().manual_seed(seed + i)
         with (
             nullcontext({}) if step is None else following(pipe, count) as followed,
@@ -57,7 +59,7 @@ def generate(
             calling(pipe),
         ):
             result = pipe(**condition, generator=generator, output_type="pt", **followed, **options)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now(device) - started)
         frames = result.frames if hasattr(result, "frames") else result.images[:, None]
         if not bool(torch.isfinite(frames).all()):
             raise AttarError("the generated video is not finite", where=prompts[i])

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from attar.errors import AttarError
+from attar.models.shards import weight_files
 
 
 def model_size(source: str | Path | nn.Module | Any) -> dict[str, int]:
@@ -58,16 +59,22 @@ def folder_bytes(folder: str | Path) -> dict[str, int]:
 def safetensors_bytes(folder: str | Path) -> dict[str, int]:
     """Bytes of tensors in a folder's safetensors files, by first-level subfolder ("." for files at the top).
 
-    Only headers are read. Raises AttarError if there is no such file, or if one is truncated or malformed.
+    Of a component that has them under the names which are loaded, a variant beside them (`….fp16.safetensors`) does not
+    count; one that has no safetensors file counts its older `.bin` files whole. Only headers are read. Raises
+    AttarError if there is no such file, or if one is truncated or malformed.
     """
     root = _folder(folder)
     parts = _components(root)
     sizes: Counter[str] = Counter()
-    for path in sorted(root.rglob("*.safetensors")):
-        relative = path.relative_to(root)
-        part = relative.parts[0] if len(relative.parts) > 1 else "."
-        if parts is None or part in parts:  # a model may bring files that are no part of its pipeline
-            sizes[part] += _tensor_bytes(path)
+    if parts is None:
+        for path in sorted(root.rglob("*.safetensors")):
+            relative = path.relative_to(root)
+            sizes[relative.parts[0] if len(relative.parts) > 1 else "."] += _tensor_bytes(path)
+    for part in parts or ():  # a model may bring files that are no part of its pipeline
+        found = weight_files(root / part) or sorted((root / part).rglob("*.safetensors"))
+        older = [] if found else sorted((root / part).glob("*.bin"))
+        if found or older:
+            sizes[part] = sum(map(_tensor_bytes, found)) + sum(path.stat().st_size for path in older)
     if not sizes:
         raise AttarError("no safetensors file found", where=str(root), fix="Give a diffusers model folder")
     return dict(sizes)

@@ -50,8 +50,14 @@ def choose(
     if not needs_data:
         return Choice(True, "the recipe needs no data, so each weight is needed once")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    copies = 1 if torch.device(device).type == "cuda" else processes
-    needed = int(HEADROOM * copies * weight_bytes(source, dtype or default_dtype(device)))
+    weights = weight_bytes(source, dtype or default_dtype(device))
+    copies = processes
+    if torch.device(device).type == "cuda":
+        copies, loaded, main = 1, processes * weights, free_memory()
+        if loaded > main:  # on their way to the device
+            words = f"{loaded / 1e9:.1f} GB of weights pass through main memory, {main / 1e9:.1f} GB are free"
+            return Choice(True, words)
+    needed = int(HEADROOM * copies * weights)
     free = free_bytes(device)
     words = f"needs about {needed / 1e9:.1f} GB with its activations, {free / 1e9:.1f} GB are free"
     return Choice(needed > free, f"the whole pipeline {words}")

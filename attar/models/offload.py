@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
-from attar.errors import AttarError
+from attar.errors import AttarError, reason
 
 # "model": the whole of a component comes to the device while it runs. "group": a layer at a time, which needs least
 # memory there and is slowest.
@@ -29,12 +30,38 @@ def check_offload(offload: str, device: str, alone: bool = False) -> None:
 
 
 def keep_in_main_memory(pipe: Any, device: str, offload: str) -> None:
-    """The pipeline, which is in main memory, computes on the device from now on."""
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        onload, here = torch.device(device), torch.device("cpu")
-        pipe.enable_group_offload(onload_device=onload, offload_device=here, offload_type="leaf_level")
+    """The pipeline, which is in main memory, computes on the device from now on.
+
+    Raises AttarError for a pipeline that diffusers does not offload in that way.
+    """
+    try:
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            onload, here = torch.device(device), torch.device("cpu")
+            pipe.enable_group_offload(onload_device=onload, offload_device=here, offload_type="leaf_level")
+    except ValueError as error:
+        (other,) = set(get_args(Offload)) - {offload}
+        raise AttarError(
+            f"the pipeline is not offloaded by {offload} ({reason(error)})",
+            where=type(pipe).__name__,
+            fix=f"Use {other}, or leave offloading out",
+        ) from error
+
+
+def is_offloaded(pipe: Any) -> bool:
+    """Whether weights of the pipeline come to a device while they run, by hooks of diffusers or accelerate; what attar
+    streams does not count."""
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and not hasattr(part, "attar_weights"):
+            hooks = [getattr(module, "_hf_hook", None) for module in part.modules()]
+            if any(hook is not None and getattr(hook, "offload", True) for hook in hooks):
+                return True
+            if _is_group_offload_enabled(part):
+                return True
+    return False
 
 
 def computes_on(pipe: Any) -> torch.device:

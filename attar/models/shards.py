@@ -25,7 +25,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, TensorFile] = {}
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             file = TensorFile(path)
             self._files.update(dict.fromkeys(file.entries, file))
 
@@ -56,7 +56,8 @@ class Shards:
         return sum(self.entry(name).nbytes // self.entry(name).dtype.itemsize for name in self)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component that are loaded where no variant is asked for; none where it has others."""
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():

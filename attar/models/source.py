@@ -167,7 +167,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype, device: str) -> Any:
 
 def default_dtype(device: str) -> torch.dtype:
     """The type that a pipeline is loaded in where none is named."""
-    return torch.float32 if device == "cpu" else torch.bfloat16
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 @contextmanager

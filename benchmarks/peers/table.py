@@ -10,10 +10,10 @@ from benchmarks.scatter import Point, scatter
 
 INTRO = """# attar beside other libraries
 
-`python -m benchmarks.peers` measures and writes this page from `benchmarks/results/peers.json`; the other libraries come
-with `pip install -e '.[peers]'`, and `--part table` only writes the page. Every library quantizes
-the linears of the transformer blocks and nothing else, with its own defaults for the format; those that calibrate get
-the same full-precision calls. A library that fails is shown with its error. *Simulated* means that it computes in
+`python -m benchmarks.peers` measures and writes this page from `benchmarks/results/peers.json`; the other libraries
+come with `pip install -e '.[peers]'`, and `--part table` only writes the page. Every library quantizes the linears of
+the transformer blocks and nothing else, with its own defaults for the format; those that calibrate get the same
+full-precision calls. A library that fails is shown with its error. *Simulated* means that it computes in
 floating point what other machines' kernels would compute in integers, so its speed and memory say nothing.
 """
 
@@ -96,8 +96,8 @@ def _speed(title: str, study: dict[str, Any]) -> str:
     lines = [
         f"## Speed of one block: {title}\n",
         f"{study['device']}, {study['threads']} thread{'s' if study['threads'] > 1 else ''}, "
-        f"{study['rounds']} rounds in turns; the ratio of medians, in brackets the middle half of the ratios of single rounds, which "
-        "need not hold it.\n",
+        f"{study['rounds']} rounds in turns; the ratio of medians, "
+        "in brackets the middle half of the ratios of single rounds, which need not hold it.\n",
         "| | ms | times faster than bf16 | block linears |",
         "|---|---|---|---|",
     ]

@@ -2,9 +2,13 @@
 
 import json
 import math
+import shutil
+import sys
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import pipelines
 
 import attar
@@ -49,6 +53,34 @@ def test_the_report(wan_folder, small, tmp_path):
     assert len(found["selection"]["chosen"]) == 3 and len(found["selection"]["scores"][0]) == 3
     assert data.generation.steps == 3 and data.generation.frames == 9
     assert "videos of the original are timed first" in page
+
+
+def test_one_model_is_in_memory_at_a_time(wan_folder, small, tmp_path, monkeypatch):
+    """Also where hooks, as pipelines leave them behind, refer back to the modules that they are of."""
+    module = sys.modules["attar.evaluate.compare"]
+    alive, load = [], module.load_pipeline
+
+    def loading(source, **options):
+        assert not any(part() is not None for part in alive)
+        pipe = load(source, **options)
+        alive.extend(
+            weakref.ref(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module)
+        )
+        return pipe
+
+    monkeypatch.setattr(module, "load_pipeline", loading)
+    run(wan_folder, small, tmp_path / "report")
+    assert len(alive) == 6
+
+
+def test_an_original_with_older_weight_files(wan_folder, small, tmp_path):
+    older = shutil.copytree(wan_folder, tmp_path / "older")
+    for path in older.rglob("*.safetensors"):
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
+    (older / "text_encoder" / "model.bin").rename(older / "text_encoder" / "pytorch_model.bin")
+    data = run(older, small, tmp_path / "report")
+    assert data.reference.parts["transformer"] > data.compressed.parts["transformer"]
 
 
 def test_a_model_beside_itself(wan_folder, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attar.errors import AttarError
+from attar.evaluate import fidelity
 from attar.evaluate.fidelity import latent_error, psnr, ssim
 
 
@@ -32,6 +33,23 @@ def test_ssim_is_the_mean_over_frames_and_falls_with_noise(videos):
     assert (ssim(videos, noisy) > ssim(videos, noisier)).all()
     alone = torch.stack([ssim(videos[:, k : k + 1], noisy[:, k : k + 1]) for k in range(4)]).mean(0)
     assert torch.allclose(ssim(videos, noisy), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 5, 100])
+def test_a_few_frames_at_a_time_are_the_same_bits(videos, monkeypatch, frames):
+    noisy = (videos + 0.1 * torch.randn_like(videos)).clamp(0, 1)
+    whole = ssim(videos, noisy), psnr(videos, noisy)
+    seen, measure = [], fidelity.structural_similarity_index_measure
+    monkeypatch.setattr(fidelity, "_AT_ONCE", frames * videos[0, 0].numel() + 1)
+    monkeypatch.setattr(
+        fidelity,
+        "structural_similarity_index_measure",
+        lambda a, b, **kwargs: seen.append(len(a)) or measure(a, b, **kwargs),
+    )
+    assert torch.equal(ssim(videos, noisy), whole[0])
+    assert max(seen) == min(frames, 12) and sum(seen) == 12
+    each = [psnr(a[None], b[None]) for a, b in zip(videos, noisy, strict=True)]
+    assert torch.equal(torch.cat(each), whole[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -80,3 +80,13 @@ def test_sizes_are_read_by_people():
         "2.63 GB",
         "5 TB",
     ]
+
+
+def test_variants_are_not_counted_and_older_files_are(folder):
+    weights = {"a": torch.zeros(10, 4)}
+    save_file(weights, folder / "transformer/diffusion_pytorch_model.safetensors")
+    save_file(weights, folder / "transformer/diffusion_pytorch_model.fp16.safetensors")
+    assert safetensors_bytes(folder) == {"transformer": 160, "vae": 20}
+    (folder / "vae/y.safetensors").unlink()
+    (folder / "vae/diffusion_pytorch_model.bin").write_bytes(b"x" * 77)
+    assert safetensors_bytes(folder) == {"transformer": 160, "vae": 77}

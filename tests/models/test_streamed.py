@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 from support import pipelines
 
 from attar.errors import AttarError
+from attar.models import memory
 from attar.models.adapter import ModelAdapter
 from attar.models.components import empty_model
 from attar.models.memory import choose, free_bytes, weight_bytes
 from attar.models.shards import Shards
-from attar.models.source import find_source, load_pipeline
+from attar.models.source import default_dtype, find_source, load_pipeline
 from attar.models.streamed import not_streamable, streamed_pipeline
 from attar.models.weights import weights_of
 
@@ -173,3 +174,24 @@ def test_an_empty_model_takes_no_memory(folders):
 
     model = empty_model(CogVideoXTransformer3DModel, folders["cogvideox"] / "transformer", torch.bfloat16)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters()) and not model.training
+
+
+def test_weights_on_their_way_to_a_gpu_have_to_fit_into_main_memory(wan_folder, monkeypatch):
+    source = find_source(str(wan_folder))
+    size = weight_bytes(source, torch.bfloat16)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100 * size)
+    for free, processes, streamed in (
+        (size, 1, False),
+        (size - 1, 1, True),
+        (3 * size, 3, False),
+        (3 * size, 4, True),
+    ):
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        chosen = choose(source, True, None, "cuda", None, processes=processes)
+        assert chosen.streamed == streamed and ("pass through main memory" in chosen.reason) == streamed
+    assert not choose(source, True, None, "cuda", False, processes=9).streamed
+
+
+def test_the_type_follows_the_kind_of_the_device():
+    assert default_dtype("cpu") == default_dtype("cpu:0") == torch.float32
+    assert default_dtype("cuda") == default_dtype("cuda:1") == torch.bfloat16
