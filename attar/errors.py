@@ -34,12 +34,19 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def calling(pipe: Any) -> Iterator[None]:
-    """What a pipeline raises inside, because of what it was called with, comes out as an AttarError."""
+    """What a pipeline raises inside, because of what it was called with or as its device failed, comes out as an
+    AttarError."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
         if out_of_memory(error):
             raise
+        if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+            raise AttarError(
+                f"the device failed ({reason(error)})",
+                where=type(pipe).__name__,
+                fix="Run again; if it fails again, --device cpu tells whether it is the device",
+            ) from error
         raise AttarError(
             f"the pipeline rejects its arguments ({reason(error)})",
             where=type(pipe).__name__,

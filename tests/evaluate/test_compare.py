@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import pipelines
 
 import attar
-from attar.errors import AttarError
+from attar.errors import AttarError, calling
 from attar.evaluate.compare import _Recorder, _timestep_errors, compare
 from attar.evaluate.generate import generate
 from attar.models.source import find_source
@@ -193,3 +193,18 @@ def test_what_cannot_be_generated():
     pipe.transformer.proj_out.bias.data[0] = torch.nan
     with pytest.raises(AttarError, match=r"not finite \[a red fox runs\]"):
         generate(pipe, PROMPTS, call={**pipelines.CASES["wan"].generation, "num_inference_steps": 1})
+
+
+def test_a_device_that_fails_is_no_bad_argument():
+    """CUDA's own errors come out of whatever the pipeline does next."""
+    pipe = pipelines.make("wan")
+    faults = (
+        RuntimeError("CUDA error: an illegal memory access"),
+        torch.AcceleratorError("misaligned address"),
+    )
+    for fault in faults:
+        with (
+            pytest.raises(AttarError, match=r"the device failed \(.*\[WanPipeline\].*--device cpu"),
+            calling(pipe),
+        ):
+            raise fault
