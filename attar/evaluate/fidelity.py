@@ -13,9 +13,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from attar.errors import AttarError
 
 _SSIM_WINDOW = 11  # side of the Gaussian window of Wang et al. 2004
-_AT_ONCE = (
-    1 << 22
-)  # numbers of the frames whose similarity is computed at once, which takes 35 times their bytes
+_AT_ONCE = 1 << 22  # numbers in the frames of which SSIM is computed at once: it takes 35 times their bytes
 
 
 def psnr(reference: Tensor, compressed: Tensor) -> Tensor:
@@ -27,9 +25,7 @@ def psnr(reference: Tensor, compressed: Tensor) -> Tensor:
     values.
     """
     _check_videos(reference, compressed)
-    pairs = zip(
-        reference.split(1), compressed.split(1), strict=True
-    )  # a video at a time: float64 takes memory
+    pairs = zip(reference.split(1), compressed.split(1), strict=True)  # as float64 one video at a time
     error = torch.cat([(a.double() - b.double()).square().flatten(1).mean(1) for a, b in pairs])
     return -10 * torch.log10(error)
 
@@ -49,10 +45,9 @@ def ssim(reference: Tensor, compressed: Tensor) -> Tensor:
         )
     values = []
     count = max(1, _AT_ONCE // reference[0, 0].numel())
-    # (B, F, C, H, W) -> (B*F, C, H, W)
-    for some, other in zip(
-        compressed.flatten(0, 1).split(count), reference.flatten(0, 1).split(count), strict=True
-    ):
+    # (B, F, C, H, W) -> pieces of (B*F, C, H, W)
+    pieces = (videos.flatten(0, 1).split(count) for videos in (compressed, reference))
+    for some, other in zip(*pieces, strict=True):
         found = structural_similarity_index_measure(
             some.float(), other.float(), data_range=1.0, reduction="none"
         )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from attar.models.tree import map_tensors, tensors_of
 
+_PLAIN = (bool, int, float, str, type, torch.dtype, FunctionType, BuiltinFunctionType)
+
 
 class Alike:
     """Calls of blocks whose operations are known from an earlier block.
@@ -77,22 +79,22 @@ def _structure(block: nn.Module) -> Any:
         (
             path,
             type(part),
-            tuple((name, _setting(value)) for name, value in vars(part).items()),
-            tuple((name, _setting(t)) for name, t in part.named_parameters(recurse=False)),
-            tuple((name, _setting(t)) for name, t in part.named_buffers(recurse=False)),
+            tuple((name, _setting(value)) for name, value in vars(part).items() if "hook" not in name),
         )
         for path, part in block.named_modules()
     )
 
 
 def _setting(value: Any, deep: bool = True) -> Any:
-    """A part of a module that is no module, as a key. An object (an attention's processor) is its class and its own
-    settings, and what these consist of their classes alone."""
+    """What a module keeps, as a key: of tensors the shape, of modules inside it the class. An object (an attention's
+    processor) is its class and its own settings, and what these consist of their classes alone."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
-    if value is None or isinstance(value, (bool, int, float, str, type, FunctionType, BuiltinFunctionType)):
+    if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_setting(part, deep) for part in value)
+    if isinstance(value, dict):  # its parameters too
+        return type(value), tuple((str(name), _setting(part, deep)) for name, part in value.items())
     own = vars(value) if deep and hasattr(value, "__dict__") and not isinstance(value, nn.Module) else {}
     return type(value), tuple((name, _setting(part, deep=False)) for name, part in own.items())

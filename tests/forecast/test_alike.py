@@ -31,10 +31,11 @@ runs = []
 
 
 class Gated(nn.Module):
-    def __init__(self, width=4, act=F.gelu, times=1, own=1):
+    def __init__(self, width=4, act=F.gelu, times=1, own=1, options=()):
         super().__init__()
         self.up = nn.Linear(4, width, device="meta")
         self.act, self.times, self.processor = act, times, SimpleNamespace(own=own)
+        self.options = dict(options)
 
     def forward(self, x, scale=None):
         runs.append(self)
@@ -49,6 +50,7 @@ class Gated(nn.Module):
         (Gated(act=F.silu), False),
         (Gated(times=2), False),
         (Gated(own=2), False),
+        (Gated(options={"a": 1}), False),
         (Gated().bfloat16(), False),
     ],
 )
