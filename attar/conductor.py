@@ -30,12 +30,12 @@ from attar.errors import AttarError
 from attar.finetuning import check_trainable, job_of
 from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.alone import Alone
-from attar.models.calls import known_classes, steps_of
+from attar.models.calls import known_classes, makes_videos, steps_of
 from attar.models.offload import is_offloaded
 from attar.models.source import Source, find_source, load_pipeline
 from attar.models.weights import weights_of
 from attar.planning import Plans, plan_components, with_plan, with_widths
-from attar.pool import check_pool, check_traced
+from attar.pool import check_frames, check_pool, check_traced
 from attar.progress import Progress, SilentProgress
 from attar.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from attar.runtime.diffusers_integration import mark_compressed
@@ -224,6 +224,7 @@ def _prepared(
     check_seed(seed)
     steps = traced_steps(recipe, pipe, call)
     check_pool(recipe, chosen_prompts, steps, seed)
+    check_frames(recipe, recipe.synthesize is not None or makes_videos(pipe))
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(name, part)

@@ -48,6 +48,25 @@ def check_pool(recipe: Recipe, prompts: Sequence[str], steps: int, seed: int = 0
         StepGroups.of_trajectory(range(steps), recipe.quantize.step_groups)
 
 
+def check_frames(recipe: Recipe, videos: bool) -> None:
+    """Raises AttarError before anything is generated if frames are to be compared or told apart, and the pipeline makes
+    images."""
+    if videos or not recipe.needs_data:
+        return
+    learned, branch = recipe.reconstruct, recipe.quantize.branch
+    if learned is not None and learned.epochs and learned.temporal_weight:
+        raise AttarError(
+            "a temporal loss compares frames, and the model makes images",
+            where="reconstruct.temporal_weight",
+            fix="Set it to 0",
+        )
+    if branch is not None and branch.gate != "none":
+        raise AttarError(
+            "images are no video, whose frames a gate tells apart", where="quantize.low_rank.gate",
+            fix="Set it to none",
+        )  # fmt: skip
+
+
 def check_traced(
     recipe: Recipe, store: TraceStore, components: Iterable[str], prompts: int, seed: int
 ) -> None:

@@ -1,6 +1,7 @@
 """U-Net pipelines from command to image: compressed, saved, loaded, streamed and resumed."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -184,3 +185,19 @@ def test_what_is_out_of_reach(cli, models):
     options = {"trace.prompts": 1, "select.count": 2, "reconstruct.temporal_weight": 1.0}
     with pytest.raises(AttarError, match="makes images"):
         attar.compress(str(models["sd"]), "attar-ptq", overrides=options)
+    trace = mock.patch("attar.conductor._trace", side_effect=AssertionError("traced for nothing"))
+    for change in ({}, {"reconstruct.temporal_weight": 0, "quantize.low_rank.gate": "trained"}):
+        with trace, pytest.raises(AttarError, match=r"makes images|images are no video"):
+            attar.compress(str(models["sd"]), "q-vdit", overrides={**options, **change})
+    done = cli(
+        "compress",
+        models["sd"],
+        "--recipe",
+        "q-vdit",
+        "--dry-run",
+        "--set",
+        "trace.prompts=1",
+        "--set",
+        "select.count=2",
+    )
+    assert "makes images" in done.message

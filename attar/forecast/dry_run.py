@@ -28,12 +28,12 @@ from attar.forecast.trial import Trial
 from attar.models.adapter import Block, ModelAdapter
 from attar.models.arithmetic import Arithmetic
 from attar.models.block import bind
-from attar.models.calls import conditioning, latents_only
+from attar.models.calls import conditioning, latents_only, makes_videos
 from attar.models.source import Source, stored_dtypes
 from attar.models.tree import tensors_of
 from attar.models.weights import weights_of
 from attar.planning import plan_components
-from attar.pool import check_pool
+from attar.pool import check_frames, check_pool
 from attar.quantize.plan import LayerPlan
 from attar.recipe import Recipe
 from attar.runtime.clock import now
@@ -69,6 +69,7 @@ def forecast_job(
     chosen = calibration_prompts(recipe, source, prompts)
     call = source.call_arguments(**(generation or {}))
     check_pool(recipe, chosen, traced_steps(recipe, pipe, call))
+    check_frames(recipe, makes_videos(pipe))
     return {
         "recipe": recipe.name,
         "bits": recipe.bits,
