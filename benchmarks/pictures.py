@@ -43,8 +43,8 @@ DOCS, RESULTS = Path(__file__).parent.parent / "docs", FOLDER / "pictures.json"
 MODELS = ("digits-dit", "digits-image")
 BITS = ("W4A6", "W4A4", "W3A6", "W8A8", "W4A8", "W2A6")
 SYSTEMS = (
-    "rtn", "smoothquant", "hadamard", "svdquant", "lrq-dit", "efficientdm", "quest", "quantized-distillation", "qvgen",
-    "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
+    "rtn", "smoothquant", "hadamard", "vidit-q", "s2q-vdit", "svdquant", "lrq-dit", "efficientdm", "quest",
+    "quantized-distillation", "qvgen", "mpq-dm", "mpq-dmv2", "attar-ptq", "attar-mixed", "attar",
 )  # fmt: skip
 AS_LARGE, WITHOUT, ALIKE, NEAREST = (
     "attar, as large as svdquant",
@@ -90,7 +90,7 @@ INTRO = f"""What every system makes of the built-in models of pictures, against 
 `python -m benchmarks.pictures --table`.
 **linears**: bytes of the quantized linears and convolutions against bfloat16, with scales, transforms and biases.
 Some systems do not exist at some bits: `mpq-dm` and `mpq-dmv2` at eight (rows would have nine),
-`lrq-dit` below three.
+`lrq-dit` below three; `q-vdit` compares the frames of videos.
 **all right**: pictures whose digit and colour are those asked for (in brackets: full precision). ± is the half width of
 the 95 % t-interval over seeds; rows of one seed are no more than a hint.
 """
