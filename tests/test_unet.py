@@ -189,15 +189,5 @@ def test_what_is_out_of_reach(cli, models):
     for change in ({}, {"reconstruct.temporal_weight": 0, "quantize.low_rank.gate": "trained"}):
         with trace, pytest.raises(AttarError, match=r"makes images|images are no video"):
             attar.compress(str(models["sd"]), "q-vdit", overrides={**options, **change})
-    done = cli(
-        "compress",
-        models["sd"],
-        "--recipe",
-        "q-vdit",
-        "--dry-run",
-        "--set",
-        "trace.prompts=1",
-        "--set",
-        "select.count=2",
-    )
+    done = cli("compress", models["sd"], "--recipe", "q-vdit", "--dry-run", *FEW)
     assert "makes images" in done.message
