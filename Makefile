@@ -1,5 +1,6 @@
 # make demo   compress the built-in model with the default recipe and compare it with the original in a report
 # make test   linters, type checker and tests
+# make emulated  tests of the CPU kernels that this processor lacks (AVX-512, AMX), on emulated instructions
 # make lint | format | slow | quality | clean
 #
 # The environment is made in .venv when there is none, with the versions of constraints.txt.
@@ -16,8 +17,9 @@ PYTEST_ARGS ?=
 # Processes that share the tests; 0 runs them in this one, as a debugger wants it.
 TEST_PROCESSES ?= 2
 QUALITY_ARGS ?=
+EMULATED := $(addprefix tests/runtime/test_,cpu_kernels.py branch.py gelu.py attention.py) tests/quantize/test_compiled.py
 
-.PHONY: help demo test lint types format slow quality clean
+.PHONY: help demo test lint types format slow emulated quality clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -42,6 +44,9 @@ format: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+emulated: $(VENV)/.dev
+	ATTAR_TEST_EMULATED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(EMULATED)
 
 quality: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.quality $(QUALITY_ARGS)
