@@ -19,13 +19,13 @@ from attar.losses import BlockLoss, TemporalTerm, joint_token_weights, mass_conc
 from attar.models.adapter import Block, TokenGrid, evaluating
 from attar.models.attention_mass import attention_mass
 from attar.models.block import BlockCall
-from attar.models.types import give_types, types_of
+from attar.models.types import give_types, types_kept
 from attar.models.weights import fill
 from attar.quantize.block import quantize_block
 from attar.quantize.block_settings import BlockSettings
 from attar.quantize.frame_gate import KEY, FrameGrid
 from attar.quantize.initialize import TransformSettings
-from attar.quantize.plan import open_planned
+from attar.quantize.plan import LayerPlan, open_planned
 from attar.runtime.step_groups import StepGroups, choose_group, follow_steps
 from attar.samples import Calls, Sample, SegmentStarts, catch_samples, traced_groups
 from attar.settings import block_settings
@@ -203,10 +203,23 @@ class ComponentJob(Job):
         self, block: Block, full: Calls, quantized: Calls, advance: Callable[..., None]
     ) -> tuple[dict[str, Any], Calls, Calls]:
         """Quantizes the block and saves it; returns its result and the calls of the next block."""
-        module, prefix = block.module, f"{block.name}."
+        prefix = f"{block.name}."
         plans = {name.removeprefix(prefix): p for name, p in self.plan.items() if name.startswith(prefix)}
-        open_planned(module, plans)
-        dtypes = types_of(module)
+        open_planned(block.module, plans)
+        with types_kept(block.module) as dtypes:
+            return self._made(block, plans, dtypes, full, quantized, advance)
+
+    def _made(
+        self,
+        block: Block,
+        plans: dict[str, LayerPlan],
+        dtypes: dict[str, torch.dtype],
+        full: Calls,
+        quantized: Calls,
+        advance: Callable[..., None],
+    ) -> tuple[dict[str, Any], Calls, Calls]:
+        """`_make` of a block with types that are given back."""
+        module = block.module
         if full:
             module.float()  # learned in float32 whatever the model is stored in
 

@@ -78,7 +78,7 @@ def compress(
     budget: str | None = None,
     plan: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     generation: Mapping[str, Any] | None = None,
     workspace: str | Path | None = None,
     seed: int = 0,
@@ -261,7 +261,7 @@ def _prepared(
         workspace.release()
 
 
-def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | None) -> list[str]:
+def calibration_prompts(recipe: Recipe, source: Source, given: str | Sequence[str] | None) -> list[str]:
     """The prompts that are traced: the given ones, else the model's, else its classes, else general ones; as many as
     the recipe says."""
     if recipe.traced is None:
@@ -269,7 +269,7 @@ def calibration_prompts(recipe: Recipe, source: Source, given: Sequence[str] | N
     if given is not None:
         if not given:
             raise AttarError("no prompts were given", fix="Give at least one, or leave them to the model")
-        return list(given)
+        return [given] if isinstance(given, str) else list(given)
     pool = source.prompts or source.classes or list(GENERAL_PROMPTS)
     if len(pool) < recipe.traced.prompts:
         raise AttarError(

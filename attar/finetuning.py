@@ -17,7 +17,7 @@ from attar.errors import AttarError, out_of_memory
 from attar.job import Job
 from attar.losses import mse, mse_with_layers, relative_error
 from attar.models.block import BlockCall, as_outputs
-from attar.models.types import give_types, tensors_of, types_of
+from attar.models.types import give_types, tensors_of, types_kept, types_of
 from attar.models.weights import ResidentWeights, fill, weights_of
 from attar.quantize.batching import like
 from attar.quantize.finetune import Finetuner, Layer
@@ -40,10 +40,16 @@ CHECKED = 16  # samples whose error is measured before and after
 def check_trainable(
     components: Mapping[str, nn.Module], plans: Mapping[str, list[LayerPlan]], recipe: Recipe
 ) -> None:
-    """Raises AttarError where the recipe trains the whole model and several processes run, weights are streamed, or
-    layers are chosen that there are not."""
+    """Raises AttarError where the recipe trains the whole model and several processes run, weights are streamed,
+    layers are chosen that there are not, or clipping factors that are off."""
     if recipe.finetune is None:
         return
+    if recipe.finetune.clip_lr and not (recipe.quantize.weight_clip or recipe.quantize.act_clip):
+        raise AttarError(
+            "there are no clipping factors to train",
+            where="finetune.clip_lr",
+            fix="Set quantize.weight_clip or quantize.act_clip, or the rate to 0",
+        )
     if ranks.size() > 1:
         raise AttarError(
             "training a whole model runs in one process", where="finetune", fix="Start it without a launcher"
@@ -263,7 +269,12 @@ class FinetuneJob:
     def _make(self, samples: TracedSteps) -> None:
         whole = self.whole
         open_planned(whole.transformer, whole.plan)
-        types = types_of(whole.transformer)
+        with types_kept(whole.transformer) as types:
+            self._train(samples, types)
+
+    def _train(self, samples: TracedSteps, types: dict[str, torch.dtype]) -> None:
+        """In float32; what comes out has the types that are given."""
+        whole = self.whole
         whole.transformer.float()
         whole.compute(samples)
         few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
@@ -312,9 +323,9 @@ class PolishJob:
         whole.transformer.requires_grad_(False).eval()
         samples, trained = whole.samples(prompts), whole.workspace.has(self._file)
         if not trained:
-            types = types_of(whole.transformer)
-            whole.transformer.float()
-            whole.compute(samples)
+            with types_kept(whole.transformer) as types:
+                whole.transformer.float()
+                whole.compute(samples)
             give_types(whole.transformer, types)
         evidence = self.blocks.run(prompts)
         if not trained:

@@ -12,6 +12,7 @@ from attar.budget.plan_file import PlanFile
 from attar.errors import AttarError
 from attar.models.adapter import ModelAdapter
 from attar.models.concatenations import concatenations
+from attar.quantize.plain import check_plain
 from attar.quantize.plan import LayerPlan, check_rotations
 from attar.recipe import Recipe
 from attar.runtime.layers import packed_layers
@@ -115,6 +116,7 @@ def _adapter(transformer: nn.Module) -> ModelAdapter:
             where=type(transformer).__name__,
             fix="Start from the full-precision model",
         )
+    check_plain(transformer)
     return ModelAdapter.of(transformer)
 
 

@@ -150,7 +150,8 @@ def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
     flat = sum_(torch.cat([used, *(g.flatten() for g in gradients)]))
     used, *parts = flat.split([len(parameters), *(g.numel() for g in gradients)])
     for parameter, part, count in zip(parameters, parts, used.tolist(), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype) if count else None
+        # fused optimizers take a gradient to lie in memory as its parameter does
+        parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter)) if count else None
 
 
 def _reduce_(tensor: Tensor, operation: Any) -> Tensor:

@@ -232,9 +232,15 @@ class Recipe(Stage):
         if self.needs_data:
             return self.trace
         if self.allocate is not None:
-            return self.trace or Trace(prompts=self.allocate.prompts)
+            return self._trace_of(self.allocate.prompts)
         # what timesteps there are shows in a trace
-        return self.trace or Trace(prompts=1) if self.quantize.step_groups > 1 else None
+        return self._trace_of(1) if self.quantize.step_groups > 1 else None
+
+    def _trace_of(self, prompts: int) -> Trace:
+        """The recipe's trace, with so many prompts where it does not say how many itself."""
+        trace = self.trace or Trace()
+        said = "prompts" in trace.model_fields_set
+        return trace if said else trace.model_copy(update={"prompts": prompts})
 
     @property
     def widths(self) -> list[int]:

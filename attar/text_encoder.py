@@ -20,6 +20,7 @@ from attar.progress import Progress
 from attar.quantize.block import quantize_block
 from attar.quantize.block_settings import BlockSettings
 from attar.quantize.initialize import TransformSettings
+from attar.quantize.plain import check_plain
 from attar.quantize.plan import LayerPlan, fitting_group, forecast
 from attar.recipe import Recipe
 from attar.runtime.layers import packed_layers
@@ -57,6 +58,7 @@ def _plan(component: str, encoder: nn.Module, settings: TextEncoder) -> list[Lay
         raise AttarError(
             "the text encoder is already compressed", where=component, fix="Start from the original"
         )
+    check_plain(encoder)
     plans = []
     for unit in layer_names(encoder):
         for path, linear in encoder.get_submodule(unit).named_modules():

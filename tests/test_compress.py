@@ -257,13 +257,23 @@ def test_the_card_and_the_evidence_say_what_ran(cli, wan_folder, tmp_path):
     assert {50, 90, 99} <= {int(float(level)) for level in part["blocks"][0]["attention"]["weights"]}
 
 
-def test_loading_leaves_the_libraries_as_they_were(wan_folder, capfd):
+@pytest.mark.parametrize("bars", [True, False])
+def test_loading_leaves_the_libraries_as_they_were(bars, wan_folder, capfd):
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 
-    before = ours.get_verbosity(), theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    load_pipeline(find_source(str(wan_folder)))
-    assert (ours.get_verbosity(), theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == before
+    def state():
+        return [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in (ours, theirs)]
+
+    try:
+        for library in (ours, theirs):
+            library.enable_progress_bar() if bars else library.disable_progress_bar()
+        before = state()
+        load_pipeline(find_source(str(wan_folder)))
+        assert state() == before
+    finally:
+        for library in (ours, theirs):
+            library.enable_progress_bar()
     assert "Loading" not in capfd.readouterr().err
 
 

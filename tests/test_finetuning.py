@@ -372,6 +372,12 @@ def test_what_is_refused(cli, wan_folder, tmp_path):
         assert "too few for 2 phases" in refused("--set", "finetune.steps=1", *option)
     assert not (tmp_path / "work").exists()
     assert "nothing is trained" in refused("--set", "finetune.weight_lr=0", "--set", "finetune.clip_lr=0")
+    off = ("--set", "quantize.weight_clip=false", "--set", "quantize.act_clip=false")
+    for option in ("--workspace", tmp_path / "work"), ("--dry-run",):
+        assert "there are no clipping factors to train" in refused(
+            *off, "--set", "finetune.clip_lr=1e-3", *option
+        )
+    assert not (tmp_path / "work").exists()
     assert "unknown key 'finetune.step'" in refused("--set", "finetune.step=3")
     assert "trace" in refused("--set", "trace=null")
     assert not (tmp_path / "out").exists()

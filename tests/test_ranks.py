@@ -130,6 +130,10 @@ with ranks.joined("cpu"):
     ranks.sum_gradients_(parameters)
     assert parameters[0].grad.tolist() == [[4, 4], [4, 4]] and parameters[1].grad.tolist() == [[1, 1], [1, 1]]
     assert parameters[2].grad is None
+    turned = nn.Parameter(torch.arange(6.0).view(2, 3).T)  # as an SVD leaves it, column by column
+    (turned * torch.arange(6.0).view(3, 2)).sum().backward()
+    ranks.sum_gradients_([turned])
+    assert turned.grad.tolist() == [[0, 3], [6, 9], [12, 15]] and turned.grad.stride() == turned.stride()
 assert ranks.size() == 1
 print("done")
 """

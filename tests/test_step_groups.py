@@ -204,6 +204,18 @@ def test_recipes_without_groups_are_as_before():
     )
 
 
+def test_what_a_recipe_without_data_traces_does_not_depend_on_where_its_trace_comes_from():
+    """A file that leaves `trace` out has the default one, and one that says how many prompts is believed."""
+    plain = {"name": "mine", "select": None, "reconstruct": None, "rounding": {"method": "nearest"}}
+    plain["quantize"] = {"scale": False, "rotation": "none"}
+    assert load_recipe(plain).traced is None
+    assert load_recipe(plain, {"quantize.step_groups": 2}).traced.prompts == 1
+    budget = {"allocate.budget": "3bits", "allocate.prompts": 3}
+    assert load_recipe(plain, budget).traced.prompts == 3
+    assert load_recipe(plain, budget | {"trace.prompts": 7}).traced.prompts == 7
+    assert load_recipe(plain, budget | {"trace.steps": 4}).traced.prompts == 3
+
+
 ACTS = ("--acts", "5", "--set", "allocate.acts=true", *GROUPS, "--set", "allocate.samples=3")
 
 

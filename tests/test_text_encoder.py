@@ -87,6 +87,21 @@ def test_a_forward_computes_no_weight(small, name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CLASSES)
+def test_what_transformers_keeps_in_float32_computes_in_it(models, small, name):
+    """The last linear of T5's feed-forwards gives numbers that float16 does not reach."""
+    folders = [folder[name] / "text_encoder" for folder in (models, small)]
+    dense, packed = (CLASSES[name].from_pretrained(folder, dtype=torch.float16) for folder in folders)
+    for path, layer in packed_layers(packed).items():
+        assert layer.compute_dtype == dense.get_submodule(path).weight.dtype, path
+    for encoder in (dense, packed):
+        for path, layer in encoder.named_modules():
+            if path.endswith(".wo"):
+                (layer.weight_scale if isinstance(layer, PackedLinear) else layer.weight.data).mul_(3e6)
+        with torch.no_grad():
+            assert torch.isfinite(encoder(torch.tensor([[3, 4, 5, 1]])).last_hidden_state).all()
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_saved_again_it_is_the_same(small, name, tmp_path):
     encoder = CLASSES[name].from_pretrained(small[name] / "text_encoder")
     encoder.save_pretrained(tmp_path / "text_encoder")

@@ -67,8 +67,11 @@ def joint_token_weights(
 
 def weight_percentiles(weights: Tensor, percentiles: Sequence[float] = (50, 90, 99)) -> dict[float, float]:
     """Percentiles of λ over all tokens: they show an attention sink that turned STD into plain MSE."""
-    points = torch.tensor([p / 100 for p in percentiles], device=weights.device)
-    values = torch.quantile(weights.float().flatten(), points)
+    ordered = weights.float().flatten().sort().values  # torch.quantile takes no more than 16 million numbers
+    places = torch.tensor([p / 100 for p in percentiles], dtype=torch.float64) * (ordered.numel() - 1)
+    below = places.floor().long()
+    low, high = (ordered[i.to(ordered.device)].double().cpu() for i in (below, places.ceil().long()))
+    values = torch.lerp(low, high, places - below)
     return dict(zip(percentiles, values.tolist(), strict=True))
 
 

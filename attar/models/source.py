@@ -189,7 +189,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as theirs
 
     verbosity = ours.get_verbosity(), theirs.get_verbosity()
-    bars = theirs.is_progress_bar_enabled()
+    shown = [logging for logging in (ours, theirs) if logging.is_progress_bar_enabled()]
     try:
         for logging in (ours, theirs):
             logging.set_verbosity_error()
@@ -200,9 +200,8 @@ def _quiet() -> Iterator[None]:
     finally:
         ours.set_verbosity(verbosity[0])
         theirs.set_verbosity(verbosity[1])
-        ours.enable_progress_bar()
-        if bars:
-            theirs.enable_progress_bar()
+        for logging in shown:
+            logging.enable_progress_bar()
 
 
 def check_device(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,18 @@ def give_types(module: nn.Module, types: Mapping[str, torch.dtype]) -> None:
     for name, tensor in tensors_of(module):
         if name in types:
             tensor.data = tensor.data.to(types[name])
+
+
+@contextmanager
+def types_kept(module: nn.Module) -> Iterator[dict[str, torch.dtype]]:
+    """Inside, the tensors may get other types; an error that leaves it gives them back those that they had, which are
+    yielded."""
+    types = types_of(module)
+    try:
+        yield types
+    except BaseException:
+        give_types(module, types)
+        raise
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -39,6 +39,9 @@ def concatenate_calls(calls: Sequence[Any]) -> Any:
 
 def _concatenate(values: list[Any], sizes: list[int] | None, where: str) -> Any:
     first = values[0]
+    kinds = {_kind(value) for value in values}
+    if len(kinds) > 1:
+        raise AttarError("calls that differ cannot be batched", where=where, fix="Use batch_size=1")
     if isinstance(first, Mapping):
         return {key: _concatenate([v[key] for v in values], sizes, f"{where}.{key}") for key in first}
     if isinstance(first, (tuple, list)):
@@ -56,6 +59,15 @@ def _concatenate(values: list[Any], sizes: list[int] | None, where: str) -> Any:
     if not same:
         raise AttarError("calls that differ cannot be batched", where=where, fix="Use batch_size=1")
     return first
+
+
+def _kind(value: Any) -> Any:
+    """What values that go together have in common: the keys, the length, or being a tensor."""
+    if isinstance(value, Mapping):
+        return frozenset(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), len(value)
+    return isinstance(value, Tensor)
 
 
 def like(target: Streams, prediction: Streams) -> Streams:

@@ -111,8 +111,12 @@ def moments_of(x: Tensor, quantized: Tensor, frames: int) -> Tensor:
 
     x, quantized: (B, N, C), frame after frame along N.
     """
-    x, q = (t.double().unflatten(1, (frames, -1)).transpose(0, 1).flatten(1) for t in (x, quantized))
-    return torch.stack([t.sum(1) for t in (torch.ones_like(x), x, q, x * x, q * q, x * q, x.abs())])
+    found = []  # frame by frame: in float64 the products of a whole input are many times the input
+    for own, rounded in zip(*(t.unflatten(1, (frames, -1)).unbind(1) for t in (x, quantized)), strict=True):
+        a, b = own.double(), rounded.double()
+        sums = [a.sum(), b.sum(), (a * a).sum(), (b * b).sum(), (a * b).sum(), a.abs().sum()]
+        found.append(torch.stack([a.new_tensor(a.numel()), *sums]))
+    return torch.stack(found, 1)
 
 
 def _reads_text(role: str) -> bool:

@@ -170,7 +170,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
                 f"{self.out_features}"
             )
         self.branch_in, self.branch_out = (
-            nn.Parameter(t.detach().to(self.weight.dtype), requires_grad=False) for t in (down, up)
+            nn.Parameter(t.detach().to(self.weight.dtype).contiguous(), requires_grad=False)
+            for t in (down, up)
         )
         self.branch_subtracted = subtract
         self.frame_gate = None

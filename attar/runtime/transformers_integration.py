@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -64,6 +65,8 @@ class AttarTextQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in packed_layers(model).items():
             layer.settle(name)
+            if _is_kept_wide(model, name, layer.compute_dtype):
+                layer.compute_dtype = torch.float32
         align(model)
         _spare_weights(model)
         # The flag's effect in transformers is to forbid `.half()` and `.float()`, which packed layers survive.
@@ -85,6 +88,15 @@ class AttarTextQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _is_kept_wide(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether the model keeps that layer in float32 for numbers of `dtype`, as T5 does its `wo`, whose outputs are
+    larger than float16 goes: transformers does so with weights, and a packed layer has none."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return dtype != torch.float32 and bool(kept.intersection(name.split(".")))
 
 
 def register() -> None:

@@ -89,6 +89,19 @@ def test_unit_weights_give_plain_mse_and_streams_count_by_token():
     assert torch.allclose(token_weighted_mse(pred["a"], target["a"], weights), (by_hand * weights).mean())
 
 
+@given(st.integers(1, 400), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=30)
+def test_percentiles_are_torchs(count, seed):
+    weights = torch.rand(2, count, generator=torch.Generator().manual_seed(seed))
+    found = weight_percentiles(weights, (0, 7, 50, 99, 100))
+    expected = torch.quantile(weights.double(), torch.tensor([0, 0.07, 0.5, 0.99, 1], dtype=torch.float64))
+    torch.testing.assert_close(torch.tensor(list(found.values()), dtype=torch.float64), expected)
+
+
+def test_percentiles_of_more_numbers_than_torch_takes():
+    assert weight_percentiles(torch.arange(2**24 + 1), (50, 100)) == {50: 2.0**23, 100: 2.0**24}
+
+
 def test_streams_must_match():
     x = torch.zeros(1, 2, 3)
     for loss in (mse, lambda p, t: streams_token_weighted_mse(p, t, {})):

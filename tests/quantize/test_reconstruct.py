@@ -137,9 +137,17 @@ def test_calls_that_differ_cannot_be_batched():
     call = BlockCall({"h": torch.zeros(1, 7, 16)}, {"rotary": (table, table), "mask": None, "flag": True})
     joined = concatenate_calls([call, call])
     assert joined.constants["rotary"][0] is table and joined.constants["flag"] is True
-    for constants in ({**call.constants, "flag": False}, {**call.constants, "rotary": (table, table + 1)}):
-        with pytest.raises(AttarError, match="cannot be batched"):
-            concatenate_calls([call, replace(call, constants=constants)])
+    for change in (
+        {"flag": False},
+        {"rotary": (table, table + 1)},
+        {"rotary": (table,)},
+        {"mask": table},
+        {"more": 1},
+    ):
+        other = replace(call, constants=call.constants | change)
+        for calls in ([call, other], [other, call]):
+            with pytest.raises(AttarError, match="cannot be batched"):
+                concatenate_calls(calls)
     with pytest.raises(AttarError, match="different shapes"):
         concatenate_calls([call, replace(call, streams={"h": torch.zeros(1, 8, 16)})])
 
