@@ -174,7 +174,7 @@ SHORT = {
     "lrq-dit": {"quantize.rotation_threshold": 0.7},  # between the layers of the model
     "svdquant": {"quantize.low_rank.rank": 2},
     "q-vdit": {"reconstruct.branch_lr": 1e-2},
-    "attar": {"quantize.low_rank.rank": 2},
+    "attar": {"quantize.low_rank.rank": 2, "allocate.act_bits": [3, 4, 5]},
     "qvgen": {"finetune.auxiliary_rank": 2, "finetune.auxiliary_lr": 1e-2},
     "efficientdm": {"finetune.adapter_rank": 2, "finetune.adapter_lr": 0.1},
     "mpq-dm": {"finetune.adapter_rank": 2, "finetune.adapter_lr": 0.1},
@@ -202,7 +202,7 @@ def short(name):
     if recipe.synthesize is not None:
         found |= {"synthesize.count": 4, "synthesize.steps": 10}
     if recipe.allocate is not None:
-        found["allocate.samples"] = 2
+        found |= {"allocate.samples": 2, "allocate.bits": [3, 4, 5]}
     if recipe.reconstruct is not None:
         found["reconstruct.epochs"] = 2
     if recipe.finetune is not None:
