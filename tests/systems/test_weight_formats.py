@@ -1,4 +1,4 @@
-"""Table formats on a complete pipeline: compressed, saved, loaded again, and as large as the plan said."""
+"""Weight formats on a complete pipeline: compressed, saved, loaded again, and as large as the plan said."""
 
 import json
 
@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 from support import pipelines
 
 import attar
-from attar.quantize.tables import TABLES
+from attar.quantize.tables import TABLES, WEIGHT_FORMATS
+from attar.runtime.backend import use_backend
 from attar.runtime.layers import packed_layers
 
 CASE = pipelines.CASES["wan"]
@@ -24,16 +25,45 @@ def assert_saved_and_loaded(small, folder):
     attar.verify_folder(folder)
 
 
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.per_row])
-def test_a_pipeline_in_every_format_of_rows(name, tmp_path):
-    bits = TABLES[name].bits[0]
+# name -> (bits, number format in the checkpoint, what has tables of its own)
+STORED = {
+    "int": (4, "int", None),
+    "full_range": (4, "int", None),
+    "fp8": (8, "fp8", None),
+    "fp4": (4, "table", "layer"),
+    "nf4": (4, "table", "layer"),
+    "power": (2, "table", "layer"),
+    "twin_log": (3, "table", "row"),
+    "twin_log_released": (3, "table", "row"),
+    "binary": (1, "table", "row"),
+    "dual_binary": (2, "table", "row"),
+    "dual_binary_plain": (2, "table", "row"),
+    "residual": (3, "table", "row"),
+    "lloyd": (1, "table", "row"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_a_pipeline_in_every_format(name, tmp_path):
+    """Saved and loaded again it is the same, bit for bit, and the reference gives the same for it."""
+    assert name in STORED, "say in STORED how the format is stored"
+    bits, number, tables = STORED[name]
+    if name in TABLES:
+        assert bits == TABLES[name].bits[0] and (tables == "row") == TABLES[name].per_row
     options = {"quantize.weights": bits, "quantize.weight_format": name}
+    if name == "fp8":
+        options |= {"quantize.acts": 8, "quantize.act_format": "fp8"}
     small = attar.compress(pipelines.make("wan"), "rtn", overrides=options)
     layers = packed_layers(small.transformer)
     assert len(layers) == 30 and all(layer.weight_bits == bits for layer in layers.values())
-    assert all(layer.levels.shape == (layer.out_features, 1, 1 << bits) for layer in layers.values())
+    for layer in layers.values():
+        shape = None if layer.levels is None else layer.levels.shape
+        rows = layer.out_features if tables == "row" else 1
+        assert shape == (None if tables is None else (rows, 1, 1 << bits))
     scheme = small.transformer.config["quantization_config"].fields["schemes"][0]
-    assert (scheme["weight_format"], scheme["levels"]) == ("table", "row")
+    assert (scheme.get("weight_format", "int"), scheme.get("levels")) == (number, tables)
+    with use_backend("reference"):
+        assert torch.isfinite(pipelines.generate(small, "wan")).all()
     assert torch.isfinite(pipelines.generate(small, "wan")).all()
     assert_saved_and_loaded(small, tmp_path / "small")
 
