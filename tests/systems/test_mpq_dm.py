@@ -77,6 +77,28 @@ def test_a_u_net_compares_the_features_before_its_head(tmp_path):
         assert all(torch.equal(t, own.state_dict()[key]) for key, t in layer.state_dict().items())
 
 
+def test_directions_are_learned_in_a_pipeline(tmp_path):
+    """BiBERT's relation is lowered where it is nearly all of the loss, and trains other codes than the divergence."""
+    longer = {
+        **V1[1],
+        **BY_ERROR,
+        "finetune.steps": 20,
+        "finetune.adapter_lr": 0.05,
+        "finetune.relation.weight": 100,
+    }
+    small, other = (
+        compressed("wan", "mpq-dm", {**longer, "finetune.relation.kind": kind})
+        for kind in ("direction", "divergence")
+    )
+    history = small.attar_compression.components["transformer"]["finetune"]["history"]
+    assert 0 < history[0][1] < 100 * 2**0.5 and history[-1][1] < 0.85 * history[0][1]
+    layers = packed_layers(other.transformer)
+    codes = [(layer.codes, layers[name].codes) for name, layer in packed_layers(small.transformer).items()]
+    assert any(one.shape != two.shape or not torch.equal(one, two) for one, two in codes)
+    small.save_pretrained(tmp_path)
+    pipelines.assert_same_model(small, DiffusionPipeline.from_pretrained(tmp_path), "wan")
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     from attar import finetuning
 
