@@ -21,7 +21,7 @@ from attar.runtime.branch import branch_product
 from attar.runtime.formats import check_format, decode, wide
 from attar.runtime.layers import PackedLinear
 from attar.runtime.reference import quantize_tokens
-from attar.runtime.step_groups import GroupedActs, check_act_groups
+from attar.runtime.step_groups import GroupedActs, check_act_groups, check_clip_groups
 from attar.runtime.transform import half
 from attar.runtime.transforms import ChannelShift, Transform, restore_weight, transform_weight
 
@@ -32,7 +32,7 @@ class _Frozen:
     codes: Tensor  # (out, in) int8
     scale: Tensor  # (out, groups) float32
     weight: Tensor  # (out, in), codes · scale
-    act_clip: Tensor | None  # (2,)
+    act_clip: Tensor | None  # (2,), or (groups of steps, 2)
     branch: tuple[Tensor, Tensor] | None  # (rank, in) and (out, rank), in the dtype of the model
     bias: Tensor | None  # (out,)
 
@@ -43,7 +43,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
     linear: the layer; its weight and bias are shared, not copied, and not trained here.
     weight_bits: those of the format, 2..16 of integers (up to 8 can be packed). act_bits: the same, or None for a
     weight-only layer. act_groups: those of each group of denoising steps, of which `act_bits` are the widest, or None
-    for the same in all; who runs the layer says which group its input is of (`choose_group`).
+    for the same in all. clip_groups: how many groups of steps have clipping factors of their own, None for one pair in
+    all. Who runs the layer says which group its input is of (`choose_group`).
     transforms: learnable transforms in the order in which they act on x.
     shift: z (in,), what is taken from the input first, or None. The bias gets it with the weight before rounding, so
     that what rounding does to the mean of the inputs is none of the error. A weight-only layer with a bias is packed
@@ -77,6 +78,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         train_levels: bool = False,
         shift: Tensor | None = None,
         act_groups: Sequence[int] | None = None,
+        clip_groups: int | None = None,
     ) -> None:
         super().__init__()
         if act_bits is not None:
@@ -101,8 +103,12 @@ class QuantizedLinear(GroupedActs, nn.Module):
         self.shift: Tensor | None
         self.register_buffer("shift", None if shift is None else half(shift).float().to(device))
         self.act_clip_logit = None
-        if act_clip and act_bits is not None:
-            self.act_clip_logit = nn.Parameter(torch.full((2,), clip_start, device=device))
+        clipped = act_clip and act_bits is not None
+        if clip_groups is not None and act_bits is not None:
+            self.clip_groups = check_clip_groups(clip_groups, clipped, self.act_groups)
+        if clipped:
+            pairs = (2,) if self.clip_groups is None else (self.clip_groups, 2)
+            self.act_clip_logit = nn.Parameter(torch.full(pairs, clip_start, device=device))
         self.weight_quant, self.act_quant = True, act_bits is not None
         self.branch_in = self.branch_out = None
         self.branch_subtracted = True
@@ -197,9 +203,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
             return self._forward_frozen(x, self._frozen)
         with full_precision(x.device):
             matrices, weight, bias = self._evaluated()
-            clip = self._act_clip()
+            act_bits, clip = self.acts_now(self._act_clip()) if self.act_quant else (None, None)
         transform = partial(self._transform, matrices=matrices)
-        act_bits = self.act_bits_now() if self.act_quant else None
         return self._by_rows(x, transform, act_bits, clip, weight, bias)
 
     def transform_input(self, x: Tensor) -> Tensor:
@@ -215,7 +220,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         """x̃, what the quantizer sees, and Q_a(x̃), which is x̃ where activations stay in floating point."""
         y = self.transform_input(x)
         clip = self._act_clip() if self._frozen is None else self._frozen.act_clip
-        return y, quantized_acts(y, self.act_bits_now(), clip, self.act_format)
+        return y, quantized_acts(y, *self.acts_now(clip), self.act_format)
 
     def transform_parameters(self) -> list[nn.Parameter]:
         """The trained parameters of scales and rotations."""
@@ -325,6 +330,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         return weight - up @ down
 
     def _act_clip(self) -> Tensor | None:
+        """Of all groups of steps."""
         return None if self.act_clip_logit is None else self.act_clip_logit.sigmoid()
 
     # ------------------------------------------------------------------------------------------- freezing
@@ -387,8 +393,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
     def forward_with(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer with another weight W̃ (out, in), differentiable in it and in x."""
         frozen = self._fixed()
-        act_bits = self.act_bits_now()
-        return self._by_rows(x, self.transform_input, act_bits, frozen.act_clip, weight, frozen.bias)
+        act_bits, clip = self.acts_now(frozen.act_clip)
+        return self._by_rows(x, self.transform_input, act_bits, clip, weight, frozen.bias)
 
     def _fixed(self) -> _Frozen:
         if self._frozen is None:
@@ -435,9 +441,9 @@ class QuantizedLinear(GroupedActs, nn.Module):
     def _forward_frozen(self, x: Tensor, frozen: _Frozen) -> Tensor:
         with full_precision(x.device):
             y = self.transform_input(x)
-            act_bits = self.act_bits_now()
+            act_bits, clip = self.acts_now(frozen.act_clip)
             if act_bits is not None:
-                codes, scale = quantize_tokens(y, act_bits, frozen.act_clip, self.act_format)
+                codes, scale = quantize_tokens(y, act_bits, clip, self.act_format)
                 y = decode(codes, self.act_format, act_bits) * scale
         weight, bias = frozen.weight.to(y.dtype), frozen.bias
         z = as_linear(F.linear(y, weight, None if bias is None else bias.to(weight.dtype)), x)

@@ -19,8 +19,9 @@ from attar.runtime.layers import PackedLinear
 class ScaledCodes(nn.Module):
     """What a packed layer computes, differentiable in its input, scales, bias and clipping factors.
 
-    log_scale: (out, groups), so that a learning rate is a relative change and scales keep their sign. clip: (2,), or
-    None for a layer without clipping. Values are those of the packed layer up to the rounding of the exponential.
+    log_scale: (out, groups), so that a learning rate is a relative change and scales keep their sign. clip: (2,),
+    (groups of steps, 2), or None for a layer without clipping. Values are those of the packed layer up to the rounding
+    of the exponential.
     """
 
     def __init__(self, packed: PackedLinear) -> None:
@@ -35,7 +36,8 @@ class ScaledCodes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed
         weight = (self.numbers * self.scale().unsqueeze(-1)).flatten(1)  # type: ignore[operator]
-        quantize = partial(quantized_acts, bits=packed.act_bits, clip=self.clip, number=packed.act_format)
+        bits, clip = packed.acts_now(self.clip)
+        quantize = partial(quantized_acts, bits=bits, clip=clip, number=packed.act_format)
         return quantized_product(
             x, self._transform, quantize, weight, self.bias, packed.branch, packed.frame_gate is not None
         )

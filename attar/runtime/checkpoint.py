@@ -29,6 +29,9 @@ groups apart by the timestep that the model is called with (step_groups.py):
 
 Version 7 brought a gate over the frames of a video for the low-rank branch, "frame_gate": 21 in a scheme, of so many.
 
+Version 8 brought clipping factors of activations by groups of denoising steps, "clip_groups": 2 in a scheme, of so
+many; "act_clip" is then a tensor (groups, 2), and "step_groups" is as in version 6.
+
 The tensors are the state dict of the packed model. Nothing else is needed to load it, and nothing else is in
 it: no prompts, no paths. Checksums lie in the header of each weight file (integrity.py).
 """
@@ -46,12 +49,12 @@ from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.packing import packed_width
 from attar.runtime.patches import PatchLinear, model_splits, open_layers
 from attar.runtime.rows import kinds_of
-from attar.runtime.scheme import ACT_GROUPS, FRAME_GATE, LATER, LATER_TRANSFORMS, MIXED_ROWS
+from attar.runtime.scheme import ACT_GROUPS, CLIP_GROUPS, FRAME_GATE, LATER, LATER_TRANSFORMS, MIXED_ROWS
 from attar.runtime.step_groups import StepGroups, follow_steps, step_groups_of
 from attar.runtime.transforms import is_shifted, transform_class
 
 QUANT_METHOD = "attar"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 _FIELDS = {
     "quant_method": str,
     "format_version": int,
@@ -62,11 +65,12 @@ _FIELDS = {
     "modules_to_not_convert": list,
 }
 _SPLITS = "splits"  # of version 3, and only where there are any
-_STEP_GROUPS = "step_groups"  # of version 6, and only where a scheme has bits by them
+_STEP_GROUPS = "step_groups"  # of version 6, and only where a scheme has bits or clipping by them
 _SINCE = {
     MIXED_ROWS: 4,
     ACT_GROUPS: 6,
     FRAME_GATE: 7,
+    CLIP_GROUPS: 8,
 }  # of the later fields of schemes; others came with version 2
 _SCHEME_FIELDS: dict[str, tuple[type, ...]] = {
     "weight_bits": (int,),
@@ -81,7 +85,7 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
     """The `quantization_config` of a model that holds packed layers.
 
     Raises AttarError when there is none, when a LoRA is still wrapped around one, and when layers have activation bits
-    by groups of steps that the model does not follow.
+    or clipping by groups of steps that the model does not follow.
     """
     layers = packed_layers(model)
     if not layers:
@@ -105,13 +109,16 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
     splits = model_splits(model)
     opened = bool(splits) or any(isinstance(m, PatchLinear) for m in model.modules())
-    grouped = any(ACT_GROUPS in scheme for scheme in schemes)
+    clipped = any(CLIP_GROUPS in scheme for scheme in schemes)
+    grouped = clipped or any(ACT_GROUPS in scheme for scheme in schemes)
     steps = step_groups_of(model) if grouped else None
     if grouped:
         _check_groups(schemes, steps, type(model).__name__)
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": 7
+        "format_version": 8
+        if clipped
+        else 7
         if any(FRAME_GATE in scheme for scheme in schemes)
         else 6
         if grouped
@@ -135,15 +142,18 @@ def quantization_config_of(model: nn.Module, recipe: str = "custom") -> dict[str
 
 
 def _check_groups(schemes: Iterable[Mapping[str, Any]], steps: StepGroups | None, where: str) -> None:
-    """Raises AttarError unless the groups that are followed are as many as those that schemes have bits for."""
-    for found in (scheme[ACT_GROUPS] for scheme in schemes if ACT_GROUPS in scheme):
-        if steps is None or len(found) != steps.count:
-            known = "none" if steps is None else str(steps.count)
-            raise AttarError(
-                f"layers have activation bits for {len(found)} groups of steps, and {known} are known",
-                where=where,
-                fix="Compress the model again",
-            )
+    """Raises AttarError unless as many groups are followed as schemes have bits or clipping for."""
+    for scheme in schemes:
+        counts = {"clipping": scheme[CLIP_GROUPS]} if CLIP_GROUPS in scheme else {}
+        counts |= {"bits": len(scheme[ACT_GROUPS])} if ACT_GROUPS in scheme else {}
+        for what, count in counts.items():
+            if steps is None or count != steps.count:
+                known = "none" if steps is None else str(steps.count)
+                raise AttarError(
+                    f"layers have activation {what} for {count} groups of steps, and {known} are known",
+                    where=where,
+                    fix="Compress the model again",
+                )
 
 
 def _of_version_5(scheme: Mapping[str, Any]) -> bool:

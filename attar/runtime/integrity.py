@@ -24,7 +24,7 @@ from torch import Tensor
 from attar.errors import AttarError
 from attar.runtime.checkpoint import QUANT_METHOD, check_config
 from attar.runtime.rows import kinds_of
-from attar.runtime.scheme import FRAME_GATE, MIXED_ROWS
+from attar.runtime.scheme import CLIP_GROUPS, FRAME_GATE, MIXED_ROWS
 from attar.runtime.transforms import is_shifted
 
 CHECKSUM_KEY = "attar_sha256"
@@ -201,6 +201,11 @@ def _check_layers(
         if FRAME_GATE in scheme and tensors[f"{name}.{FRAME_GATE}"][1] != (scheme[FRAME_GATE],):
             raise AttarError(
                 f"{FRAME_GATE} of {name!r} is not of {scheme[FRAME_GATE]} frames", where=where, fix=_DAMAGED
+            )
+        groups = scheme.get(CLIP_GROUPS)
+        if groups is not None and scheme["act_clip"] and tensors[f"{name}.act_clip"][1] != (groups, 2):
+            raise AttarError(
+                f"act_clip of {name!r} is not of {groups} groups of steps", where=where, fix=_DAMAGED
             )
     for key, (dtype, _) in tensors.items():
         layer, part = _owner(key, layers)

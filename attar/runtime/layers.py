@@ -30,7 +30,7 @@ from attar.runtime.scheme import (
     levels_of,
     table_shape,
 )
-from attar.runtime.step_groups import GroupedActs, check_act_groups
+from attar.runtime.step_groups import GroupedActs, check_act_groups, check_clip_groups
 from attar.runtime.transforms import (
     ChannelShift,
     Transform,
@@ -53,8 +53,8 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     M_f, f the frame of the token (branch.py).
 
     Buffers: `codes` uint8 (out, ceil(in·bits/8)); `weight_scale` float32 (out, 1), or (out, in/group_size);
-    `act_clip` float32 (2,) = (f_lo, f_hi) or None; `transforms`, the activation side of the equivalent transforms,
-    float32, and of a channel shift float16, with which there is a bias; `levels` float16 (1, 1, 2^bits),
+    `act_clip` float32 (2,) = (f_lo, f_hi), (groups, 2) or None; `transforms`, the activation side of the equivalent
+    transforms, float32, and of a channel shift float16, with which there is a bias; `levels` float16 (1, 1, 2^bits),
     (out, 1, 2^bits) or (out, groups, 2^bits), the tables of the format "table", or None. `bias`, `low_rank_in`
     A (rank, in), `low_rank_out` B (out, rank) and `frame_gate` M (frames,) are Parameters in the dtype of the model, or
     None. There is no `weight` Parameter: the property gives the dequantized weight in the original basis, with the
@@ -63,8 +63,9 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
     Rows of several kinds (rows.py): `rows` lists them, `weight_bits` is the widest's, `codes` and `levels` are flat,
     and the buffer `row_kind` uint8 (out,) says which row is which. Their products are computed kind by kind.
 
-    `act_groups`: activation bits of each group of denoising steps, where these differ; `act_bits` are the widest then,
-    and the model that the layer is part of says which group it is (step_groups.py).
+    `act_groups`: activation bits of each group of denoising steps, where these differ; `act_bits` are the widest then.
+    `clip_groups`: how many groups of steps have clipping factors of their own, None where all share a pair. The model
+    that the layer is part of says which group it is (step_groups.py).
 
     Gradients flow to the input (straight-through) and to a bias that wants one, so adapters beside or before the layer
     can be trained, and biases with them.
@@ -98,6 +99,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         rows: Sequence[Any] | None = None,
         act_groups: Sequence[Any] | None = None,
         frame_gate: int | None = None,
+        clip_groups: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -109,6 +111,9 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits, group_size
         self.weight_format, self.act_format, self.low_rank = weight_format, act_format, low_rank
         self.act_groups = None if act_groups is None else check_act_groups(act_groups, act_bits, act_format)
+        self.clip_groups = (
+            None if clip_groups is None else check_clip_groups(clip_groups, act_clip, self.act_groups)
+        )
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = 1 if group_size is None else in_features // group_size
         shape: tuple[int, ...] = (out_features, packed_width(in_features, weight_bits))
@@ -124,7 +129,8 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         self.register_buffer(
             "weight_scale", torch.ones(out_features, groups, dtype=torch.float32, device=device)
         )
-        clip = torch.ones(2, dtype=torch.float32, device=device) if act_clip else None
+        pairs = (2,) if self.clip_groups is None else (self.clip_groups, 2)
+        clip = torch.ones(pairs, dtype=torch.float32, device=device) if act_clip else None
         self.register_buffer("act_clip", clip)
         table = None if tables is None else torch.zeros(tables, dtype=torch.float16, device=device)
         self.register_buffer("levels", table)
@@ -170,7 +176,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         B (out, rank)), on the layer's input. rows, row_kind (out,): the kinds of rows and which of them each row is;
         each row's codes are those of its kind, levels (numbers,) are those of all tables one after another, and `bits`
         are the widest kind's. act_groups: activation bits of each group of steps, of which `act_bits` are the widest.
-        frame_gate: (frames,), of the branch.
+        act_clip: (2,), or (groups, 2) of each group of steps. frame_gate: (frames,), of the branch.
         Raises AttarError for codes out of range, scales that are not finite, or zero, wrong shapes.
         """
         if codes.ndim != 2 or codes.is_floating_point():
@@ -182,6 +188,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             if rows is None:
                 check_levels(levels, bits)
         own = None if levels is None or rows is not None else levels_of(levels)
+        clip = None if act_clip is None else torch.as_tensor(act_clip, dtype=torch.float32).detach()
         layer = cls(
             in_features,
             out_features,
@@ -198,6 +205,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             rows=None if rows is None else [astuple(kind) for kind in rows],
             act_groups=act_groups,
             frame_gate=None if frame_gate is None else frame_gate.numel(),
+            clip_groups=len(clip) if clip is not None and clip.ndim > 1 else None,
             device="meta",
             dtype=compute_dtype or (bias.dtype if bias is not None else torch.float32),
         )
@@ -218,9 +226,9 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             layer.row_kind = row_kind.detach().to(torch.uint8, copy=True)
             check_rows(layer.row_kind, layer.rows, levels)
             layer.codes = pack_rows(codes, layer.row_kind, layer.rows)
-        if act_clip is not None:
-            clip = torch.as_tensor(act_clip, dtype=torch.float32, device=codes.device).detach().clone()
-            _check_clip(clip)
+        if clip is not None:
+            clip = clip.to(codes.device, copy=True)
+            _check_clip(clip, layer.clip_groups)
             layer.act_clip = clip
         if levels is not None:
             layer.levels = _like("levels", levels, layer.levels, codes.device)
@@ -282,6 +290,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
                 self.rows,
                 self.act_groups,
                 frames,
+                self.clip_groups,
             ),
         }
 
@@ -369,7 +378,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             if self.frame_gate is not None and not self.frame_gate.is_meta:
                 _check_gate(self.frame_gate)
             if self.act_clip is not None and not self.act_clip.is_meta:
-                _check_clip(self.act_clip)
+                _check_clip(self.act_clip, self.clip_groups)
             for transform in self._chain():
                 transform.check()
         except AttarError as error:
@@ -385,6 +394,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         bits = "/".join(map(str, self.act_groups or (self.act_bits,)))
         acts = "float" if self.act_bits is None else f"{bits} bits per token"
         acts += "" if self.act_format == "int" else f" ({self.act_format})"
+        acts += "" if self.clip_groups is None else f", clipping of {self.clip_groups} groups of steps"
         kind = "" if self.weight_format == "int" else f" ({self.weight_format})"
         kind += "" if self.rows is None else " at most"
         branch = f", low_rank={self.low_rank}" if self.low_rank else ""
@@ -427,9 +437,9 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
         for transform in self._chain():
             kinds.append(transform.kind)
             operands += transform(None)
-        act_bits = self.act_bits_now()
         # As attributes of a module each takes a microsecond, which small layers notice.
         own: dict[str, Any] = {**self._buffers, **self._parameters}
+        act_bits, clip = self.acts_now(own["act_clip"])
         scale: Tensor = own["weight_scale"]
         bias: Tensor | None = own["bias"]
         down, up = own["low_rank_in"], own["low_rank_out"]
@@ -438,7 +448,7 @@ class PackedLinear(KeepsBufferDtype, GroupedActs, nn.Linear):
             wide = rows.of(up)
             branch = None if low is None or wide is None else (low, wide.to(x.dtype))
             return packed_linear(
-                x, rows.codes, rows.of(scale), rows.of(bias), own["act_clip"], rows.kind.bits, act_bits,
+                x, rows.codes, rows.of(scale), rows.of(bias), clip, rows.kind.bits, act_bits,
                 kinds, operands, gelu, rows.kind.number, self.act_format, rows.levels, branch,
             )  # fmt: skip
 
@@ -507,9 +517,11 @@ def _like(name: str, value: Tensor, empty: Any, device: torch.device) -> Tensor:
     return value.detach().to(device=device, dtype=empty.dtype, copy=True)
 
 
-def _check_clip(clip: Tensor) -> None:
-    if clip.shape != (2,) or not bool((torch.isfinite(clip) & (clip >= 0)).all()):
-        raise AttarError("act_clip must be two finite factors (f_lo, f_hi), not negative")
+def _check_clip(clip: Tensor, groups: int | None) -> None:
+    shape = (2,) if groups is None else (groups, 2)
+    if clip.shape != shape or not bool((torch.isfinite(clip) & (clip >= 0)).all()):
+        each = "" if groups is None else f" for each of {groups} groups of steps"
+        raise AttarError(f"act_clip must be two finite factors (f_lo, f_hi){each}, not negative")
 
 
 def _check_gate(gate: Tensor) -> None:

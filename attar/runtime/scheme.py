@@ -23,10 +23,12 @@ LATER: dict[str, tuple[type, ...]] = {
     "rows": (list,),
     "act_groups": (list,),
     "frame_gate": (int,),
+    "clip_groups": (int,),
 }
 MIXED_ROWS = "rows"  # of version 4
 ACT_GROUPS = "act_groups"  # of version 6
 FRAME_GATE = "frame_gate"  # of version 7
+CLIP_GROUPS = "clip_groups"  # of version 8
 LATER_TRANSFORMS = ("block_rotations",)
 
 
@@ -38,6 +40,7 @@ def later_fields(
     rows: Sequence[RowKind] | None,
     act_groups: Sequence[int] | None,
     frame_gate: int | None = None,
+    clip_groups: int | None = None,
 ) -> dict[str, Any]:
     """Those that a layer needs. Kinds of rows tell of the levels themselves."""
     found = {
@@ -48,6 +51,7 @@ def later_fields(
         "rows": [list(astuple(kind)) for kind in rows] if rows else None,
         ACT_GROUPS: None if act_groups is None else list(act_groups),
         FRAME_GATE: frame_gate,
+        CLIP_GROUPS: clip_groups,
     }
     return {key: value for key, value in found.items() if value is not None}
 

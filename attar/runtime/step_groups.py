@@ -1,4 +1,4 @@
-"""Groups of denoising steps: packed layers whose activations have other bits in each, chosen by the timestep."""
+"""Groups of denoising steps: layers whose activations have other bits or clipping in each, chosen by the timestep."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class StepGroups:
         """
         if timestep is None:
             raise AttarError(
-                "the model is called without a timestep, by which its bits are chosen",
+                "the model is called without a timestep, by which its group of steps is found",
                 where=ARGUMENT,
                 fix="Give it the timestep of the step",
             )
@@ -89,8 +89,7 @@ class StepGroups:
         groups = {self._of(value) for value in values}
         if len(groups) > 1:
             raise AttarError(
-                f"the timesteps from {min(values):g} to {max(values):g} of one batch lie in several groups of steps, "
-                "which have other bits",
+                f"the timesteps from {min(values):g} to {max(values):g} of one batch lie in several groups of steps",
                 where=ARGUMENT,
                 fix="Call the model once for each group",
             )
@@ -132,27 +131,39 @@ _CALL = _Call()
 
 
 class GroupedActs:
-    """A layer whose activations may have other bits in each group of steps.
+    """A layer whose activations may have other bits, or other clipping factors, in each group of steps.
 
     act_bits: of all groups, or those of the widest; None for floating point. act_groups: of each, where they differ.
+    clip_groups: how many groups have clipping factors of their own; None where all share a pair.
     step_group: the group that the layer computes for outside of the model's calls, see `choose_group`.
     """
 
     act_bits: int | None
     act_groups: tuple[int, ...] | None = None
+    clip_groups: int | None = None
     step_group: int | None = None
 
-    def act_bits_now(self) -> int | None:
-        """Raises AttarError where they depend on a group that nobody has chosen."""
-        if self.act_groups is None:
-            return self.act_bits
+    @property
+    def group_count(self) -> int | None:
+        """How many groups of steps the layer tells apart, None for one that asks for no group."""
+        return self.clip_groups if self.act_groups is None else len(self.act_groups)
+
+    def acts_now(self, clip: Tensor | None) -> tuple[int | None, Tensor | None]:
+        """(bits, clipping factors (2,)) of the current group. clip: those of all groups, (2,) or (groups, 2).
+
+        Raises AttarError where they depend on a group that nobody has chosen.
+        """
+        if self.act_groups is None and self.clip_groups is None:
+            return self.act_bits, clip
         group = self.step_group if _CALL.group is None else _CALL.group
         if group is None:
+            what = "bits" if self.act_groups is not None else "clipping"
             raise AttarError(
-                "the layer has other activation bits in each group of steps, and the step is not known",
+                f"the layer has other activation {what} in each group of steps, and the step is not known",
                 fix="Call the whole model, which knows it by its timestep, or name the group with choose_group",
             )
-        return self.act_groups[group]
+        bits = self.act_bits if self.act_groups is None else self.act_groups[group]
+        return bits, clip if clip is None or self.clip_groups is None else clip[group]
 
 
 def check_act_groups(groups: Sequence[Any], act_bits: int | None, act_format: str) -> tuple[int, ...]:
@@ -168,16 +179,31 @@ def check_act_groups(groups: Sequence[Any], act_bits: int | None, act_format: st
     return tuple(groups)
 
 
+def check_clip_groups(groups: Any, clipped: bool, act_groups: Sequence[int] | None) -> int:
+    """How many groups of steps have clipping factors of their own. AttarError where they cannot.
+
+    clipped: whether the layer has such factors at all. act_groups: its bits by groups, if it has these.
+    """
+    if type(groups) is not int or groups < 2:
+        raise AttarError(f"{groups!r} is no number of groups of steps with clipping of their own")
+    if not clipped:
+        raise AttarError("clipping by groups of steps needs activation clipping", fix="Set act_clip")
+    if act_groups is not None and len(act_groups) != groups:
+        raise AttarError(f"bits of {len(act_groups)} groups of steps do not fit clipping of {groups}")
+    return groups
+
+
 def choose_group(module: nn.Module, group: int) -> None:
-    """All layers in `module` with bits by groups compute for this one from now on, but in calls of a whole model.
+    """All layers in `module` that tell groups apart compute for this one from now on, but in calls of a whole model.
 
     In every thread. Raises AttarError for a group that there is not.
     """
     _CALL.group = None  # a compiled call that failed has left it
     for layer in module.modules():
-        if isinstance(layer, GroupedActs) and layer.act_groups is not None:
-            if not 0 <= group < len(layer.act_groups):
-                raise AttarError(f"there is no group {group} of {len(layer.act_groups)} groups of steps")
+        count = layer.group_count if isinstance(layer, GroupedActs) else None
+        if count is not None:
+            if not 0 <= group < count:
+                raise AttarError(f"there is no group {group} of {count} groups of steps")
             layer.step_group = group
 
 
