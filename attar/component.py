@@ -26,9 +26,9 @@ from attar.quantize.block_settings import BlockSettings
 from attar.quantize.frame_gate import KEY, FrameGrid
 from attar.quantize.initialize import TransformSettings
 from attar.quantize.plan import LayerPlan, open_planned
-from attar.runtime.step_groups import StepGroups, choose_group, follow_steps
+from attar.runtime.step_groups import ARGUMENT, StepGroups, choose_group, follow_steps
 from attar.samples import Calls, Sample, SegmentStarts, catch_samples, traced_groups
-from attar.settings import block_settings
+from attar.settings import block_settings, has_groups
 from attar.stored import (
     OUTSIDE,
     block_file,
@@ -58,12 +58,12 @@ class ComponentJob(Job):
         self.frames: FrameGrid | None = None  # where branches have gates over them
         learned = self.recipe.reconstruct
         self.propagates = learned is not None and learned.propagate == "quant"
-        self.groups: StepGroups | None = None  # of steps, where activations have bits by them
+        self.groups: StepGroups | None = None  # of steps, where activations have bits or clipping by them
 
     def run(self, prompts: int) -> dict[str, Any]:
         """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
         self.transformer.requires_grad_(False).eval()
-        if any(plan.act_groups is not None for plan in self.plan.values()):
+        if has_groups(self.plan.values(), self.settings):
             found = traced_groups(self.store, self.name, prompts, self.recipe.quantize.step_groups)
             self.groups = found[0]
             follow_steps(self.transformer, self.groups)
@@ -157,6 +157,7 @@ class ComponentJob(Job):
             return list(ranks.mine(made)), {"synthesis": known}
         table, chosen = self._selection(prompts)
         assert self.recipe.select is not None
+        self._check_groups({table.step[i]: table.prompt[i] for i in chosen})
         calls = [self.store.calls(self.name, table.prompt[i], table.step[i]) for i in ranks.mine(chosen)]
         evidence = {
             "policy": self.recipe.select.policy,
@@ -165,6 +166,20 @@ class ComponentJob(Job):
             "histogram": selection_histogram(table, chosen),
         }
         return calls, {"selection": evidence}
+
+    def _check_groups(self, chosen: dict[int, int]) -> None:
+        """Each group of steps with clipping of its own is learned on some sample. chosen: steps, each with a prompt."""
+        if self.groups is None or self.settings.clip_groups is None:
+            return
+        steps = (self.store.calls(self.name, prompt, step)[0] for step, prompt in chosen.items())
+        left = set(range(self.groups.count)) - {self.groups.group(call.get(ARGUMENT)) for call in steps}
+        if left:
+            raise AttarError(
+                f"no calibration sample is of group {min(left)} of {self.groups.count} groups of steps, so its "
+                "clipping cannot be learned",
+                where=f"{self.name}: quantize.clip_by_group",
+                fix="Choose more samples (select.count), or evenly over the steps (select.policy uniform)",
+            )
 
     def _selection(self, prompts: int) -> tuple[ScoreTable, list[int]]:
         """The score table and the chosen rows, from the workspace where they are there already."""

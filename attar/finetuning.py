@@ -29,7 +29,9 @@ from attar.quantize.relations import FEATURES, RelationTerm, draw_memory, window
 from attar.quantize.wrap import input_facts, wrap_linears
 from attar.recipe import Recipe
 from attar.runtime.layers import PackedLinear, packed_layers
-from attar.settings import block_settings, finetune_settings, relation_settings
+from attar.runtime.step_groups import ARGUMENT, StepGroups, choose_group, follow_steps
+from attar.samples import traced_groups
+from attar.settings import block_settings, finetune_settings, has_groups, relation_settings
 from attar.stored import OUTSIDE, block_file, read_layers, read_result, restore_block, save_block
 from attar.traced import OUTPUT, TracedSteps
 
@@ -84,6 +86,7 @@ class _WholeModel(Job):
         self.local = [] if local is None else matching(self.plan.values(), local)
         self.relation = relation_settings(self.recipe)
         self.features: tuple[nn.Module, int] | None = None  # the last block, and which of its outputs
+        self.groups: StepGroups | None = None  # of steps, once layers tell them apart
 
     def samples(self, prompts: int) -> TracedSteps:
         streams = [OUTPUT, *self.local, *([FEATURES] if self.relation else [])]
@@ -146,7 +149,8 @@ class _WholeModel(Job):
             term = RelationTerm(self.relation, memory, seed)
             groups = windows(samples.places, self.relation.window)
         settings = finetune_settings(self.recipe)
-        return Finetuner(self.forward, samples, layers, settings, seed, chosen, loss, term, groups)
+        parts = None if self.groups is None else samples.members(self.groups)
+        return Finetuner(self.forward, samples, layers, settings, seed, chosen, loss, term, groups, parts)
 
     def _train(self, tuner: Finetuner) -> None:
         """The steps that are left, with what ends the last one."""
@@ -180,6 +184,10 @@ class _WholeModel(Job):
 
     def forward(self, call: BlockCall) -> dict[str, Tensor]:
         """The model's output on one call, and those of the layers that are compared too."""
+        if (
+            self.groups is not None
+        ):  # named in the layers, as what is recomputed is outside of the model's call
+            choose_group(self.transformer, self.groups.group(call.constants.get(ARGUMENT)))
         call, found = call.to(self.device), {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -256,17 +264,21 @@ class FinetuneJob:
         """Compresses the transformer; returns its part of the evidence. prompts: how many were traced."""
         whole = self.whole
         whole.transformer.requires_grad_(False).eval()
-        samples = whole.samples(prompts)
+        samples, groups = whole.samples(prompts), None
+        if has_groups(whole.plan.values(), block_settings(whole.recipe)):
+            groups = traced_groups(whole.store, whole.name, prompts, whole.recipe.quantize.step_groups)[0]
         if not all(map(whole.workspace.has, [*whole.files(), whole.report_file])):
-            self._make(samples)
+            self._make(samples, groups)
         results = []
         for file, (module, prefix, _) in whole.files().items():
             result = restore_block(whole.workspace, file, module)
             fill(module, read_layers(whole.workspace, file).get, whole.device)
             results += [result] if prefix else []
+        if groups is not None:
+            follow_steps(whole.transformer, groups)
         return {"blocks": results, "finetune": whole.workspace.read_json(whole.report_file)}
 
-    def _make(self, samples: TracedSteps) -> None:
+    def _make(self, samples: TracedSteps, groups: StepGroups | None) -> None:
         whole = self.whole
         open_planned(whole.transformer, whole.plan)
         with types_kept(whole.transformer) as types:
@@ -277,6 +289,7 @@ class FinetuneJob:
         whole = self.whole
         whole.transformer.float()
         whole.compute(samples)
+        whole.groups = groups  # not before: the original is given steps of all groups in a batch
         few = [samples.call(*samples.places[i]) for i in _spread(len(samples))]
         linears: dict[str, nn.Module] = {name: whole.transformer.get_submodule(name) for name in whole.plan}
         settings, seed = block_settings(whole.recipe), f"{whole.seed}/{whole.name}"
@@ -328,6 +341,7 @@ class PolishJob:
                 whole.compute(samples)
             give_types(whole.transformer, types)
         evidence = self.blocks.run(prompts)
+        whole.groups = self.blocks.groups
         if not trained:
             self._polish(samples)
         report = self._apply()

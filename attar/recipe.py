@@ -146,9 +146,21 @@ class Recipe(Stage):
         groups, chosen = self.quantize.step_groups, self.allocate
         if groups == 1:
             return self
-        if self.finetune is not None:
+        if self.finetune is not None and not self.quantize.clip_by_group:
             raise ValueError(
-                "finetune trains all steps with the same bits: set quantize.step_groups to 1, or finetune to null"
+                "finetune trains all steps with the same bits: set quantize.step_groups to 1, or finetune to null, or "
+                "quantize.clip_by_group to true for clipping by groups, for which batches hold steps of one group"
+            )
+        if self.quantize.clip_by_group and not self.trains_act_clip:
+            raise ValueError(
+                "quantize.clip_by_group needs something that trains clipping: finetune.clip_lr, or reconstruct with "
+                "train_clip and epochs"
+            )
+        relation = None if self.finetune is None else self.finetune.relation
+        if relation is not None and relation.window > 1:
+            raise ValueError(
+                "a window of steps may lie in two groups of them: set finetune.relation.window to 1, or "
+                "quantize.step_groups"
             )
         if self.reconstruct is not None and self.reconstruct.batch_size > 1:
             raise ValueError(
@@ -205,6 +217,14 @@ class Recipe(Stage):
         return (by_blocks is not None and by_blocks.train_levels) or (
             whole is not None and whole.level_lr > 0
         )
+
+    @property
+    def trains_act_clip(self) -> bool:
+        """Whether the clipping factors of activations are trained, by blocks or with the whole model."""
+        by_blocks, whole = self.reconstruct, self.finetune
+        return (
+            by_blocks is not None and by_blocks.train_clip and by_blocks.epochs > 0 and by_blocks.clip_lr > 0
+        ) or (whole is not None and whole.clip_lr > 0)
 
     @property
     def polishes(self) -> bool:

@@ -56,7 +56,8 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         )  # fmt: skip
     return BlockSettings(
         transforms=transform_settings(recipe), weight_clip=q.weight_clip, act_clip=q.act_clip,
-        clip_start=q.clip_start, clip_search=q.clip_search, stats_ema=q.stats_ema, learning=learning,
+        clip_groups=q.clip_groups, clip_start=q.clip_start, clip_search=q.clip_search, stats_ema=q.stats_ema,
+        learning=learning,
         train_scale=r is not None and r.train_scale, train_rotation=r is not None and r.train_rotation,
         train_clip=r is not None and r.train_clip, train_levels=recipe.trains_levels,
         train_branch=r is not None and r.train_branch,
@@ -66,6 +67,12 @@ def block_settings(recipe: Recipe) -> BlockSettings:
         gptq_whole=rounding.target == "weight", gptq_by_activation=rounding.order == "activation",
         rounding=_rounding(recipe), round_weights=r is None or r.round_weights,
     )  # fmt: skip
+
+
+def has_groups(plans: Iterable[LayerPlan], settings: BlockSettings) -> bool:
+    """Whether any layer tells groups of steps apart, by its bits or its clipping."""
+    acts = [plan for plan in plans if not plan.skipped and plan.act_bits is not None]
+    return any(settings.clip_groups is not None or plan.act_groups is not None for plan in acts)
 
 
 def _rounding(recipe: Recipe) -> ReconstructionSettings | None:
@@ -108,6 +115,7 @@ def relation_settings(recipe: Recipe) -> RelationSettings | None:
 def layer_size(plan: LayerPlan, recipe: Recipe) -> Forecast:
     """Bytes of one planned layer before and after, exactly."""
     size = forecast(plan, transform_settings(recipe))
-    if plan.skipped or plan.act_bits is None or recipe.quantize.act_clip:
+    if plan.skipped or plan.act_bits is None:
         return size
-    return dataclasses.replace(size, packed=size.packed - 8)  # no pair of clipping factors
+    pairs = (recipe.quantize.clip_groups or 1) if recipe.quantize.act_clip else 0
+    return dataclasses.replace(size, packed=size.packed + 8 * (pairs - 1))  # two factors each

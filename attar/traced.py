@@ -13,6 +13,7 @@ from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.block import BlockCall, bind
 from attar.progress import Progress
+from attar.runtime.step_groups import ARGUMENT, StepGroups
 from attar.samples import one_batch
 from attar.workspace import Workspace
 
@@ -77,6 +78,15 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
                 bound["timestep"] = time.expand(len(stream[name]))
             branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
         return one_batch(branches)
+
+    def members(self, groups: StepGroups) -> list[int]:
+        """The group of steps that each sample is of. All prompts have the same timesteps."""
+        known: dict[int, int] = {}
+        for prompt, step, _ in self.places:
+            if step not in known:
+                call = self.store.calls(self.name, prompt, step)[0]
+                known[step] = groups.group(call.get(ARGUMENT))
+        return [known[step] for _, step, _ in self.places]
 
     def compute(
         self, run: Callable[[BlockCall], dict[str, Tensor]], batch_size: int, progress: Progress

@@ -96,7 +96,12 @@ def pack_block(block: BenchBlock, recipe: Recipe) -> nn.Module:
     recipe = in_every_layer(recipe)
     module = copy.deepcopy(block.dense)
     settings = replace(
-        block_settings(recipe), learning=None, gptq_damping=None, rounding=None, clip_search=False
+        block_settings(recipe),
+        learning=None,
+        gptq_damping=None,
+        rounding=None,
+        clip_search=False,
+        clip_groups=None,
     )
     # of groups of steps the widest bits, which cost no less time than others
     plans = [replace(plan, act_groups=None) for plan in plan_for(recipe, block.linears, [])]

@@ -47,7 +47,9 @@ class Trial:
         arithmetic: Arithmetic,
     ) -> None:
         self.block, self.plans, self.recipe, self.arithmetic = block, plans, recipe, arithmetic
-        self.call, self.settings = call.to(arithmetic.device), block_settings(recipe)
+        self.call = call.to(arithmetic.device)
+        # which pair of clipping factors is used costs nothing
+        self.settings = dataclasses.replace(block_settings(recipe), clip_groups=None)
 
     def learning(self) -> BlockCost:
         """Of the block by itself: quantized once, and learned where the recipe says so."""

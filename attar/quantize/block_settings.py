@@ -16,6 +16,7 @@ from attar.quantize.row_bits import RowBitsSettings
 class BlockSettings:
     """How a block is quantized. `learning` None trains nothing; `gptq_damping` None rounds to nearest.
 
+    clip_groups: how many groups of denoising steps have activation clipping of their own, None for one pair in all.
     clip_start: logit from which clipping factors start; clip_search: weights' factors start where rounding errs least.
     round_weights: weights are rounded while the block learns; else only activations are, which leaves the weights to
     what comes behind it; layers with floating-point activations round their weights in any case. gptq_whole,
@@ -27,6 +28,7 @@ class BlockSettings:
     transforms: TransformSettings
     weight_clip: bool = True
     act_clip: bool = True
+    clip_groups: int | None = None
     clip_start: float = 4.0
     clip_search: bool = False
     stats_ema: float | None = None
@@ -54,6 +56,11 @@ class BlockSettings:
         """Whether the layer's weight is not rounded while the block learns; a weight-only layer has nothing else."""
         return not self.round_weights and layer.act_bits is not None and bool(len(layer.transforms))
 
+    @property
+    def _act_clipping(self) -> str:
+        groups = "" if self.clip_groups is None else f" of {self.clip_groups} groups of steps"
+        return f"activation clipping{groups}"
+
     def treatment(self, plan: LayerPlan) -> list[str]:
         """What a planned layer goes through, in order: ["channel scale", "kronecker", …, "gptq"]; [] when skipped."""
         if plan.skipped or plan.plain:
@@ -68,7 +75,7 @@ class BlockSettings:
             ("bits by rows", plan.row_bits is not None),
             ("searched weight clipping" if self.clip_search else "weight clipping", self.weight_clip),
             (f"low-rank branch ({plan.low_rank})", plan.low_rank > 0),
-            ("activation clipping", self.act_clip and plan.act_bits is not None),
+            (self._act_clipping, self.act_clip and plan.act_bits is not None),
             ("nearest", self.gptq_damping is None),
             ("gptq", self.gptq_damping is not None),
             ("learned rounding", self.rounding is not None),

@@ -79,7 +79,8 @@ class Finetuner:
     and the epoch decide. layers: name -> what is trained, in the model that `run` runs; chosen: those whose weights,
     biases and adapters are trained, by default all. loss: of what `run` gives and what the original gave. relation: a
     term of the stream FEATURES beside it. groups: samples, by their places, that stay together in a batch, as a window
-    of steps does; what is in none is not trained on. By default every sample is alone.
+    of steps does; what is in none is not trained on. By default every sample is alone. parts: of each sample a number,
+    such as its group of denoising steps; batches hold samples of one part, and each part has batches in proportion.
     Raises NothingTrained, or AttarError when a rank does not fit.
     """
 
@@ -94,19 +95,21 @@ class Finetuner:
         loss: Callable[[Streams, Streams], Tensor] = mse,
         relation: RelationTerm | None = None,
         groups: Sequence[Sequence[int]] | None = None,
+        parts: Sequence[int] | None = None,
     ) -> None:
         if not samples:
             raise AttarError("there are no samples to train on")
         self.run, self.samples, self.layers, self.settings, self.seed = run, samples, layers, settings, seed
         self.loss, self.relation = loss, relation
         self.groups = [[i] for i in range(len(samples))] if groups is None else groups
+        self.parts = _parts(self.groups, parts)
         self.chosen = {name: layers[name] for name in (layers if chosen is None else chosen)}
         self._open = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
         self.decay: RankDecay | None = None
         self.step = 0
         self.history: list[tuple[int, float]] = []  # (step, mean loss of the steps since the last entry)
         self._sums: list[float] = []
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, list[list[int]]] = (-1, [])
         self._sizes: dict[str, float] = {}  # mean step size of the layers with adapters
         self._start()
         self._main = self._optimizer(_main_groups(layers, self.chosen, settings, self._sizes))
@@ -219,13 +222,25 @@ class Finetuner:
 
     def _places(self) -> list[int]:
         """The samples of this step: each epoch has an order of its own, and leaves out what fills no batch."""
-        count = len(self.groups)
-        size = min(max(1, self.settings.batch_size // len(self.groups[0])), count)
-        epoch, place = divmod(self.step, count // size)
+        size = max(1, self.settings.batch_size // len(self.groups[0]))
+        counts = {part: self.parts.count(part) for part in sorted(set(self.parts))}
+        sizes = {part: min(size, count) for part, count in counts.items()}
+        epoch, place = divmod(self.step, sum(counts[part] // sizes[part] for part in counts))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "order", str(epoch)))
-            self._order = epoch, torch.randperm(count, generator=generator).tolist()
-        return [i for k in self._order[1][place * size : (place + 1) * size] for i in self.groups[k]]
+            self._order = epoch, self._batches(epoch, sizes)
+        return [i for k in self._order[1][place] for i in self.groups[k]]
+
+    def _batches(self, epoch: int, sizes: Mapping[int, int]) -> list[list[int]]:
+        """The batches of an epoch, as places in `groups`. sizes: of the batches of each part."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", str(epoch)))
+        order = torch.randperm(len(self.groups), generator=generator).tolist()
+        batches = []
+        for part, size in sizes.items():
+            own = [k for k in order if self.parts[k] == part]
+            batches += [own[start : start + size] for start in range(0, len(own) - size + 1, size)]
+        if len(sizes) == 1:
+            return batches
+        return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _note(self, loss: float) -> None:
         self._sums.append(loss)
@@ -275,6 +290,14 @@ class Finetuner:
         idle = torch.optim.AdamW([nn.Parameter(torch.zeros(0))])
         idle.param_groups.clear()
         return idle
+
+
+def _parts(groups: Sequence[Sequence[int]], parts: Sequence[int] | None) -> list[int]:
+    """The part of each group of samples. AttarError where one has samples of several."""
+    found = [{0} if parts is None else {parts[i] for i in group} for group in groups]
+    if any(len(own) > 1 for own in found):
+        raise AttarError("samples that stay together are of several groups of steps", where="finetune")
+    return [own.pop() for own in found]
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def wrap_linears(
             weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
             clip_start=settings.clip_start, weight_format=plan.weight_format, act_format=plan.act_format,
             train_levels=settings.train_levels and not plan.plain, shift=inputs.shifts.get(name),
-            act_groups=plan.act_groups,
+            act_groups=plan.act_groups, clip_groups=settings.clip_groups,
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer

@@ -200,10 +200,9 @@ def choose_group(module: nn.Module, group: int) -> None:
     """
     _CALL.group = None  # a compiled call that failed has left it
     for layer in module.modules():
-        count = layer.group_count if isinstance(layer, GroupedActs) else None
-        if count is not None:
-            if not 0 <= group < count:
-                raise AttarError(f"there is no group {group} of {count} groups of steps")
+        if isinstance(layer, GroupedActs) and layer.group_count is not None:
+            if not 0 <= group < layer.group_count:
+                raise AttarError(f"there is no group {group} of {layer.group_count} groups of steps")
             layer.step_group = group
 
 

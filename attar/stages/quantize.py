@@ -93,6 +93,10 @@ class Quantize(Stage):
         ge=1,
         description="groups of equally many denoising steps, by which activations may have other bits",
     )
+    clip_by_group: bool = Field(
+        default=False,
+        description="each of these groups has trained clipping factors of activations of its own",
+    )
     acts: int | list[int] = Field(
         default=6,
         description="bits of their inputs, per token, 2 to 8; 16 keeps floating point; or a list by groups of steps",
@@ -236,8 +240,24 @@ class Quantize(Stage):
         later = {
             "split": self.split, "row_bits": self.row_bits, "clip_search": self.clip_search, "shift": self.shift,
             "step_groups": self.step_groups > 1, "calibrate_modulation": self.calibrate_modulation,
+            "clip_by_group": self.clip_by_group,
         }  # fmt: skip
         return {key: value for key, value in handler(self).items() if later.get(key, True)}
+
+    @property
+    def clip_groups(self) -> int | None:
+        """How many groups of steps have clipping factors of their own; None where all share a pair."""
+        return self.step_groups if self.clip_by_group else None
+
+    @model_validator(mode="after")
+    def _groups_have_what_to_clip(self) -> Quantize:
+        if self.clip_by_group and self.step_groups == 1:
+            raise ValueError("clip_by_group needs groups of steps: set step_groups to 2 or more")
+        if self.clip_by_group and not self.act_clip:
+            raise ValueError("clip_by_group needs act_clip")
+        if self.clip_by_group and self.acts == 16:
+            raise ValueError("clip_by_group needs rounded activations: set acts to 8 or fewer")
+        return self
 
     @model_validator(mode="after")
     def _stretch_needs_factors(self) -> Quantize:

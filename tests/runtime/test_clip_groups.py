@@ -1,6 +1,7 @@
 """Clipping factors by groups of denoising steps in packed models: the pair of the current group is used, and kept."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -137,19 +138,20 @@ def test_what_is_read_is_checked(grouped, change, says):
     config = json.loads(json.dumps(quantization_config_of(grouped)))
     change(config)
     with torch.device("meta"):
-        empty = WanTransformer3DModel.from_config(dict(grouped.config))
+        empty: Any = WanTransformer3DModel.from_config(dict(grouped.config))
     with pytest.raises(AttarError, match=says):
         replace_linears(empty, check_config(config))
 
 
 def test_layers_that_cannot_be_are_refused(grouped):
     codes, scale = torch.ones(2, 4, dtype=torch.int8), torch.ones(2, 1)
-    for clip, options, says in (
+    cases: list[tuple[torch.Tensor, dict[str, Any], str]] = [
         (torch.ones(1, 2), {}, "no number of groups"),
         (torch.ones(2, 3), {}, "for each of 2 groups"),
         (torch.full((2, 2), -1.0), {}, "not negative"),
         (torch.ones(3, 2), {"act_groups": (8, 6)}, "bits of 2 groups of steps do not fit clipping of 3"),
-    ):
+    ]
+    for clip, options, says in cases:
         with pytest.raises(AttarError, match=says):
             PackedLinear.from_codes(codes, scale, 4, act_bits=8, act_clip=clip, **options)
     layer = PackedLinear.from_codes(codes, scale, 4, act_bits=8, act_clip=torch.ones(2, 2))
