@@ -178,7 +178,7 @@ class ComponentJob(Job):
                 f"no calibration sample is of group {min(left)} of {self.groups.count} groups of steps, so its "
                 "clipping cannot be learned",
                 where=f"{self.name}: quantize.clip_by_group",
-                fix="Choose more samples (select.count), or evenly over the steps (select.policy uniform)",
+                fix="Choose more samples (select.count), or evenly over the steps (select.policy uniform_steps)",
             )
 
     def _selection(self, prompts: int) -> tuple[ScoreTable, list[int]]:
