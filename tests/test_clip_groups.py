@@ -124,6 +124,9 @@ def test_recipes_without_it_are_as_before_and_those_with_it_say_so():
     plain, grouped = load_recipe("efficientdm"), load_recipe("efficientdm", GROUPS)
     assert "clip_by_group" not in plain.model_dump()["quantize"]
     assert grouped.model_dump()["quantize"]["clip_by_group"] and load_recipe(grouped.model_dump()) == grouped
+    plan = LayerPlan("a", "self_attn.q", 4, 4, None, 64, 64, True)
+    assert layer_size(plan, grouped).packed == layer_size(plan, plain).packed + 8
+    assert "activation clipping of 2 groups of steps" in block_settings(grouped).treatment(plan)
     assert block_settings(plain).clip_groups is None and block_settings(grouped).clip_groups == 2
     assert (
         grouped.identity != load_recipe("efficientdm", {"finetune": None, "quantize.step_groups": 2}).identity
