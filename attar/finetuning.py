@@ -30,7 +30,6 @@ from attar.quantize.wrap import input_facts, wrap_linears
 from attar.recipe import Recipe
 from attar.runtime.layers import PackedLinear, packed_layers
 from attar.runtime.step_groups import ARGUMENT, StepGroups, choose_group, follow_steps
-from attar.samples import traced_groups
 from attar.settings import block_settings, finetune_settings, has_groups, relation_settings
 from attar.stored import OUTSIDE, block_file, read_layers, read_result, restore_block, save_block
 from attar.traced import OUTPUT, TracedSteps
@@ -266,7 +265,7 @@ class FinetuneJob:
         whole.transformer.requires_grad_(False).eval()
         samples, groups = whole.samples(prompts), None
         if has_groups(whole.plan.values(), block_settings(whole.recipe)):
-            groups = traced_groups(whole.store, whole.name, prompts, whole.recipe.quantize.step_groups)[0]
+            groups = samples.groups(whole.recipe.quantize.step_groups)
         if not all(map(whole.workspace.has, [*whole.files(), whole.report_file])):
             self._make(samples, groups)
         results = []

@@ -14,7 +14,7 @@ from attar.errors import AttarError
 from attar.models.block import BlockCall, bind
 from attar.progress import Progress
 from attar.runtime.step_groups import ARGUMENT, StepGroups
-from attar.samples import one_batch
+from attar.samples import one_batch, traced_groups
 from attar.workspace import Workspace
 
 OUTPUT = "sample"
@@ -40,7 +40,7 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
         streams: Sequence[str] = (OUTPUT,),
     ) -> None:
         self.name, self.transformer, self.store, self.workspace = name, transformer, store, workspace
-        self.streams = streams
+        self.streams, self.prompts = streams, prompts
         ran = [(p, s) for p in range(prompts) for s in store.steps_of(name, p)]
         if not ran:
             raise AttarError("the component did not run in any traced step", where=name)
@@ -78,6 +78,10 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
                 bound["timestep"] = time.expand(len(stream[name]))
             branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
         return one_batch(branches)
+
+    def groups(self, count: int) -> StepGroups:
+        """`count` groups of the traced steps."""
+        return traced_groups(self.store, self.name, self.prompts, count)[0]
 
     def members(self, groups: StepGroups) -> list[int]:
         """The group of steps that each sample is of. All prompts have the same timesteps."""
