@@ -80,7 +80,7 @@ def catch_samples(
     merged: Calls = []
     for branches in samples:
         calls = [next(caught)[block.index] for _ in branches]
-        _append(merged, one_batch(calls), _group(branches, groups), hold)
+        _append(merged, one_batch(calls), group_of(branches, groups), hold)
     return merged
 
 
@@ -116,7 +116,7 @@ class SegmentStarts:
         flat = [call for branches in samples for call in branches]
         caught = each_catch(transformer, adapter, [first, *later], flat, store_device="cpu")
         for branches in samples:
-            found, group = [next(caught) for _ in branches], _group(branches, groups)
+            found, group = [next(caught) for _ in branches], group_of(branches, groups)
             _append(self._held[first], one_batch([calls[first] for calls in found]), group, workspace.hold)
             for index in later:
                 for call in one_batch([calls[index] for calls in found]):
@@ -152,7 +152,8 @@ class SegmentStarts:
         return f"{self.folder}/{index:03d}-{number:04d}.safetensors"
 
 
-def _group(branches: Sample, groups: StepGroups | None) -> int | None:
+def group_of(branches: Sample, groups: StepGroups | None) -> int | None:
+    """The group of steps of a sample, None without groups."""
     return None if groups is None else groups.group(branches[0].get(ARGUMENT))
 
 

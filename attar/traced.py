@@ -13,8 +13,7 @@ from attar.calibration.store import TraceStore
 from attar.errors import AttarError
 from attar.models.block import BlockCall, bind
 from attar.progress import Progress
-from attar.runtime.step_groups import ARGUMENT, StepGroups
-from attar.samples import one_batch, traced_groups
+from attar.samples import group_of, one_batch, traced_groups
 from attar.workspace import Workspace
 
 OUTPUT = "sample"
@@ -79,17 +78,16 @@ class TracedSteps(Sequence[tuple[BlockCall, dict[str, Tensor]]]):
             branches.append(BlockCall(stream, bound).to(dtype=torch.float32))
         return one_batch(branches)
 
-    def groups(self, count: int) -> StepGroups:
+    def groups(self, count: int) -> Any:
         """`count` groups of the traced steps."""
         return traced_groups(self.store, self.name, self.prompts, count)[0]
 
-    def members(self, groups: StepGroups) -> list[int]:
+    def members(self, groups: Any) -> list[int]:
         """The group of steps that each sample is of. All prompts have the same timesteps."""
         known: dict[int, int] = {}
         for prompt, step, _ in self.places:
             if step not in known:
-                call = self.store.calls(self.name, prompt, step)[0]
-                known[step] = groups.group(call.get(ARGUMENT))
+                known[step] = group_of(self.store.calls(self.name, prompt, step), groups) or 0
         return [known[step] for _, step, _ in self.places]
 
     def compute(
