@@ -283,9 +283,7 @@ class FinetuneJob:
         with types_kept(whole.transformer) as types:
             self._train(samples, groups, types)
 
-    def _train(
-        self, samples: TracedSteps, groups: StepGroups | None, types: dict[str, torch.dtype]
-    ) -> None:
+    def _train(self, samples: TracedSteps, groups: StepGroups | None, types: dict[str, torch.dtype]) -> None:
         """In float32; what comes out has the types that are given."""
         whole = self.whole
         whole.transformer.float()
