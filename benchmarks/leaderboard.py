@@ -49,6 +49,8 @@ held-out prompts with the same noise as full precision, 50 steps. Printed by `py
   which uses AMX too, in the same run: the ratio of medians, and the quartiles of single rounds' ratios, which need not
   hold it (`python -m benchmarks.latency`); tables of numbers have no kernels on CPUs
 - ± is the half width of the 95 % t-interval over seeds; rows of one seed are no more than a hint
+- a figure that fewer seeds have than the row says how many: calibration that only took up what another cell had learned
+  has no seconds, and some cells are older than the Fréchet distance
 """
 
 

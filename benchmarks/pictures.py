@@ -37,7 +37,7 @@ from benchmarks.cells import ACTS_ALIKE, NO_BRANCH, digest
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
 from benchmarks.store import FOLDER, load, save
-from benchmarks.tables import mean_text, table_lines
+from benchmarks.tables import mean_text, over_cells, table_lines
 
 DOCS, RESULTS = Path(__file__).parent.parent / "docs", FOLDER / "pictures.json"
 MODELS = ("digits-dit", "digits-image")
@@ -92,7 +92,8 @@ INTRO = f"""What every system makes of the built-in models of pictures, against 
 Some systems do not exist at some bits: `mpq-dm` and `mpq-dmv2` at eight (rows would have nine),
 `lrq-dit` below three; `q-vdit` compares the frames of videos.
 **all right**: pictures whose digit and colour are those asked for (in brackets: full precision). ± is the half width of
-the 95 % t-interval over seeds; rows of one seed are no more than a hint.
+the 95 % t-interval over seeds; rows of one seed are no more than a hint. A figure that fewer seeds have than
+the row says how many: calibration that only took up what another cell had learned has no seconds.
 """
 
 
@@ -233,12 +234,11 @@ class Row:
     def figures(self) -> list[str]:
         """In the order of COLUMNS."""
         right, full = (_mean([c[key] for c in self.cells]) for key in ("right", "reference_right"))
-        seconds = [c["calibration_cpu_seconds"] for c in self.cells if "calibration_cpu_seconds" in c]
         return [
             self.system, str(len(self.cells)), f"{self.ratio:.3f}×",
             mean_text([_mean(c["psnr"]) for c in self.cells], 2), mean_text([_mean(c["ssim"]) for c in self.cells], 4),
             mean_text([c["frechet"] for c in self.cells], 4), f"{100 * right:.1f} ({100 * full:.1f})",
-            mean_text(seconds, 0),
+            over_cells(self.cells, lambda c: c.get("calibration_cpu_seconds"), 0),
         ]  # fmt: skip
 
 

@@ -23,6 +23,8 @@ Printed by `python -m benchmarks.quality --table` from `benchmarks/results/quali
   the first steps and would be most of a mean); **PSNR**, **SSIM**: of the videos, to full precision's
 - **all right**: held-out prompts whose digit, colour, direction and speed are all shown (in brackets: full precision)
 - ± is the half width of the 95 % t-interval over seeds; without it there is one seed only
+- a figure that fewer seeds have than the row says how many: calibration that only took up what another cell had learned
+  has no seconds, and some cells are older than a figure or were measured on blocks alone
 """
 
 
@@ -89,8 +91,15 @@ def _mean(name: str) -> Any:
 
 
 def over_cells(cells: Sequence[dict[str, Any]], value: Any, digits: int) -> str:
-    """The mean of a figure over seeds with its interval; a dash where no cell has it."""
-    return mean_text([v for v in map(value, cells) if v is not None], digits)
+    """The mean of a figure over seeds with its interval; a dash where no cell has it, and how many have it where not
+    all do, as in 1.23 ± 0.04 (2 seeds)."""
+    found = [v for v in map(value, cells) if v is not None]
+    return mean_text(found, digits) + seeds_text(len(found), len(cells))
+
+
+def seeds_text(count: int, among: int) -> str:
+    """ " (2 seeds)" for a figure of 2 cells in a row of more; nothing where it is of all or none."""
+    return f" ({count} seed{'s' if count > 1 else ''})" if 0 < count < among else ""
 
 
 def mean_text(values: Sequence[float], digits: int) -> str:
@@ -117,7 +126,7 @@ def _accuracy(cells: list[dict[str, Any]]) -> str:
     if not found:
         return "–"
     share, full = (sum(c[k]["all"] for c in found) / len(found) for k in ("accuracy", "reference_accuracy"))
-    return f"{100 * share:.1f} ({100 * full:.1f})"
+    return f"{100 * share:.1f} ({100 * full:.1f}){seeds_text(len(found), len(cells))}"
 
 
 def _differences(study: Study, rows: list[tuple[str, str, dict[int, Any]]]) -> list[str]:

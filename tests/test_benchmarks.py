@@ -198,3 +198,28 @@ def test_pictures_are_tabled_by_model_and_bits():
     rows = [line for line in text.splitlines() if line.startswith(("| quest", "| rtn"))]
     assert rows[0].startswith("| quest | 1 | 0.300× | 31.00 | 0.8500 | 0.5000 | 75.0 (100.0) | 60 |")
     assert rows[1].startswith("| rtn | 2 | 0.250× | 21.00 ± ")
+
+
+def test_figures_of_fewer_seeds_than_the_row_say_so():
+    from benchmarks import pictures, tables
+
+    cells = [{"a": 1.0}, {"a": 2.0}, {}]
+    found = [
+        tables.over_cells(some, lambda c: c.get("a"), 1) for some in (cells, cells[1:], cells[2:], cells[:2])
+    ]
+    assert found == ["1.5 ± 6.4 (2 seeds)", "2.0 (1 seed)", "–", "1.5 ± 6.4"]
+    cell = {
+        "psnr": [20.0],
+        "ssim": [0.9],
+        "frechet": 0.5,
+        "right": 1.0,
+        "reference_right": 1.0,
+        "linears": 0.25,
+    }
+    rows = pictures.rows_of(
+        {
+            f"digits-dit|rtn|W4A4|{seed}": {**cell, **({} if seed else {"calibration_cpu_seconds": 7})}
+            for seed in (0, 1)
+        }
+    )
+    assert rows[0].figures()[-1] == "7 (1 seed)"

@@ -4,13 +4,15 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.peers.competitors import COMPETITORS, Competitor, Task
 from benchmarks.peers.quality import linear_bytes
 from benchmarks.peers.speed import OneBlock, measure_speed
 from benchmarks.peers.table import write_table
-from benchmarks.scatter import Point, scatter
+from benchmarks.scatter import FRONTIER, MANY, Point, frontier, scatter
 
 
 def broken(task: Task) -> nn.Module:
@@ -74,3 +76,37 @@ def test_points_lie_where_their_values_say():
     assert marks[0][0].text == "small & good: 1, 10"
     with pytest.raises(ValueError, match="finite"):
         scatter([Point(1, float("inf"), "x", "a")], "", "", "")
+
+
+def dominates(a, b):
+    return (a.x <= b.x and a.y > b.y) or (a.x < b.x and a.y >= b.y)
+
+
+small = st.integers(0, 6)  # so that many points share a place or a side
+
+
+@given(st.lists(st.builds(Point, small, small, st.text(max_size=2), st.just("")), min_size=1, max_size=25))
+def test_no_point_dominates_the_frontier_and_every_other_is_dominated(points):
+    best = frontier(points)
+    assert best == sorted(best, key=lambda p: (p.x, p.y)) and len(best) <= len(points)
+    for point in points:
+        assert any(dominates(other, point) for other in points) != (point in best)
+    assert all(best.count(p) == points.count(p) for p in points if p in best)
+
+
+@pytest.mark.parametrize("count", [4, MANY + 4])
+def test_the_frontier_is_drawn_and_of_many_points_it_alone_has_numbers(count):
+    points = [Point(1 + k / count, 10 - k, f"point {k}", "a") for k in range(count - 1)]
+    points.append(Point(3, 20, "large", "b"))
+    tree = ElementTree.fromstring(scatter(points, "a title", "MB", "dB"))
+    texts = ["".join(t.itertext()) for t in tree.iter("{http://www.w3.org/2000/svg}text")]
+    marks = [c for c in tree.iter("{http://www.w3.org/2000/svg}circle") if len(c)]
+    assert len(marks) == count and FRONTIER in texts and ("point 1" in texts) == (count <= MANY)
+    ringed = {c[0].text: (float(c.get("cx")), float(c.get("cy"))) for c in marks if c.get("stroke")}
+    assert list(ringed) == ["point 0: 1, 10", "large: 3, 20"]
+    (x1, y1), (x2, y2) = ringed.values()
+    assert (
+        next(tree.iter("{http://www.w3.org/2000/svg}path"))
+        .get("d")
+        .startswith(f"M{x1:.1f} {y1:.1f} H{x2:.1f} V{y2:.1f} H")
+    )
