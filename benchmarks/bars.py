@@ -53,14 +53,20 @@ def table(verdicts: list[Verdict]) -> str:
 def _accuracy(cells: Cells) -> Iterator[Verdict]:
     for name in (DEFAULT, FAITHFUL):
         bar = f"W4A6, {name}: prompt accuracy within 1 point of full precision"
-        found = _cells(cells, ACCURACY, name, (4, 6))
-        prompts = sum(c["prompts"] for c in found.values())
-        shares = [
-            sum(c[kind]["all"] * c["prompts"] for c in found.values()) / max(prompts, 1)
-            for kind in ("accuracy", "reference_accuracy")
-        ]
-        measured = f"{100 * shares[0]:.1f} % of {prompts} prompts against {100 * shares[1]:.1f} %"
-        yield Verdict(bar, shares[0] >= shares[1] - 0.01 if found else None, measured if found else "")
+        share, full, prompts = prompts_right(cells, name)
+        measured = f"{100 * share:.1f} % of {prompts} prompts against {100 * full:.1f} %"
+        yield Verdict(bar, share >= full - 0.01 if prompts else None, measured if prompts else "")
+
+
+def prompts_right(cells: Cells, name: str) -> tuple[float, float, int]:
+    """Of the study of accuracy: the share of prompts that are all right, full precision's, and how many prompts."""
+    found = _cells(cells, ACCURACY, name, (4, 6))
+    prompts = sum(c["prompts"] for c in found.values())
+    share, full = (
+        sum(c[kind]["all"] * c["prompts"] for c in found.values()) / max(prompts, 1)
+        for kind in ("accuracy", "reference_accuracy")
+    )
+    return share, full, prompts
 
 
 def _closeness(cells: Cells) -> Iterator[Verdict]:

@@ -486,6 +486,7 @@ MIXED = Study(
     ),
 )  # fmt: skip
 
+BY_METRICS = {"budget": "same", "objective": "metrics", "acts": True}
 LEADERBOARD = Study(
     "leaderboard",
     "Which system keeps the model's videos, at which size?",
@@ -496,6 +497,7 @@ LEADERBOARD = Study(
         Method("hadamard (QuaRot-style)", "hadamard"),
         Method("svdquant", "svdquant"),
         Method("vidit-q", "vidit-q"),
+        Method("vidit-q, mixed by metrics", "vidit-q", {"allocate": BY_METRICS}),
         Method("q-vdit", "q-vdit"),
         Method("lrq-dit", "lrq-dit", least=3),
         Method("s2q-vdit", "s2q-vdit"),

@@ -1,13 +1,15 @@
 """All systems under one protocol: `python -m benchmarks.leaderboard`.
 
     python -m benchmarks.leaderboard --bits W4A6 W4A4 W3A6      fill these rows (minutes each), then write the pages
-    python -m benchmarks.leaderboard --only svdquant --seeds 0
+    python -m benchmarks.leaderboard --models digits-dit --only svdquant --seeds 0
     python -m benchmarks.leaderboard --table                    only write the pages
 
-Rows are cells of the study "leaderboard" of `python -m benchmarks.quality`, with which it shares its results file: what
-another study has measured already is not measured again. docs/leaderboard.md has the tables, docs/leaderboard.html the
-same beside the plot of quality against size, and the models of `python -m benchmarks.pictures` too. The peers of
-`python -m benchmarks.peers` are among them, and what the parts of the systems give (`benchmarks.ablations`).
+Without `--models` all built-in models are filled, those of pictures by `python -m benchmarks.pictures`, whose page is
+written too. Rows of videos are cells of the study "leaderboard" of `python -m benchmarks.quality`, with which it
+shares its results file: what another study has measured already is not measured again. docs/leaderboard.md has the
+tables, docs/leaderboard.html the same beside the plot of quality against size, and the models of `python -m
+benchmarks.pictures` too. The peers of `python -m benchmarks.peers` are among them, and what the parts of the systems
+give (`benchmarks.ablations`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from attar.models.source import find_source, load_pipeline
-from benchmarks import ablations, latency, picture_parts, pictures, quality
+from benchmarks import ablations, bars, latency, leading, picture_parts, pictures, quality
 from benchmarks.cells import LEADERBOARD, block_error, find_cell, seeds_of
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
@@ -32,6 +34,7 @@ from benchmarks.tables import over_cells, table_lines
 
 DOCS = Path(__file__).parent.parent / "docs"
 PEERS = FOLDER / "peers.json"
+VIDEOS = "digits-video"
 COLUMNS = (
     "system", "seeds", "linears", "PSNR dB", "SSIM", "latent error", "block error", "Fréchet distance", "all right",
     "calibration CPU s", "block speed",
@@ -49,28 +52,31 @@ held-out prompts with the same noise as full precision, 50 steps. Printed by `py
   which uses AMX too, in the same run: the ratio of medians, and the quartiles of single rounds' ratios, which need not
   hold it (`python -m benchmarks.latency`); tables of numbers have no kernels on CPUs
 - ± is the half width of the 95 % t-interval over seeds; rows of one seed are no more than a hint
+- `lrq-dit` is larger than bfloat16 at eight bits: its codes have eight bits, but every row brings a table of its own of
+  2^8 numbers of two bytes, as much as a row of 256 weights in bfloat16
+- `attar-mixed` is `attar-ptq` at two bits, the least there are, and at eight, the most: there is nothing to mix
+- the line in the plot is the Pareto frontier: no system or library lies left of it and above it, at any width
+- `vidit-q` has the same bits in every layer; *mixed by metrics* is its mixed precision, with a metric for each group
 - a figure that fewer seeds have than the row says how many: calibration that only took up what another cell had learned
   has no seconds, and some cells are older than the Fréchet distance
 """
 
 
-OTHERS = """On 200 prompts at W4A6 `attar` has 98.0 % all right for 99.5 % of full precision, which is more than a point
-([bars](quality.md#bars)).
-
-The models of pictures have [tables of their own](pictures.md); [one page](leaderboard.html) has all models.
+OTHERS = """The models of pictures have [tables of their own](pictures.md); [one page](leaderboard.html) has all models.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system at some bits. cells: by seed. ratio: bytes of the linears against bfloat16. speed: of a block, as
-    `benchmarks.latency` has it, if it was measured."""
+    """One system at some bits. cells: by seed, of `seeds`. ratio: bytes of the linears against bfloat16. speed: of
+    a block, as `benchmarks.latency` has it, if it was measured."""
 
     system: str
     bits: str
     cells: tuple[dict[str, Any], ...]
     ratio: float
     speed: dict[str, Any] | None = None
+    seeds: tuple[int, ...] = ()
 
     @property
     def psnr(self) -> float:
@@ -85,12 +91,8 @@ class Row:
             over_cells(self.cells, lambda c: sum(c["ssim"]) / len(c["ssim"]), 4),
             over_cells(self.cells, lambda c: median(c["latent_error"]), 4), over_cells(self.cells, block_error, 4),
             over_cells(self.cells, lambda c: c.get("frechet"), 4), self._right(),
-            over_cells(self.cells, lambda c: c.get("calibration_cpu_seconds"), 0), self._speed(),
+            over_cells(self.cells, lambda c: c.get("calibration_cpu_seconds"), 0), speed_text(self.speed),
         ]  # fmt: skip
-
-    def _speed(self) -> str:
-        found = (self.speed or {}).get("faster")
-        return f"{found['value']:.2f}× ({found['low']:.2f}–{found['high']:.2f})" if found else "–"
 
     def _right(self) -> str:
         share, full = (
@@ -100,6 +102,12 @@ class Row:
         return f"{100 * share:.1f} ({100 * full:.1f})"
 
 
+def speed_text(row: dict[str, Any] | None) -> str:
+    """Of a block against bfloat16, as in 1.50× (1.40–1.62); a dash where it was not measured."""
+    found = (row or {}).get("faster")
+    return f"{found['value']:.2f}× ({found['low']:.2f}–{found['high']:.2f})" if found else "–"
+
+
 def rows_of(cells: dict[str, Any], speeds: dict[str, Any] | None = None) -> list[Row]:
     """What has been measured, the best PSNR first among those of equal bits. speeds: rows of `benchmarks.latency`."""
     components = {"transformer": load_pipeline(find_source("digits-video")).transformer}
@@ -107,24 +115,28 @@ def rows_of(cells: dict[str, Any], speeds: dict[str, Any] | None = None) -> list
     for bits in LEADERBOARD.bits:
         some = []
         for method in LEADERBOARD.at(bits):
-            known = (find_cell(cells, LEADERBOARD, method, bits, seed) for seed in seeds_of(cells))
-            kept = tuple(cell for cell in known if cell is not None)
+            known = {
+                seed: find_cell(cells, LEADERBOARD, method, bits, seed) for seed in sorted(seeds_of(cells))
+            }
+            kept = {seed: cell for seed, cell in known.items() if cell is not None}
             if kept:
                 ratio = planned_ratio(components, method.resolve(bits))
                 width = f"W{bits[0]}A{bits[1]}"
                 speed = (speeds or {}).get(f"{method.name}|{width}")
-                some.append(Row(method.name, width, kept, ratio, speed))
+                some.append(Row(method.name, width, tuple(kept.values()), ratio, speed, tuple(kept)))
         found += sorted(some, key=lambda row: -row.psnr)
     return found
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library's row: one seed, the same prompts and noise. ratio: None where it only simulates."""
+    """Another library's row: one seed, the same prompts and noise. ratio: None where it only simulates. speed: as of a
+    row."""
 
     name: str
     ratio: float | None
     row: dict[str, Any]
+    speed: dict[str, Any] | None = None
 
     def figures(self) -> list[str]:
         """In the order of COLUMNS."""
@@ -132,16 +144,39 @@ class Peer:
         return [
             f"{self.name} ({self.row['version']})", "1", "simulated" if self.ratio is None else f"{self.ratio:.3f}×",
             f"{self.row['psnr']:.2f}", f"{self.row['ssim']:.4f}", "–", "–", "–",
-            f"{100 * right:.1f} ({100 * full:.1f})", f"{self.row['seconds_to_quantize']:.0f}", "–",
+            f"{100 * right:.1f} ({100 * full:.1f})", f"{self.row['seconds_to_quantize']:.0f}", speed_text(self.speed),
         ]  # fmt: skip
+
+
+def speeds_of_peers(path: Path = PEERS, ours: Path = latency.RESULTS) -> dict[str, Any]:
+    """Of the run of the peers on the machine, shape, tokens and threads that our own rows were measured with; empty
+    where there is none."""
+    where = load(ours, "environment")["environment"]
+    if not where:
+        return {}
+    title = f"{where['model']}, {where['tokens']} tokens, {where['processor']}"
+    study = load(path, "speed").get("speed", {}).get(title, {})
+    return study["rows"] if study.get("threads") == where["threads"] else {}
+
+
+def said_of_peers(path: Path = PEERS, ours: Path = latency.RESULTS) -> str:
+    """What their speeds are beside those of the other tables."""
+    theirs = speeds_of_peers(path, ours).get("bf16")
+    if theirs is None:
+        return ""
+    own = load(ours, "rows")["rows"]["bf16"]
+    return f"""Block speeds are of another run than above, of the same block on the same kind of machine: bfloat16 took
+{1000 * theirs["seconds"]:.0f} ms there and {1000 * own["seconds"]:.0f} ms above, so only ratios compare. What only
+simulates has none. Their pages: peers.md. A library says no latent, block or Fréchet error: its videos alone were kept.
+"""
 
 
 def peers(path: Path = PEERS) -> list[Peer]:
     """The libraries that could be measured, the best PSNR first; not full precision, nor attar itself."""
-    rows = load(path, "quality")["quality"]
+    rows, speeds = load(path, "quality")["quality"], speeds_of_peers(path)
     whole = rows.get("bf16", {}).get("bytes")
     found = [
-        Peer(name, row["bytes"] / whole if whole and row.get("bytes") else None, row)
+        Peer(name, row["bytes"] / whole if whole and row.get("bytes") else None, row, speeds.get(name))
         for name, row in rows.items()
         if "psnr" in row and not name.startswith(("fp32", "bf16", "attar"))
     ]
@@ -167,15 +202,25 @@ class Section:
     said: str = ""
 
 
-def sections(rows: list[Row], others: list[Peer], parts: list[list[str]]) -> list[Section]:
-    """All tables. parts: rows of `benchmarks.ablations`."""
-    found = [
+def sections(
+    rows: list[Row], others: list[Peer], parts: list[list[str]], accuracy: str = ""
+) -> list[Section]:
+    """All tables. parts: rows of `benchmarks.ablations`. accuracy: a sentence for the first of them."""
+    said = f"{leading.SAID}{accuracy}\n{leading.elsewhere(rows)}\n"
+    ahead = leading.rows(rows)
+    found = [Section(leading.TITLE, leading.COLUMNS, ahead, said)] if ahead else []
+    found += [
         Section(bits, COLUMNS, [row.figures() for row in rows if row.bits == bits])
         for bits in dict.fromkeys(row.bits for row in rows)
     ]
     if others:
         found.append(
-            Section("Other libraries, at their own formats", COLUMNS, [peer.figures() for peer in others])
+            Section(
+                "Other libraries, at their own formats",
+                COLUMNS,
+                [peer.figures() for peer in others],
+                said_of_peers(),
+            )
         )
     if parts:
         found.append(Section("What the parts of the systems give", ablations.COLUMNS, parts, ablations.INTRO))
@@ -215,7 +260,7 @@ class Chapter:
         parts = [f"<h1>{escape(self.title)}</h1><p>{_bold(escape(said))}</p><ul>{legend}</ul>{self.picture}"]
         for table in self.tables:
             head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-            said = f"<p>{escape(table.said)}</p>" if table.said else ""
+            said = f"<p>{escape(table.said.replace('`', ''))}</p>" if table.said else ""
             parts.append(f"<h2>{escape(table.title)}</h2>{said}<table><tr>{head}</tr>")
             parts += [
                 "<tr>" + "".join(f"<td>{escape(f)}</td>" for f in figures) + "</tr>" for figures in table.rows
@@ -230,8 +275,9 @@ def pictured(rows: list[pictures.Row], parts: list[list[str]]) -> list[Chapter]:
         Chapter(
             f"Leaderboard: {model}", pictures.INTRO, pictures.plot(rows, model),
             [
-                Section(bits, pictures.COLUMNS, [r.figures() for r in rows if (r.model, r.bits) == (model, bits)])
-                for bits in dict.fromkeys(row.bits for row in rows if row.model == model)
+                Section(leading.TITLE, leading.COLUMNS, *pictures.ahead(rows, model)),
+                *(Section(bits, pictures.COLUMNS, [r.figures() for r in rows if (r.model, r.bits) == (model, bits)])
+                for bits in dict.fromkeys(row.bits for row in rows if row.model == model))
             ],
         )
         for model in dict.fromkeys(row.model for row in rows)
@@ -265,13 +311,15 @@ def write_pages(
     still: list[pictures.Row],
     still_parts: list[list[str]],
     folder: Path = DOCS,
+    accuracy: str = "",
 ) -> str:
     """docs/leaderboard.md, .html and the picture; returns the first. parts: rows of `benchmarks.ablations`. still: of
     the models of pictures, which stand on the HTML page too, with `still_parts`, rows of `benchmarks.picture_parts`.
+    accuracy: a sentence.
 
     Raises ValueError when there is no row.
     """
-    picture, tables = plot(rows, others), sections(rows, others, parts)
+    picture, tables = plot(rows, others), sections(rows, others, parts, accuracy)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "images" / "leaderboard.svg").write_text(picture, encoding="utf-8")
     (folder / "leaderboard.html").write_text(
@@ -283,27 +331,63 @@ def write_pages(
     return text
 
 
+def accuracy_of(cells: dict[str, Any]) -> str:
+    """What the default recipe keeps of the prompts, on many of them, beside its bar; empty where it is not measured."""
+    share, full, prompts = bars.prompts_right(cells, bars.DEFAULT)
+    if not prompts:
+        return ""
+    held = "keeps" if share >= full - 0.01 else "misses"
+    right, bar = 100 * share, 100 * full - 1
+    return f"""On {prompts} prompts at W4A6 attar has {right:.1f} % all right for {100 * full:.1f} % of full precision,
+and {held} the bar of one point less, {bar:.1f} % (the bars of quality.md), whatever its PSNR.
+"""
+
+
+def write_all(videos: Path = quality.RESULTS, stills: Path = pictures.RESULTS, folder: Path = DOCS) -> str:
+    """The pages of all models from their results files; returns that of videos."""
+    speeds = load(latency.RESULTS, "rows")["rows"]
+    cells, still = (load(path, "cells")["cells"] for path in (videos, stills))
+    rows, parts = pictures.rows_of(still), picture_parts.rows(still, pictures.BITS)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    pictures.write_page(rows, parts, folder)
+    return write_pages(
+        rows_of(cells, speeds), peers(), ablations.rows(cells), rows, parts, folder, accuracy_of(cells)
+    )
+
+
+def fill(args: argparse.Namespace) -> None:
+    """The cells that are missing, of every model that is asked for, by its own benchmark."""
+    if VIDEOS in args.models:
+        args.studies = [LEADERBOARD.name]
+        quality.run(args)
+    stills = [model for model in args.models if model in pictures.MODELS]
+    named = [n for n in pictures.NAMES if not args.only or any(part in n for part in args.only)]
+    if stills and named:
+        asked = {"models": stills, "bits": args.bits or list(pictures.BITS), "only": named}
+        where = {"work": args.work_pictures, "results": args.results_pictures}
+        pictures.run(argparse.Namespace(**{**vars(args), **asked, **where}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    models = [VIDEOS, *pictures.MODELS]
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--bits", nargs="+", help="only these, e.g. W4A6 W4A4")
     parser.add_argument("--only", nargs="+", help="only systems whose name contains one of these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--work", type=Path, default=Path("work/quality"))
     parser.add_argument("--results", type=Path, default=quality.RESULTS)
+    parser.add_argument("--work-pictures", type=Path, default=Path("work/pictures"))
+    parser.add_argument("--results-pictures", type=Path, default=pictures.RESULTS)
     parser.add_argument("--table", action="store_true", help="only write the pages")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.table:
-        args.studies = [LEADERBOARD.name]
-        quality.run(args)
-    speeds = load(latency.RESULTS, "rows")["rows"]
-    cells = load(args.results, "cells")["cells"]
-    still = load(pictures.RESULTS, "cells")["cells"]
-    parts = ablations.rows(cells), picture_parts.rows(still, pictures.BITS)
-    print(write_pages(rows_of(cells, speeds), peers(), parts[0], pictures.rows_of(still), parts[1]))
+        fill(args)
+    print(write_all(args.results, args.results_pictures))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.ablations import decibels
+from benchmarks.ablations import decibels, sizes_text
 
 MODEL = "digits-image"
 TITLE = f"What the parts of trained systems give, {MODEL}"
-COLUMNS = ("system", "part", "bits", "seeds", "PSNR, dB")
+COLUMNS = ("system", "part", "bits", "seeds", "PSNR, dB", "linears")
 INTRO = """Change of the pictures' PSNR by one part of a system, everything else the same, with the 95 % t-interval of
 the mean, paired over pictures where there is one seed, else over seeds. An interval that holds 0 says that the part
-gave nothing that these pictures can show.
+gave nothing that these pictures can show. The last column is the layers' bytes against bfloat16, without the part and
+with it: rows of several widths cost a byte each, moved or not.
 """
 
 
@@ -67,5 +68,8 @@ def rows(cells: dict[str, Any], bits: tuple[str, ...]) -> list[list[str]]:
                 (cells[without + seed], cells[having + seed]) for seed in seeds if having + seed in cells
             ]
             if pairs:
-                found.append([part.system, part.name, width, str(len(pairs)), decibels(pairs)])
+                sizes = sizes_text(
+                    *(sum(c["linears"] for c in side) / len(side) for side in zip(*pairs, strict=True))
+                )
+                found.append([part.system, part.name, width, str(len(pairs)), decibels(pairs), sizes])
     return found

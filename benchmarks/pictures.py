@@ -32,7 +32,7 @@ from attar.models.zoo.judges import DigitReader, verdicts
 from attar.recipe import Recipe, load_recipe
 from attar.runtime.layers import packed_layers
 from attar.runtime.patches import dense_biases
-from benchmarks import picture_parts, quality
+from benchmarks import leading, picture_parts, quality
 from benchmarks.cells import ACTS_ALIKE, NO_BRANCH, digest
 from benchmarks.scatter import Point, scatter
 from benchmarks.sizes import planned_ratio
@@ -94,6 +94,12 @@ Some systems do not exist at some bits: `mpq-dm` and `mpq-dmv2` at eight (rows w
 **all right**: pictures whose digit and colour are those asked for (in brackets: full precision). ± is the half width of
 the 95 % t-interval over seeds; rows of one seed are no more than a hint. A figure that fewer seeds have than
 the row says how many: calibration that only took up what another cell had learned has no seconds.
+`lrq-dit` is larger than bfloat16 at eight bits: its codes have eight bits, but every row brings a table of its own of
+2^8 numbers of two bytes, as much as a row of 256 weights in bfloat16.
+`attar-mixed` is `attar-ptq` at two bits, the least there are, and at eight, the most: there is nothing to mix.
+The line in each plot is the Pareto frontier: no system lies left of it and above it, at any width.
+Latent and block errors are not measured here: finished pictures alone are compared. Nor is speed: layers of
+these models are too small for it; the speeds of a real model's block stand on the leaderboard of videos.
 """
 
 
@@ -214,12 +220,13 @@ def recipe_of(system: str, weights: int, acts: int, components: Mapping[str, nn.
 
 @dataclass(frozen=True)
 class Row:
-    """One system at some bits on one model. cells: by seed."""
+    """One system at some bits on one model. cells: by seed, of `seeds`."""
 
     model: str
     bits: str
     system: str
     cells: tuple[dict[str, Any], ...]
+    seeds: tuple[int, ...]
 
     @property
     def psnr(self) -> float:
@@ -248,9 +255,11 @@ def rows_of(cells: dict[str, Any]) -> list[Row]:
     for model, bits in itertools.product(MODELS, BITS):
         some = []
         for system in (*SYSTEMS, *VARIANTS):
-            kept = tuple(c for name, c in cells.items() if name.startswith(f"{model}|{system}|{bits}|"))
+            start = f"{model}|{system}|{bits}|"
+            kept = {int(name.removeprefix(start)): c for name, c in cells.items() if name.startswith(start)}
             if kept:
-                some.append(Row(model, bits, system, kept))
+                seeds = tuple(sorted(kept))
+                some.append(Row(model, bits, system, tuple(kept[seed] for seed in seeds), seeds))
         found += sorted(some, key=lambda row: -row.psnr)
     return found
 
@@ -261,11 +270,20 @@ def plot(rows: list[Row], model: str) -> str:
     return scatter(points, f"{model}: quality against size", "linears against bfloat16", "PSNR, dB")
 
 
+def ahead(rows: list[Row], model: str) -> tuple[list[list[str]], str]:
+    """`benchmarks.leading` of a model: its rows, and what stands above them."""
+    here = [row for row in rows if row.model == model]
+    return leading.rows(here), leading.SAID + leading.elsewhere(here) + "\n"
+
+
 def table(rows: list[Row], parts: list[list[str]]) -> str:
     """The page for reading. parts: rows of `benchmarks.picture_parts`."""
     lines = ["# Pictures: digits-dit and digits-image", "", INTRO]
     for model in dict.fromkeys(row.model for row in rows):
         lines += [f"![Quality against size](images/{model}.svg)", ""]
+        leads, said = ahead(rows, model)
+        if leads:
+            lines += [f"## {model}: {leading.TITLE}", "", said, *table_lines(leading.COLUMNS, leads), ""]
         for bits in dict.fromkeys(row.bits for row in rows if row.model == model):
             here = [row.figures() for row in rows if (row.model, row.bits) == (model, bits)]
             lines += [f"## {model}, {bits}", "", *table_lines(COLUMNS, here), ""]

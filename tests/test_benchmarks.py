@@ -189,7 +189,7 @@ def test_pictures_are_tabled_by_model_and_bits():
         "digits-image|quantized-distillation|W4A4|0": {**cell, "psnr": [29.0, 32.0], "linears": 0.3},
     }
     parts = picture_parts.rows(cells, ("W4A6", "W4A4"))
-    assert parts[0] == ["quest", "chosen layers alone", "W4A4", "1", "+1.25 ± 3.18"]
+    assert parts[0] == ["quest", "chosen layers alone", "W4A4", "1", "+1.25 ± 3.18", "0.300× → 0.300×"]
     assert parts[1][:4] == ["quantized-distillation", "trained numbers", "W4A4", "1"] and len(parts) == 2
     assert parts[1][4].startswith("+0.50 ± ")
     text = pictures.table(pictures.rows_of(cells), parts)
@@ -223,3 +223,29 @@ def test_figures_of_fewer_seeds_than_the_row_say_so():
         }
     )
     assert rows[0].figures()[-1] == "7 (1 seed)"
+
+
+def test_the_pages_of_quality_budgets_and_peers_are_those_of_the_results(tmp_path):
+    from benchmarks.peers import __main__ as peers
+    from benchmarks.peers.table import write_table
+    from benchmarks.quality import RESULTS
+
+    docs = Path(__file__).parents[1] / "docs"
+    results = json.loads(RESULTS.read_text())
+    assert write_tables(results, tmp_path / "quality.md") == (docs / "quality.md").read_text(encoding="utf-8")
+    beside = json.loads(peers.RESULTS.read_text())
+    assert write_table(beside, tmp_path / "peers.md") == (docs / "peers.md").read_text(encoding="utf-8")
+    for image in (tmp_path / "images").iterdir():
+        assert image.read_text() == (docs / "images" / image.name).read_text()
+    page = (docs / "budget.md").read_text(encoding="utf-8")
+    assert budget.table(json.loads(budget.RESULTS.read_text())["cells"]) in page
+
+
+def test_the_loss_by_bits_by_layer_in_the_docs_is_the_measured_one():
+    from benchmarks.pictures import RESULTS
+
+    cells = json.loads(RESULTS.read_text())["cells"]
+    page = " ".join((Path(__file__).parents[1] / "docs" / "budget.md").read_text(encoding="utf-8").split())
+    mixed, same = (cells[f"digits-dit|{name}|W4A4|0"]["psnr"] for name in ("attar-mixed", "attar-ptq"))
+    said = f"`attar-mixed` has {sum(mixed) / len(mixed):.2f} dB and `attar-ptq` {sum(same) / len(same):.2f}"
+    assert said in page

@@ -1,10 +1,12 @@
 """The leaderboard's pages, from cells that are made up."""
 
+import argparse
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, leaderboard, pictures
+from benchmarks import ablations, latency, leaderboard, leading, pictures
 from benchmarks.cells import LEADERBOARD, MAIN, STUDIES, digest, key
 from benchmarks.leaderboard import Peer, peers, rows_of, write_pages
 
@@ -82,7 +84,17 @@ def test_parts_are_paired():
     cells[key("main", without.name, (3, 6), 0)] = cell(without, (3, 6), 20.0)
     cells[key("main", having.name, (3, 6), 0)] = cell(having, (3, 6), 20.0, recipe="another")
     first, second = ablations.rows(cells)
-    assert first == ["S²Q-VDiT", "salient samples (SDS)", "W4A6", "2", "-10.0 ± 0.0", "+1.50 ± 6.35"]
+    assert first == [
+        "S²Q-VDiT",
+        "salient samples (SDS)",
+        "W4A6",
+        "2",
+        "-10.0 ± 0.0",
+        "+1.50 ± 6.35",
+        first[6],
+    ]
+    left, right = (float(size.rstrip("×")) for size in first[6].split(" → "))
+    assert 0.25 < left == right < 0.29
     assert second[2:5] == ["W4A4", "1", "+0.0"] and second[5] == "+2.00 ± 12.71"
 
 
@@ -102,3 +114,75 @@ def test_peers_are_other_libraries_that_ran(tmp_path):
     (tmp_path / "peers.json").write_text(json.dumps({"quality": rows}))
     assert [(p.name, p.ratio) for p in peers(tmp_path / "peers.json")] == [("b", None), ("a", 0.5)]
     assert leaderboard.PEERS.is_file()
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def still(psnr, ssim=0.9, right=1.0):
+    return {
+        "psnr": psnr, "ssim": [ssim], "frechet": 0.5, "right": right, "reference_right": 1.0, "linears": 0.25,
+    }  # fmt: skip
+
+
+def test_the_lead_is_paired_and_says_where_it_is_none():
+    cells = {
+        **{f"digits-dit|attar|W4A4|{s}": still([40.0, 40.0 + 2 * s]) for s in (0, 1)},
+        **{f"digits-dit|attar-ptq|W4A4|{s}": still([39.0 - s], ssim=0.95) for s in (1, 0)},
+        "digits-dit|svdquant|W4A4|1": still([38.0, 38.0]),
+        "digits-dit|attar, without branches|W4A4|0": still([50.0], ssim=1.0),
+        "digits-dit|attar|W8A8|0": still([50.0, 52.0, 51.0], right=0.5),
+        "digits-dit|rtn|W8A8|0": still([51.0, 53.5, 52.5]),
+        "digits-dit|attar|W2A6|0": still([50.0]),
+    }
+    ranked = [row for row in pictures.rows_of(cells) if row.model == "digits-dit"]
+    own, published, eight = leading.rows(ranked)
+    assert own == ["W4A4", "attar-ptq", "2", "+2.00 ± 12.71", "holds 0", "0.250×, 0.250×"]
+    assert published == ["W4A4", "svdquant", "1", "+3.00 ± 12.71", "holds 0", "0.250×, 0.250×"]
+    assert eight[:3] == ["W8A8", "rtn", "1"] and eight[3].startswith("-1.33 ± ") and eight[4] == "below 0"
+    said = leading.elsewhere(ranked)
+    assert "by SSIM it is not at W4A4 (attar-ptq 0.9500 for 0.9000); by prompts" in said.replace("By", "by")
+    assert "W8A8 (rtn 100.0 for 50.0)" in said and "branches" not in said
+    page = pictures.table(pictures.rows_of(cells), [])
+    assert f"digits-dit: {leading.TITLE}" in page and "| W8A8 | rtn | 1 | -1.33 ± " in page
+
+
+def test_speeds_of_peers_are_of_the_same_machine_and_block(tmp_path):
+    where = {"model": "wan", "tokens": 8, "processor": "a CPU", "threads": 1}
+    ours, theirs = tmp_path / "latency.json", tmp_path / "peers.json"
+    ours.write_text(json.dumps({"environment": where, "rows": {"bf16": {"seconds": 0.4}}}))
+    fast = {"faster": {"value": 1.5, "low": 1.4, "high": 1.625}, "seconds": 0.5}
+    study = {"threads": 1, "rows": {"bf16": fast, "a": fast}}
+    for title, threads, found in (("a CPU", 1, True), ("another CPU", 1, False), ("a CPU", 2, False)):
+        speed = {f"wan, 8 tokens, {title}": {**study, "threads": threads}}
+        theirs.write_text(json.dumps({"quality": {}, "speed": speed}))
+        assert bool(leaderboard.speeds_of_peers(theirs, ours)) is found
+        assert ("500 ms there and 400 ms" in leaderboard.said_of_peers(theirs, ours)) is found
+    assert leaderboard.speed_text(fast) == "1.50× (1.40–1.62)" and leaderboard.speed_text(None) == "–"
+    assert leaderboard.speeds_of_peers() and latency.RESULTS.is_file()
+
+
+def test_one_command_fills_every_model(monkeypatch):
+    seen = []
+    monkeypatch.setattr(leaderboard.quality, "run", lambda args: seen.append(args))
+    monkeypatch.setattr(leaderboard.pictures, "run", lambda args: seen.append(args))
+    asked = {
+        "bits": None, "only": ["svd"], "seeds": [0], "steps": 2, "work": Path("a"), "results": Path("b"),
+        "work_pictures": Path("c"), "results_pictures": Path("d"),
+    }  # fmt: skip
+    leaderboard.fill(argparse.Namespace(models=["digits-video", "digits-dit"], **asked))
+    videos, stills = seen
+    assert videos.studies == ["leaderboard"] and videos.bits is None and videos.results == Path("b")
+    assert stills.models == ["digits-dit"] and stills.bits == list(pictures.BITS)
+    assert stills.only == ["svdquant", "attar, as large as svdquant"]
+    assert (stills.work, stills.results, stills.steps, stills.seeds) == (Path("c"), Path("d"), 2, [0])
+    leaderboard.fill(argparse.Namespace(models=["digits-image"], **{**asked, "only": ["nothing"]}))
+    assert len(seen) == 2
+
+
+def test_the_pages_are_those_of_the_results(tmp_path):
+    leaderboard.write_all(folder=tmp_path)
+    for name in ("leaderboard.md", "leaderboard.html", "pictures.md"):
+        assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"write docs/{name} again"
+    for image in (tmp_path / "images").iterdir():
+        assert image.read_text() == (DOCS / "images" / image.name).read_text(), f"write {image.name} again"
