@@ -23,8 +23,8 @@ paired over seeds, or over prompts where there is one seed. An interval that hol
 nothing that these seeds can show. Block errors of one seed have no interval. The last column is the linears'
 planned bytes against bfloat16, without the part and with it; where they hardly differ a part may have changed
 nothing: rows by kurtosis with plain rounding move no row at four and three bits, since that lowers the error of
-no layer (a byte a row is spent all the same), and 98 of 100 at two bits, where such rows pay: mpq-dmv2 and
-mpq-dm beside efficientdm at W2A6.
+no layer (the byte a row that is planned is then not stored), and 98 of 100 at two bits, where such rows pay:
+mpq-dmv2 and mpq-dm beside efficientdm at W2A6.
 """
 
 
@@ -127,9 +127,9 @@ def _percent(pairs: Pairs) -> str:
     return estimate_text(paired_difference([100.0] * len(after), after), 1, "+")
 
 
-def sizes_text(without: float, having: float) -> str:
+def sizes_text(without: float, having: float, digits: int = 3) -> str:
     """As in 0.259× → 0.267×."""
-    return f"{without:.3f}× → {having:.3f}×"
+    return f"{without:.{digits}f}× → {having:.{digits}f}×"
 
 
 def decibels(pairs: Pairs) -> str:

@@ -56,7 +56,8 @@ held-out prompts with the same noise as full precision, 50 steps. Printed by `py
   2^8 numbers of two bytes, as much as a row of 256 weights in bfloat16
 - `attar-mixed` is `attar-ptq` at two bits, the least there are, and at eight, the most: there is nothing to mix
 - the line in the plot is the Pareto frontier: no system or library lies left of it and above it, at any width
-- `vidit-q` has the same bits in every layer; *mixed by metrics* is its mixed precision, with a metric for each group
+- `vidit-q` has the same bits in every layer; `vidit-q, mixed by metrics` is its mixed precision, with a metric for
+  each group of layers
 - a figure that fewer seeds have than the row says how many: calibration that only took up what another cell had learned
   has no seconds, and some cells are older than the Fréchet distance
 """
@@ -167,7 +168,7 @@ def said_of_peers(path: Path = PEERS, ours: Path = latency.RESULTS) -> str:
     own = load(ours, "rows")["rows"]["bf16"]
     return f"""Block speeds are of another run than above, of the same block on the same kind of machine: bfloat16 took
 {1000 * theirs["seconds"]:.0f} ms there and {1000 * own["seconds"]:.0f} ms above, so only ratios compare. What only
-simulates has none. Their pages: peers.md. A library says no latent, block or Fréchet error: its videos alone were kept.
+simulates has none. Their pages: peers.md. Latent, block and Fréchet errors were not measured of libraries.
 """
 
 

@@ -14,10 +14,12 @@ from benchmarks.ablations import decibels, sizes_text
 MODEL = "digits-image"
 TITLE = f"What the parts of trained systems give, {MODEL}"
 COLUMNS = ("system", "part", "bits", "seeds", "PSNR, dB", "linears")
-INTRO = """Change of the pictures' PSNR by one part of a system, everything else the same, with the 95 % t-interval of
-the mean, paired over pictures where there is one seed, else over seeds. An interval that holds 0 says that the part
-gave nothing that these pictures can show. The last column is the layers' bytes against bfloat16, without the part and
-with it: rows of several widths cost a byte each, moved or not.
+INTRO = """Change of the pictures' PSNR by one part of a system, everything else the same, with the 95 % t-interval
+of the mean, paired over pictures where there is one seed, else over seeds. An interval that holds 0
+says that the part gave nothing that these pictures can show. The last column is the layers' measured
+bytes against bfloat16, without the part and with it. A layer with rows of several widths has a byte
+more for each row, and tables where their codes are residual: sizes that hardly differ say that hardly
+any layer has such rows. At two bits they do differ.
 """
 
 
@@ -68,8 +70,7 @@ def rows(cells: dict[str, Any], bits: tuple[str, ...]) -> list[list[str]]:
                 (cells[without + seed], cells[having + seed]) for seed in seeds if having + seed in cells
             ]
             if pairs:
-                sizes = sizes_text(
-                    *(sum(c["linears"] for c in side) / len(side) for side in zip(*pairs, strict=True))
-                )
+                means = (sum(c["linears"] for c in side) / len(side) for side in zip(*pairs, strict=True))
+                sizes = sizes_text(*means, digits=4)
                 found.append([part.system, part.name, width, str(len(pairs)), decibels(pairs), sizes])
     return found

@@ -189,7 +189,7 @@ def test_pictures_are_tabled_by_model_and_bits():
         "digits-image|quantized-distillation|W4A4|0": {**cell, "psnr": [29.0, 32.0], "linears": 0.3},
     }
     parts = picture_parts.rows(cells, ("W4A6", "W4A4"))
-    assert parts[0] == ["quest", "chosen layers alone", "W4A4", "1", "+1.25 ± 3.18", "0.300× → 0.300×"]
+    assert parts[0] == ["quest", "chosen layers alone", "W4A4", "1", "+1.25 ± 3.18", "0.3000× → 0.3000×"]
     assert parts[1][:4] == ["quantized-distillation", "trained numbers", "W4A4", "1"] and len(parts) == 2
     assert parts[1][4].startswith("+0.50 ± ")
     text = pictures.table(pictures.rows_of(cells), parts)
