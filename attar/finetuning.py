@@ -42,12 +42,21 @@ def check_trainable(
     components: Mapping[str, nn.Module], plans: Mapping[str, list[LayerPlan]], recipe: Recipe
 ) -> None:
     """Raises AttarError where the recipe trains the whole model and several processes run, weights are streamed,
-    layers are chosen that there are not, or clipping factors that are off."""
+    layers are chosen that there are not, or clipping factors alone that are off."""
     if recipe.finetune is None:
         return
-    if recipe.finetune.clip_lr and not (recipe.quantize.weight_clip or recipe.quantize.act_clip):
+    told = recipe.finetune
+    others = (
+        told.weight_lr,
+        told.bias_lr,
+        told.adapter_rank,
+        told.auxiliary_rank,
+        told.level_lr,
+        told.scale_lr,
+    )
+    if told.clip_lr and not any(others) and not (recipe.quantize.weight_clip or recipe.quantize.act_clip):
         raise AttarError(
-            "there are no clipping factors to train",
+            "nothing is trained: there are no clipping factors",
             where="finetune.clip_lr",
             fix="Set quantize.weight_clip or quantize.act_clip, or the rate to 0",
         )
