@@ -43,6 +43,10 @@ class Part:
 NO_RELATION = {"finetune.relation": None}
 PARTS = (
     Part("efficientdm", "merged adapters", "efficientdm, ranges alone", {"finetune.adapter_rank": 0}),
+    Part(
+        "efficientdm", "clipping by groups of steps", "efficientdm, clipping by groups of steps",
+        {"quantize.step_groups": 4, "quantize.clip_by_group": True}, default=False,
+    ),
     Part("quest", "chosen layers alone", "quest, all layers", {"finetune.layers": None}),
     Part("quest", "outputs of time projections", "quest, the model's output alone", {"finetune.local": None}),
     Part("mpq-dm", "rows by kurtosis", "mpq-dm, all rows alike", {"quantize.row_bits": None}),
@@ -55,6 +59,7 @@ PARTS = (
         {"quantize.weight_format": "lloyd", "finetune.level_lr": 1e-3}, default=False,
     ),
     Part("qvgen", "branches that decay", "qvgen, without branches", {"finetune.auxiliary_rank": 0}),
+    Part("qvgen", "rank halved, not cut at once", "qvgen, cut at once", {"finetune.auxiliary_keep": 0.0}),
 )  # fmt: skip
 VARIANTS = {part.other: (part.system, part.overrides) for part in PARTS}
 
