@@ -521,6 +521,7 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow(but=["0", "5", "9"])
 @pytest.mark.parametrize("after", range(10))
 def test_a_write_fails(cli, wan_folder, tmp_path, monkeypatch, after):
     """The disk is full when the file after `after` others is put in its place; then there is space again."""
@@ -562,6 +563,7 @@ def disk(tmp_path):
     subprocess.run(["umount", place], capture_output=True)
 
 
+@pytest.mark.slow(but=["32k"])
 @pytest.mark.parametrize("size", ["32k", "128k", "256k"])
 def test_a_disk_that_is_really_full(cli, wan_folder, disk, size):
     place = disk(size)

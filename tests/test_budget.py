@@ -49,6 +49,7 @@ def linear_bytes(transformer):
     return size["codes"] + size["scales"] + size["transforms"] + biases, dense + biases
 
 
+@pytest.mark.slow(but=["rtn-0.25x-options0", "rtn-0.28x-options3"])
 @pytest.mark.parametrize(
     ("recipe", "budget", "options"),
     [
@@ -136,6 +137,7 @@ def test_a_plan_is_given_back_and_edited(commands, cli, wan_folder, plan, tmp_pa
     assert packed_layers(small.transformer)["blocks.1.attn1.to_q"].weight_bits == 8
 
 
+@pytest.mark.slow(but=["wan-options0"])
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -195,6 +197,7 @@ def test_activations_get_as_many_bits_over_all_multiplications(commands, wan_fol
         assert packed_layers(small.transformer)[name].act_bits == b
 
 
+@pytest.mark.slow
 def test_blocks_can_count_alike(commands, wan_folder, tmp_path):
     plans = {}
     for objective in ("block", "latents"):
@@ -225,6 +228,7 @@ def groups_of(found, kind, layer_cost):
     return costs
 
 
+@pytest.mark.slow
 def test_each_group_of_layers_is_chosen_by_its_own_metric(commands, wan_folder, tmp_path):
     """ViDiT-Q: as many bits in every group as by the squared error, and in each the choice that its metric wants."""
     plans, acts = {}, ("--acts", "4", "--set", "allocate.acts=true")
@@ -261,6 +265,7 @@ def test_each_group_of_layers_is_chosen_by_its_own_metric(commands, wan_folder, 
     assert seen.keys() == {"content", "motion", "quality"} and all(e["seen"] > 0 for e in seen.values())
 
 
+@pytest.mark.slow(but=["dit"])
 @pytest.mark.parametrize("case", ["cogvideox", "ltx", "dit"])
 def test_metrics_of_every_kind_of_latents(case):
     known = pipelines.CASES[case].generation
@@ -280,6 +285,7 @@ def test_metrics_do_not_keep_to_a_loss(cli, wan_folder, tmp_path):
     assert "0.5dB is one of the latents' squared error" in message and "objective to latents" in message
 
 
+@pytest.mark.slow
 def test_two_experts_share_a_budget(commands, tmp_path):
     folder = pipelines.save(tmp_path / "wan22", "wan22", steps=6)
     out = tmp_path / "small"
@@ -296,6 +302,7 @@ def test_two_experts_share_a_budget(commands, tmp_path):
         assert (out / file).read_bytes() == (given / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_streamed_and_in_two_processes(commands, wan_folder, plan, tmp_path):
     streamed = tmp_path / "streamed.yaml"
     options = ("--budget", "3bits", *HADAMARD, *FEW)
@@ -363,6 +370,7 @@ def test_a_plan_in_python_of_another_model(plan):
         attar.compress(pipelines.make("flux"), "rtn", plan=plan)
 
 
+@pytest.mark.slow
 def test_a_unets_units_are_the_same_ones_when_all_are_known(commands, tmp_path):
     """They are numbered in the order of their calls, which a run that measures nothing any more has to know too."""
     folder, out = unets.save(tmp_path / "sd"), tmp_path / "plan.yaml"

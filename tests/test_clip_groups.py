@@ -42,6 +42,7 @@ def compressed(recipe, overrides, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow(but=["block by block", "trained whole"])
 @pytest.mark.parametrize("run", RUNS)
 def test_pairs_are_learned_kept_and_followed(run, tmp_path):
     pipe = compressed(*RUNS[run])
@@ -86,6 +87,7 @@ def test_a_run_stopped_while_it_trains_goes_on_to_the_same_bytes(monkeypatch, tm
         assert step_groups_of(again.transformer) == step_groups_of(whole.transformer)
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_resumed_to_the_same_bytes(commands, wan_folder, tmp_path):
     settings = {**GROUPS, **TRAINED}
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={str(value).lower()}")]

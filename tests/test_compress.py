@@ -216,6 +216,7 @@ def test_a_recipe_object_and_short_arguments():
     assert pipe.attar_compression.recipe["name"] == "mine"
 
 
+@pytest.mark.slow(but=["options2"])
 @pytest.mark.parametrize("options", [{}, {"quantize.group_size": 16}, {"quantize.rotation": "hadamard"}])
 def test_weight_only_is_the_whole_recipe(options, tmp_path):
     small = compressed("wan", "attar-ptq", acts=16, overrides={**FEW, **options})

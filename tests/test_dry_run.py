@@ -63,6 +63,7 @@ def test_prompts_and_sizes_that_nothing_reads_are_noted(cli, folders, tmp_path, 
         )
 
 
+@pytest.mark.slow(but=["wan-options0", "wan-options1", "wan22-options3", "flux-options5"])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -114,6 +115,7 @@ def test_the_forecast_as_json(cli, folders):
     assert result["measured_on"] is None and result["seconds"] == 0
 
 
+@pytest.mark.slow(but=["0.35x-options1"])
 @pytest.mark.parametrize(
     ("budget", "options"),
     [("same", SMALL), ("0.35x", ["--recipe", "rtn", *FEW]), ("3bits", ["--recipe", "hadamard", *FEW])],
@@ -153,6 +155,7 @@ def test_layers_of_which_activations_alone_are_chosen_are_marked(cli, folders):
     assert {(row["acts"], row["presumed"]) for row in rows if row["role"] == "ffn.up"} == {(8, False)}
 
 
+@pytest.mark.slow
 def test_every_kind_of_block_is_measured(cli, folders):
     def measured(name, *roles):
         options = ["--set", f"quantize.roles={{{', '.join(roles)}}}"] if roles else []

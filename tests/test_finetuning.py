@@ -45,6 +45,7 @@ CASES = [
 OPTIONS = [word for key, value in QVGEN.items() for word in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.slow(but=["qvgen-overrides0"])
 @pytest.mark.parametrize(("recipe", "overrides"), [("qvgen", QVGEN), ("attar-ptq", POLISH)])
 def test_training_in_bfloat16(recipe, overrides):
     exact, near = (
@@ -68,6 +69,7 @@ def compressed(name, recipe, overrides, **options):
     return attar.compress(pipelines.make(name), recipe, overrides=overrides, **{**settings, **options})
 
 
+@pytest.mark.slow(but=["wan-qvgen-overrides0", "dit-qvgen-overrides6", "flux-efficientdm-overrides1"])
 @pytest.mark.parametrize(("name", "recipe", "overrides"), CASES)
 def test_trained_models_are_packed_and_come_back_as_they_are(name, recipe, overrides, tmp_path):
     pipe = compressed(name, recipe, overrides)
@@ -156,6 +158,7 @@ def test_branches_beside_the_layers_have_the_models_type(recipe, overrides):
     assert {layer.compute_dtype for layer in layers} == {torch.bfloat16}
 
 
+@pytest.mark.slow(but=["efficientdm-overrides0"])
 @pytest.mark.parametrize(
     ("recipe", "overrides"), [("efficientdm", EFFICIENT), ("attar-ptq", POLISH), ("quest", FEW)]
 )
@@ -173,6 +176,7 @@ def test_u_nets_are_trained_whole_too(recipe, overrides, tmp_path):
         torch.testing.assert_close(unets.generate(again), unets.generate(pipe), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow(but=["wan-qvgen-overrides0", "dit-mpq-dm-overrides2"])
 @pytest.mark.parametrize(
     ("name", "recipe", "overrides"),
     [
@@ -302,6 +306,7 @@ def test_polishing_keeps_the_codes_and_lowers_the_error():
     )
 
 
+@pytest.mark.slow(but=["qvgen-overrides0"])
 @pytest.mark.parametrize(("recipe", "overrides"), [("qvgen", QVGEN), ("attar-ptq", POLISH)])
 def test_a_run_stopped_while_it_trains_goes_on_to_the_same_bytes(recipe, overrides, monkeypatch, tmp_path):
     monkeypatch.setattr(finetuning, "SAVE_SECONDS", 0.0)
@@ -396,6 +401,7 @@ def test_recipes_say_what_they_train():
     assert load_recipe("rtn").finetune is None and load_recipe("qvgen").needs_data
 
 
+@pytest.mark.slow
 def test_layers_that_are_compared_come_nearer_to_the_original():
     """QuEST's local supervision: with it, the time projections are nearer to their own outputs."""
 

@@ -67,6 +67,7 @@ FEW = {"trace.prompts": 2, "select.count": 3, "reconstruct.epochs": 1}
 BUDGET = {"allocate.samples": 2, "allocate.bits": [3, 4, 6], "allocate.act_bits": [4, 6]}
 
 
+@pytest.mark.slow(but=["attar-ptq-overrides1"])
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [("attar", {**FEW, **BUDGET}), ("attar-ptq", {**FEW, "reconstruct.propagate": "quant"})],

@@ -24,6 +24,7 @@ def test_names_are_unique():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_speed_of_all_in_one_run():
     chosen = [c for c in COMPETITORS if c.name in ("bf16", "attar rtn W8A8", "ModelOpt INT4 AWQ")]
     rows = measure_speed([*chosen, Competitor("broken", "torch", broken)], "wan-1.3b", tokens=16, rounds=3)

@@ -28,6 +28,7 @@ def model(tmp_path_factory):
     return pipelines.save(tmp_path_factory.mktemp("models") / "wan")
 
 
+@pytest.mark.slow(but=["hadamard", "efficientdm"])
 @pytest.mark.parametrize("recipe", RUNS)
 def test_compresses(recipe, cli, model, tmp_path):
     out = tmp_path / "small"
@@ -45,6 +46,7 @@ def test_compresses(recipe, cli, model, tmp_path):
             assert done.code == 0, done.err
 
 
+@pytest.mark.slow(but=["model"])
 @pytest.mark.parametrize("offload", ["model", "group"])
 def test_what_does_not_run_waits_in_main_memory(offload, cli, model, tmp_path):
     small, call = tmp_path / "small", {"num_inference_steps": 2, "height": 16, "width": 16, "num_frames": 5}

@@ -276,6 +276,7 @@ def test_killed_before_every_file(commands, models, made, tmp_path):
     assert not [name for name in left if name.endswith(".tmp") or "boundary" in name]
 
 
+@pytest.mark.slow(but=["2-1"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_resumed_by_another_number_of_processes(before, after, commands, models, made, tmp_path):
     """Streams at the entrance of a block are found again, however many have written them."""
@@ -297,6 +298,7 @@ def test_resumed_by_another_number_of_processes(before, after, commands, models,
     assert not [p for p in work.iterdir() if "boundary" in p.name]
 
 
+@pytest.mark.slow
 def test_a_launcher_ends_the_job_and_it_resumes(commands, models, made, tmp_path):
     """The real command under a real launcher, one of its two processes killed."""
     model, options = RUNS["two segments"]

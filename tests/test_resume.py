@@ -75,14 +75,14 @@ def whole(commands, models, tmp_path_factory):
     [
         ("learned", (1, 2)),
         ("no data", (1, 2)),
-        *((kind, (3, 2, 4)) for kind in LONG),
+        *(pytest.param(kind, (3, 2, 4), marks=pytest.mark.slow) for kind in LONG),
         *(pytest.param(kind, (1, 2), marks=pytest.mark.slow) for kind in LONG),
     ],
 )
 def test_killed_before_every_file(kind, writes, commands, models, whole, tmp_path):
     """Each process puts one or two files in their places, and dies when the next one is written but not there yet.
 
-    Two, since a block is on disk with the inputs of the next one. Of the long runs two to four, but in the slow tests.
+    Two, since a block is on disk with the inputs of the next one. The long runs are slow tests, of two to four as well.
     """
     model, options = RUNS[kind]
     out = tmp_path / "small"
@@ -123,6 +123,7 @@ def test_killed_at_random_moments(commands, models, whole, tmp_path):
     assert contents(out) == whole("two segments")
 
 
+@pytest.mark.slow
 def test_the_real_command_killed_and_resumed(models, whole, tmp_path):
     model, options = RUNS["learned"]
     out = tmp_path / "small"

@@ -238,6 +238,7 @@ def sensitive(tmp_path_factory):
     return pipelines.save(tmp_path_factory.mktemp("models") / "wan", steps=6, pipe=pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["block", "latents"])
 def test_a_budget_gives_bits_by_groups(commands, sensitive, objective, tmp_path):
     out = tmp_path / "plan.yaml"
@@ -279,6 +280,7 @@ def test_a_budget_gives_bits_by_groups(commands, sensitive, objective, tmp_path)
         assert list(layer.act_groups or (layer.act_bits,) * 2) == bits
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(commands, tmp_path):
     """Killed before every few files, the run ends with the bytes of an uninterrupted one."""
     folder = pipelines.save(tmp_path / "hunyuan", "hunyuan", steps=3)

@@ -83,6 +83,7 @@ def test_a_shift_is_in_the_biases_that_are_saved(stream, commands, models, tmp_p
     assert found
 
 
+@pytest.mark.slow(but=["token weights", "no data"])
 @pytest.mark.parametrize("kind", RUNS)
 def test_streamed_and_in_memory_give_the_same_bytes(kind, commands, models, whole, tmp_path):
     model, options = RUNS[kind]
@@ -91,6 +92,7 @@ def test_streamed_and_in_memory_give_the_same_bytes(kind, commands, models, whol
     assert contents(out) == whole(kind)
 
 
+@pytest.mark.slow(but=["no data"])
 @pytest.mark.parametrize("kind", ["no data", "two experts"])
 def test_killed_and_resumed(kind, commands, models, whole, tmp_path):
     """Each process puts two files in their places and dies; every other one has the pipeline in memory."""

@@ -70,6 +70,7 @@ def whole(commands, models, tmp_path_factory):
     return of
 
 
+@pytest.mark.slow(but=["nearest", "scales, split"])
 @pytest.mark.parametrize("kind", RUNS)
 def test_saved_and_loaded(kind, models, whole):
     """The loaded model is the one that was made, bit for bit, by diffusers' loader and by attar's."""
@@ -124,6 +125,7 @@ TRAINED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow(but=["mpq-dm"])
 @pytest.mark.parametrize("recipe", TRAINED)
 def test_trained_whole_and_saved(recipe, commands, models, tmp_path):
     """Units run in another order than they stand in; what is saved is what was trained, under the right names."""

@@ -39,6 +39,7 @@ def test_requests_that_make_no_sense_are_refused_in_one_line(cli):
         assert len(done.err.strip().splitlines()) == 1, done.err
 
 
+@pytest.mark.slow
 def test_a_budget_is_timed_with_its_mean_bits_or_refused(cli):
     options = ("bench", "--shape", "wan-1.3b", "--tokens", "4", "--text-tokens", "2", "--rounds", "3")
     budget = ("--recipe", "rtn", "--set")

@@ -213,6 +213,7 @@ def trained(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_short_training_of_the_transformer(trained):
     folder = trained / "digits-dit"
     pipe = load(str(folder))

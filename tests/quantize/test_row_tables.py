@@ -115,6 +115,7 @@ def test_fake_is_dequantize_of_quantize_bit_for_bit(kind, seed, factor, group):
     torch.testing.assert_close((steps - rounded(steps, levels)).abs(), distance.amin(-1))
 
 
+@pytest.mark.slow(but=["normal-None", "heavy-32"])
 @pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("draw", [normal, heavy])
 def test_no_table_beats_lloyd(draw, group):

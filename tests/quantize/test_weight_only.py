@@ -70,6 +70,7 @@ def own_errors(name, layers):
     return sum(errors) / len(errors)
 
 
+@pytest.mark.slow(but=["None-wan", "16-hunyuan"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan", "flux"])
 @pytest.mark.parametrize("group", [None, 16])
 def test_the_recipe_helps_and_integer_activations_cost(name, group):
@@ -128,6 +129,7 @@ def test_only_modulation_stays_plain():
         assert LEARNED.treatment(plans[name])[-1] == ("nearest" if name in plain else "gptq")
 
 
+@pytest.mark.slow(but=["True-dit", "False-cogvideox"])
 @pytest.mark.parametrize("name", ["hunyuan", "cogvideox", "dit", "flux"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_calibrated_modulation_errs_less_and_is_as_large(name, learned):

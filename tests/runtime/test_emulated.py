@@ -1,6 +1,7 @@
 """Kernels of instruction sets that this processor may lack, on instructions written in C++: the same tests as its own.
 
-`make emulated` runs all of them; here are those of integers, rotations and branches, and a few of attention."""
+`make emulated` runs all of them; here, in the slow tests, are those of integers, rotations and branches, and a few of
+attention."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import pytest
 from attar.errors import AttarError
 from attar.runtime.cpu.library import library
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 FILES = ("runtime/test_cpu_kernels.py", "runtime/test_branch.py")
 ELSEWHERE = "[scalar", "[avx2", "blocks_of_rows", "compiles", "operator"  # they run here anyway, or take long

@@ -201,6 +201,7 @@ def test_compiled_blocks_follow(grouped):
         assert torch.equal(run(model, timestep), run(grouped, timestep))
 
 
+@pytest.mark.slow
 def test_a_whole_compiled_model_follows(grouped):
     compiled = torch.compile(copy.deepcopy(grouped), backend="eager")
     for timestep in (900.0, 100.0):

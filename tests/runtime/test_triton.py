@@ -65,6 +65,7 @@ def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, ins
     assert re.search(rf"{instruction}\S*\.f32\.bf16\.bf16", code)
 
 
+@pytest.mark.slow(but=["90-wgmma"])
 @pytest.mark.parametrize("capability, instruction", [(89, "mma.sync"), (90, "wgmma"), (120, "mma.sync")])
 def test_float8_runs_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
     from attar.runtime.triton.products import FLOATING, INTEGER
@@ -100,6 +101,7 @@ def test_many_rows_run_on_the_tensor_cores_of_hopper(compiler, dtype):
     compiler.compiled_unpack(80, 4, "bf16", scale_ptr=None)
 
 
+@pytest.mark.slow
 def test_ones_and_nones_are_constants(compiler):
     """A single row, a single output, one group, no bias: Triton compiles kernels of their own for these."""
     from attar.runtime.triton.products import DENSE, FLOATING, INTEGER
@@ -138,6 +140,7 @@ def test_rotations_of_float32_fit_every_gpu(compiler):
     assert made.metadata.shared <= SHARED
 
 
+@pytest.mark.slow(but=["4"])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_what_runs_untuned_fits_every_gpu(compiler, bits):
     """In a capture the first tile for a number of rows is taken without a trial; wider codes take less memory."""

@@ -38,6 +38,7 @@ def test_a_pipeline_of_the_family(name, tmp_path):
     pipelines.assert_same_model(small, pipe, name)
 
 
+@pytest.mark.slow(but=["options0-flux", "options1-hunyuan"])
 @pytest.mark.parametrize("name", ["hunyuan", "flux"])
 @pytest.mark.parametrize("options", [{"reconstruct.propagate": "quant"}, {"select.features": "last_hidden"}])
 def test_blocks_of_two_kinds(name, options):
@@ -64,6 +65,7 @@ def test_the_command_line_on_other_families(name, cli, tmp_path):
 OTHERS = ("quest", "zeroq", "genie")  # for U-Nets alone, and for autoencoders
 
 
+@pytest.mark.slow(but=["attar-ptq", "svdquant", "rtn", "q-vdit", "vidit-q"])
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if name not in OTHERS])
 def test_every_published_recipe(recipe):
     case, few = pipelines.CASES["wan"], dict(FEW)

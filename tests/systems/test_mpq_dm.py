@@ -38,6 +38,7 @@ def compressed(name, recipe, overrides, **options):
     return attar.compress(pipelines.make(name), recipe, overrides=overrides, **{**given, **options})
 
 
+@pytest.mark.slow(but=["wan-mpq-dm-overrides0"])
 @pytest.mark.parametrize(("recipe", "overrides"), [V1, V2])
 @pytest.mark.parametrize("name", ["wan", "flux"])
 def test_a_pipeline_is_trained_packed_and_loaded(name, recipe, overrides, tmp_path):
@@ -58,6 +59,7 @@ def test_a_pipeline_is_trained_packed_and_loaded(name, recipe, overrides, tmp_pa
     attar.verify_folder(tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_a_u_net_compares_the_features_before_its_head(tmp_path):
     overrides = {**V1[1], **BY_ERROR}
     made = [
@@ -99,6 +101,7 @@ def test_directions_are_learned_in_a_pipeline(tmp_path):
     pipelines.assert_same_model(small, DiffusionPipeline.from_pretrained(tmp_path), "wan")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     from attar import finetuning
 

@@ -514,6 +514,7 @@ def test_a_gate_is_saved_and_loaded(compressed, tmp_path):
         verify_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_streamed_and_by_two_processes_the_gate_is_the_same(commands, tmp_path):
     model = pipelines.save(tmp_path / "wan", "wan")
     few = ("trace.prompts=2", "select.count=3", "reconstruct.epochs=1", "quantize.low_rank.gate=calibrated")

@@ -98,6 +98,7 @@ def test_the_evidence_and_the_card(recipe, whole):
     assert "| synthesised by |" in card and "| vae |" in card
 
 
+@pytest.mark.slow(but=["genie"])
 @pytest.mark.parametrize("recipe", SMALL)
 def test_a_killed_run_goes_on(recipe, commands, model, whole, tmp_path):
     """Each process puts two files in their places; the bytes are those of an uninterrupted run in the end."""

@@ -68,6 +68,7 @@ def test_a_pipeline_in_every_format(name, tmp_path):
     assert_saved_and_loaded(small, tmp_path / "small")
 
 
+@pytest.mark.slow(but=["binary-1"])
 @pytest.mark.parametrize(("name", "bits"), [("binary", 1), ("lloyd", 2)])
 def test_learning_with_trained_levels(name, bits, tmp_path):
     options = {"quantize.weights": bits, "quantize.weight_format": name, "reconstruct.train_levels": True}
