@@ -292,3 +292,25 @@ def test_layers_outside_the_blocks_follow_an_override_as_weights_only(tmp_path):
     assert packed_layers(again.transformer).keys() == packed.keys()
     after = again(pipelines.PROMPTS[0], generator=torch.Generator().manual_seed(0), **call)[0]
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_codes_of_a_bfloat16_model_stand_for_what_its_branches_leave():
+    """They are the nearest to W - B A with B and A as they are packed, and not as they were before."""
+    pipe, name = pipelines.make("wan").to(torch.bfloat16), "blocks.1.ffn.net.0.proj"
+    with torch.no_grad():
+        pipe.transformer.get_submodule(name).weight[:, :2] *= 30
+    weight = pipe.transformer.get_submodule(name).weight.detach().double().clone()
+    overrides = {"trace.prompts": 1, "select.count": 1, "quantize.weights": 8, "quantize.scale": False}
+    overrides |= {
+        "quantize.low_rank.rank": 2,
+        "quantize.low_rank.metric": "output",
+    }  # of data, hence in float32
+    small = attar.compress(
+        pipe, "svdquant", overrides=overrides, prompts=pipelines.PROMPTS[:1],
+        generation=pipelines.CASES["wan"].generation | {"num_inference_steps": 2},
+    )  # fmt: skip
+    layer = small.transformer.get_submodule(name)
+    assert layer.low_rank_in.dtype == torch.bfloat16
+    left = weight - layer.low_rank_out.double() @ layer.low_rank_in.double()
+    scale = layer.weight_scale.double()
+    assert float(((left - layer.unpacked().double() * scale).abs() / scale).max()) < 0.5 + 1e-4

@@ -64,13 +64,15 @@ def quantize_block(
     seed: str = "0",
     progress: Callable[[int, int, float], None] | None = None,
     frames: FrameGrid | None = None,
+    types: Mapping[str, torch.dtype] | None = None,
 ) -> BlockOutcome:
     """Replaces the planned linears of `module` by packed layers, in place; convolutions are opened for it.
 
     plans: dotted name below `module` -> plan (skipped layers are left out by the caller). run: runs the block on one
     call. calls, targets: calibration samples with the full-precision outputs, of several processes the share of each;
     both may be empty for settings that need no data. contexts: what `loss` gets beside them. seed: of the random
-    rotations and the order of samples, a text. frames: of the video, for gates over them; None makes no gates.
+    rotations and the order of samples, a text. frames: of the video, for gates over them; None makes no gates. types:
+    that the parameters will have in the packed model, by their names, where it is another than now.
     Raises AttarError when the settings need data and there is none, or a weight is not finite.
     """
     outcome = BlockOutcome()
@@ -84,7 +86,7 @@ def quantize_block(
     inputs = input_facts(plans, linears, run, calls, settings, seed)
     threshold = settings.transforms.rotation_threshold
     outcome.rotations = {name: describe(sample, threshold) for name, sample in inputs.samples.items()}
-    layers = wrap_linears(module, plans, linears, inputs, run, calls, settings, seed)
+    layers = wrap_linears(module, plans, linears, inputs, run, calls, settings, seed, types)
     if frames is not None and settings.low_rank is not None and settings.low_rank.gate != "none":
         branches = {name: layer for name, layer in layers.items() if plans[name].low_rank}
         gates = start_gates(branches, plans, frames, run, calls, settings.low_rank.gate == "trained")

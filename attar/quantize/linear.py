@@ -56,6 +56,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
     learned from there on. act_format: "int", "full_range" or "fp8". A low-rank branch beside the quantized product
     comes from `set_branch`, its gate over frames from `set_gate`, rows of several kinds from `mix_rows`. Who trains the
     layer end to end may set `adapter` and `auxiliary`, and let the weight and the bias have gradients.
+    deployed: the type that a branch will have in the packed layer, None for that of the weight. Where it is a narrower
+    one, the branch counts everywhere as what is left of it there, and learns as if nothing were lost.
     The switches `weight_quant` and `act_quant` turn the quantizers off while the layer learns: with both off
     the layer equals its linear. `freeze()` fixes everything; the frozen layer computes what the packed
     layer of `bake()` does.
@@ -79,6 +81,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         shift: Tensor | None = None,
         act_groups: Sequence[int] | None = None,
         clip_groups: int | None = None,
+        deployed: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if act_bits is not None:
@@ -111,6 +114,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
             self.act_clip_logit = nn.Parameter(torch.full(pairs, clip_start, device=device))
         self.weight_quant, self.act_quant = True, act_bits is not None
         self.branch_in = self.branch_out = None
+        self.deployed = deployed
         self.branch_subtracted = True
         self.frame_gate: nn.Parameter | None = None
         self.gate_trained = False
@@ -167,7 +171,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         """Puts the branch y += (x Aᵀ) Bᵀ beside the layer; what is quantized from now on is W - B A.
 
         down A: (rank, in), up B: (out, rank), on the layer's input as it comes. They are kept in the dtype of the
-        weight, in which they will be deployed. subtract: False quantizes W whatever the branch is.
+        weight. subtract: False quantizes W whatever the branch is.
         """
         rank = down.shape[0]
         if down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
@@ -314,10 +318,15 @@ class QuantizedLinear(GroupedActs, nn.Module):
         return branch_product(x, down, up, self.frame_gate)
 
     def _branch(self) -> tuple[Tensor, Tensor] | None:
-        """(A, B) of the low-rank branch, if there is one."""
-        return (
-            None if self.branch_in is None or self.branch_out is None else (self.branch_in, self.branch_out)
-        )
+        """(A, B) of the low-rank branch with the numbers that it is deployed with, if there is one."""
+        if self.branch_in is None or self.branch_out is None:
+            return None
+        return self._deployed(self.branch_in), self._deployed(self.branch_out)
+
+    def _deployed(self, part: Tensor) -> Tensor:
+        if self.deployed in (None, part.dtype):
+            return part
+        return part + (part.to(self.deployed).to(part.dtype) - part).detach()  # exact; the gradient passes
 
     def _rest(self, weight: Tensor) -> Tensor:
         """What of the weight is quantized: W - B A, or W where the branch is not subtracted; W with its adapter."""

@@ -109,13 +109,15 @@ def wrap_linears(
     calls: Sequence[Any],
     settings: BlockSettings,
     seed: str,
+    types: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, QuantizedLinear]:
     """Puts a QuantizedLinear around every planned linear, and returns them.
 
     Plain layers get neither transforms nor clipping. linears: the planned ones by name. inputs: of these and perhaps of
-    others, by `input_facts` with the same settings and seed. Otherwise as `quantize_block`.
+    others, by `input_facts` with the same settings and seed. types: that the weights of the packed model will have, by
+    their names, where it is another than now. Otherwise as `quantize_block`.
     """
-    layers = {}
+    layers, types = {}, types or {}
     for name, plan in plans.items():
         linear: Any = linears[name]
         transforms = []
@@ -131,7 +133,7 @@ def wrap_linears(
             weight_clip=settings.weight_clip and not plan.plain, act_clip=settings.act_clip,
             clip_start=settings.clip_start, weight_format=plan.weight_format, act_format=plan.act_format,
             train_levels=settings.train_levels and not plan.plain, shift=inputs.shifts.get(name),
-            act_groups=plan.act_groups, clip_groups=settings.clip_groups,
+            act_groups=plan.act_groups, clip_groups=settings.clip_groups, deployed=types.get(f"{name}.weight"),
         )  # fmt: skip
         replace_module(module, name, layer)
         layers[name] = layer

@@ -128,3 +128,51 @@ def test_what_cannot_be():
         LowRankSettings(start="ones")
     with pytest.raises(AttarError, match="must be subtracted"):
         LowRankSettings(subtract=False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("deployed", [torch.bfloat16, torch.float16])
+def test_a_branch_is_subtracted_with_the_numbers_that_it_is_deployed_with(bits, deployed):
+    """Learned in float32 and packed in half precision: what its rounding takes away is quantized with the rest."""
+    torch.manual_seed(0)
+    linear = nn.Linear(IN, OUT, bias=False)
+    with torch.no_grad():
+        linear.weight[:, :2] *= 40
+    x, errors = torch.randn(64, IN), {}
+    for kind in (None, deployed):
+        layer = QuantizedLinear(linear, bits, None, weight_clip=False, deployed=kind)
+        start_branch(layer, LowRankSettings(rank=4))
+        with torch.no_grad():
+            learned = layer(x)
+        packed = layer.bake().to(deployed)
+        weight = packed_weight(packed)
+        errors[kind] = ((x @ weight.T - linear(x)).square().mean() / linear(x).square().mean()).item()
+        if kind is not None:
+            torch.testing.assert_close(learned, x @ weight.T, rtol=1e-4, atol=1e-4)
+            assert torch.equal(packed.low_rank_in.float(), layer.branch_in.to(deployed).float())
+    factor = (
+        0.3 if bits == 8 and deployed == torch.bfloat16 else 1.0
+    )  # with few bits the codes' own error is larger
+    assert errors[deployed] < errors[None] * factor, errors
+
+
+def packed_weight(packed):
+    """(out, in) in float32, of the numbers that are stored."""
+    return packed.unpacked().float() * packed.weight_scale.float() + (
+        packed.low_rank_out.float() @ packed.low_rank_in.float()
+    )
+
+
+def test_a_deployed_branch_still_learns():
+    """Where nothing is lost its gradient is, to the bit, that of a branch that stays as it is."""
+    _, plain = make(dominant=2)
+    start_branch(plain, LowRankSettings(rank=3))
+    down, up = (part.bfloat16().float() for part in (plain.branch_in, plain.branch_out))
+    gradients = []
+    for deployed in (None, torch.bfloat16):
+        layer = QuantizedLinear(make(dominant=2)[0], 4, None, weight_clip=False, deployed=deployed)
+        layer.set_branch(down, up)
+        layer.branch_in.requires_grad_(True)
+        layer(torch.randn(6, IN, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        gradients.append(layer.branch_in.grad)
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
