@@ -4,13 +4,16 @@
     python -m benchmarks.latency --bits W4A6 --rounds 5
 
 Learning changes no speed, so blocks are packed with random weights, and a system with bits for each layer with the
-same ones in all. The block is `attar bench --shape wan-1.3b --tokens 2048`'s. The leaderboard shows the figures.
+same ones in all. The block is `attar bench --shape wan-1.3b --tokens 2048`'s. The leaderboard shows the figures. Each
+kind of processor has a results file of its own; `latency.json` is the one that the leaderboard's column is of.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +22,22 @@ from benchmarks.cells import LEADERBOARD
 from benchmarks.peers.competitors import Competitor, attar, plain
 from benchmarks.peers.speed import BASELINE, measure_speed
 from benchmarks.quality import environment
-from benchmarks.store import FOLDER, processor, save
+from benchmarks.store import FOLDER, load, processor, save
 
 RESULTS = FOLDER / "latency.json"
 SHOWN = ((4, 6), (4, 4), (3, 6))
+
+
+def results_path(name: str) -> Path:
+    """Of a run on a processor of that name."""
+    if load(RESULTS, "environment")["environment"].get("processor") in (None, name):
+        return RESULTS
+    return FOLDER / f"latency-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def elsewhere() -> list[dict[str, Any]]:
+    """The runs on other processors than that of `RESULTS`."""
+    return [load(path) for path in sorted(FOLDER.glob("latency-*.json"))]
 
 
 def competitors(wanted: set[tuple[int, int]]) -> list[Competitor]:
@@ -46,7 +61,7 @@ def main() -> None:
     parser.add_argument("--shape", default="wan-1.3b")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=results_path(processor()))
     args = parser.parse_args()
     torch.set_num_threads(1)
     wanted = {tuple(int(n) for n in bits.upper()[1:].split("A")) for bits in args.bits}

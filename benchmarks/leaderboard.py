@@ -68,6 +68,16 @@ OTHERS = """The models of pictures have [tables of their own](pictures.md); [one
 
 
 @dataclass(frozen=True)
+class Section:
+    """A table with its title. said: what stands above it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    said: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """One system at some bits. cells: by seed, of `seeds`. ratio: bytes of the linears against bfloat16. speed: of
     a block, as `benchmarks.latency` has it, if it was measured."""
@@ -107,6 +117,19 @@ def speed_text(row: dict[str, Any] | None) -> str:
     """Of a block against bfloat16, as in 1.50× (1.40–1.62); a dash where it was not measured."""
     found = (row or {}).get("faster")
     return f"{found['value']:.2f}× ({found['low']:.2f}–{found['high']:.2f})" if found else "–"
+
+
+def speeds_elsewhere(run: dict[str, Any]) -> Section:
+    """Of `benchmarks.latency` on another processor: every system at the widths that were measured."""
+    where, rows = run["environment"], run["rows"]
+    widths = list(dict.fromkeys(name.split("|")[1] for name in rows if "|" in name))
+    systems = dict.fromkeys(name.split("|")[0] for name in rows if "|" in name)
+    figures = [[s, *(speed_text(rows.get(f"{s}|{width}")) for width in widths)] for s in systems]
+    kernels = where["backend"].split(" with ")[0].removeprefix("cpu: ")
+    said = f"""The same block on one core of another processor, {kernels}: times faster than bfloat16 in the same
+run, which took {1000 * rows["bf16"]["seconds"]:.0f} ms. Tables of numbers have no kernels on CPUs.
+"""
+    return Section(f"Block speed: {where['processor']}", ("system", *widths), figures, said)
 
 
 def rows_of(cells: dict[str, Any], speeds: dict[str, Any] | None = None) -> list[Row]:
@@ -193,16 +216,6 @@ def plot(rows: list[Row], others: list[Peer]) -> str:
     return scatter(points, "Quality against size", "linears against bfloat16", "PSNR, dB")
 
 
-@dataclass(frozen=True)
-class Section:
-    """A table with its title. said: what stands above it."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[list[str]]
-    said: str = ""
-
-
 def sections(
     rows: list[Row], others: list[Peer], parts: list[list[str]], accuracy: str = ""
 ) -> list[Section]:
@@ -223,6 +236,7 @@ def sections(
                 said_of_peers(),
             )
         )
+    found += [speeds_elsewhere(run) for run in latency.elsewhere()]
     if parts:
         found.append(Section("What the parts of the systems give", ablations.COLUMNS, parts, ablations.INTRO))
     return found
@@ -364,7 +378,7 @@ def fill(args: argparse.Namespace) -> None:
     stills = [model for model in args.models if model in pictures.MODELS]
     named = [n for n in pictures.NAMES if not args.only or any(part in n for part in args.only)]
     if stills and named:
-        asked = {"models": stills, "bits": args.bits or list(pictures.BITS), "only": named}
+        asked = {"models": stills, "bits": args.bits or list(pictures.BITS), "only": named, "again": False}
         where = {"work": args.work_pictures, "results": args.results_pictures}
         pictures.run(argparse.Namespace(**{**vars(args), **asked, **where}))
 

@@ -178,7 +178,12 @@ def test_pictures_are_tabled_by_model_and_bits():
 
     cell = {"psnr": [30.0, 32.0], "ssim": [0.9, 0.8], "frechet": 0.5, "right": 0.75, "reference_right": 1.0}
     cells = {
-        "digits-image|quest|W4A4|0": {**cell, "linears": 0.3, "calibration_cpu_seconds": 60.0},
+        "digits-image|quest|W4A4|0": {
+            **cell,
+            "linears": 0.3,
+            "calibration_cpu_seconds": 60.0,
+            "latent_error": [0.125, 0.25, 9.0],
+        },
         "digits-image|rtn|W4A4|0": {**cell, "psnr": [20.0, 20.0], "linears": 0.25},
         "digits-image|rtn|W4A4|1": {**cell, "psnr": [22.0, 22.0], "linears": 0.25},
     }
@@ -196,7 +201,7 @@ def test_pictures_are_tabled_by_model_and_bits():
     assert "| quest | chosen layers alone | W4A4 |" in text and "| quest, all layers |" not in text
     assert "## digits-image, W4A4" in text and "digits-dit, " not in text
     rows = [line for line in text.splitlines() if line.startswith(("| quest", "| rtn"))]
-    assert rows[0].startswith("| quest | 1 | 0.300× | 31.00 | 0.8500 | 0.5000 | 75.0 (100.0) | 60 |")
+    assert rows[0].startswith("| quest | 1 | 0.300× | 31.00 | 0.8500 | 0.2500 | 0.5000 | 75.0 (100.0) | 60 |")
     assert rows[1].startswith("| rtn | 2 | 0.250× | 21.00 ± ")
 
 

@@ -162,6 +162,38 @@ def test_speeds_of_peers_are_of_the_same_machine_and_block(tmp_path):
     assert leaderboard.speeds_of_peers() and latency.RESULTS.is_file()
 
 
+def test_speeds_on_another_processor(tmp_path, monkeypatch):
+    """A file for each kind of processor; what is not that of the column has a table of its own."""
+    monkeypatch.setattr(latency, "FOLDER", tmp_path)
+    monkeypatch.setattr(latency, "RESULTS", tmp_path / "latency.json")
+    assert latency.results_path("a CPU") == tmp_path / "latency.json" and latency.elsewhere() == []
+    (tmp_path / "latency.json").write_text(json.dumps({"environment": {"processor": "a CPU"}, "rows": {}}))
+    assert latency.results_path("a CPU") == tmp_path / "latency.json"
+    other = latency.results_path("AMD (R) EPYC, AVX2")
+    assert other == tmp_path / "latency-amd-r-epyc-avx2.json"
+    fast = {"faster": {"value": 1.5, "low": 1.4, "high": 1.625}}
+    where = {"processor": "AMD EPYC, AVX2", "backend": "cpu: compiled kernels (avx2) with integers"}
+    rows = {"bf16": {"seconds": 0.4}, "rtn|W4A6": fast, "rtn|W4A4": fast, "lrq-dit|W4A6": {"error": "x"}}
+    other.write_text(json.dumps({"environment": where, "rows": rows}))
+    section = leaderboard.speeds_elsewhere(*latency.elsewhere())
+    assert section.title == "Block speed: AMD EPYC, AVX2" and section.columns == ("system", "W4A6", "W4A4")
+    assert section.rows == [["rtn", "1.50× (1.40–1.62)", "1.50× (1.40–1.62)"], ["lrq-dit", "–", "–"]]
+    assert "compiled kernels (avx2)" in section.said and "took 400 ms" in section.said.replace("\n", " ")
+
+
+def test_latents_of_pictures_are_those_that_are_decoded():
+    bench = object.__new__(pictures.PictureBench)
+    bench.source = pictures.find_source("digits-image")
+    bench.seed, bench.shown = 0, ["the digit three written in yellow", "the digit seven written in green"]
+    bench.call = bench.source.call_arguments(num_inference_steps=2)
+    pipe = bench.load()
+    made, latents = bench.pictures(pipe)
+    assert made.shape == (2, 1, 3, 32, 32) and latents.shape == (2, 4, 8, 8)
+    assert "decode" not in vars(pipe.vae)
+    decoded = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample.detach(), output_type="pt")
+    assert (decoded - made[:, 0]).abs().max() < 1e-5
+
+
 def test_one_command_fills_every_model(monkeypatch):
     seen = []
     monkeypatch.setattr(leaderboard.quality, "run", lambda args: seen.append(args))
