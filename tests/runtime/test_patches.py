@@ -110,7 +110,8 @@ def test_a_split_layer_is_the_layer(sizes, bias, seed):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ratio", [10.0, 0.1])
 def test_splitting_helps_where_ranges_differ(ratio, seed):
-    """Half of the channels ten times larger: one scale for both loses the small ones."""
+    """Half of the channels ten times larger: at 4 bits one scale for both, which loses the small ones, errs at least
+    four times as much (the proof list of QuEST)."""
     generator = torch.Generator().manual_seed(seed)
     conv = nn.Conv2d(32, 16, 3, padding=1).requires_grad_(False)
     conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
@@ -123,10 +124,10 @@ def test_splitting_helps_where_ranges_differ(ratio, seed):
         names = ["conv.linear.parts.0", "conv.linear.parts.1"] if split else ["conv.linear"]
         open_layers(model, names, {"conv.linear": [144, 144]} if split else {})
         for name in names:
-            layer = QuantizedLinear(model.get_submodule(name), 4, 6, weight_clip=False, act_clip=False)
+            layer = QuantizedLinear(model.get_submodule(name), 4, 4, weight_clip=False, act_clip=False)
             model.set_submodule(name, layer)
         errors[split] = (model["conv"](x) - conv(x)).square().mean().item()
-    assert errors[True] < 0.5 * errors[False]
+    assert errors[True] < 0.25 * errors[False]
 
 
 def test_names_tell_the_form():
