@@ -132,6 +132,17 @@ def test_a_sample_alone_gives_what_it_gives_in_a_batch():
     assert torch.equal(packed(x[:1])[0], packed(x)[0])
 
 
+def test_a_sample_is_the_same_alone_and_in_a_batch_bit_for_bit():
+    """With its branch, where all its sums are exact, so that their order is no matter."""
+    _, layer = make(4, 6)
+    down, up = torch.randint(-3, 4, (1, IN)).float(), torch.randint(-3, 4, (OUT, 1)).float()
+    layer.set_branch(down, up, subtract=False)
+    x = torch.randint(-9, 10, (3, 9, IN)).float() * torch.tensor([1.0, 64.0, 2.0**-10])[:, None, None]
+    packed = layer.bake()
+    together = packed(x)
+    assert all(torch.equal(packed(x[i : i + 1])[0], together[i]) for i in range(3))
+
+
 # ---------------------------------------------------------------------------------------------- its gate
 
 FRAMES, TOKENS = 4, 12
@@ -180,6 +191,18 @@ def test_a_gate_acts_frame_by_frame():
     torch.testing.assert_close(outputs[:, 2] - base[:, 2], 2 * (one - base)[:, 2], rtol=1e-5, atol=1e-5)
     parts = (packed.low_rank_in, packed.low_rank_out, packed.frame_gate)
     assert sum(part.numel() for part in parts) == IN + OUT + FRAMES
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_beside_a_branch_of_nothing_no_gate_has_an_effect(backend):
+    """β = 0, whatever M is: the base bit for bit, learning and packed."""
+    _, base = make(4, 6)
+    layer = gated(torch.tensor([-3.0, 0.0, 0.5, 1e4]))[1]
+    layer.branch_out.data.zero_()
+    x = torch.randn(2, TOKENS, IN)
+    with torch.no_grad(), use_backend(backend):
+        assert torch.equal(layer(x), base(x))
+        assert torch.equal(layer.bake()(x), base.bake()(x))
 
 
 @pytest.mark.parametrize("act_bits", [None, 6])
