@@ -23,6 +23,7 @@ from attar.quantize.sorted_rows import SortedRows
 from attar.quantize.tables import TABLES, fit_levels, fit_parameters, levels_for, power_levels
 from attar.quantize.transforms import LearnedKronecker
 from attar.runtime.formats import check_levels, decode, encode
+from attar.runtime.packing import pack, unpack
 
 PER_ROW = [(name, bits) for name, table in TABLES.items() if table.per_row for bits in table.bits]
 # An absolute one searches what its rows share (twin_log its offset); lloyd starts from such tables too.
@@ -174,6 +175,53 @@ def test_binary_planes_are_balanced_and_beat_an_integer_zero_point():
     assert table_error(normal(16, 4096), "binary", 1).mean().item() == pytest.approx(
         1 - 2 / torch.pi, rel=0.02
     )
+
+
+def test_the_plane_of_centred_weights_says_the_most():
+    """BiBERT's reason to centre them: nearly a bit of entropy for each weight, which the plain sign does not have."""
+    weight = normal(16, 4096) + 0.5 * torch.arange(16)[:, None] / 16
+    steps = steps_of(weight)
+    codes = encode(steps, "table", 1, fit_levels("binary", steps, 1))
+
+    def entropy(plane):
+        share = plane.double().mean(-1)
+        return -(share * share.log2() + (1 - share) * (1 - share).log2())
+
+    assert (entropy(codes.flatten(1) == 0) >= 0.99).all() and (entropy(codes.flatten(1) == 0) <= 1).all()
+    assert entropy(weight[-1:] > 0).item() < 0.95
+
+
+@pytest.mark.parametrize("width", [64, 77])
+def test_a_plane_is_multiplied_by_counting_equal_bits(width):
+    """XNOR and a count of ones over packed bits give the product with inputs of ±1, and with two numbers a row, the
+    mean and the size, all of the layer's."""
+    torch.manual_seed(0)
+    layer = QuantizedLinear(
+        nn.Linear(width, 9, bias=False), 1, None, weight_clip=False, weight_format="binary"
+    )
+    packed, x = layer.bake(), torch.randn(5, width).sign()
+    bits = pack((x > 0).to(torch.int8) - 1, 1)  # codes of one bit are -1 and 0
+    assert packed.codes.shape == (9, bits.shape[1])
+    ones = torch.tensor([bin(byte).count("1") for byte in range(256)])
+    product = width - 2 * ones[(bits[:, None] ^ packed.codes).long()].sum(-1)
+    codes = unpack(packed.codes, 1, width)
+    assert torch.equal(product.float(), x @ (2.0 * codes + 1).T)
+    low, high = (packed.levels.float() * packed.weight_scale[..., None]).flatten(1).unbind(-1)
+    expected = (low + high) / 2 * x.sum(1, keepdim=True) + (high - low) / 2 * product
+    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=0)
+
+
+def test_gradients_of_a_plane_stop_at_the_trained_range():
+    """BiBERT's stop where |w - mean| > 1; here the range is the row's own, times a trained factor."""
+    weight = normal(4, 60).requires_grad_()
+    low, high = weight.detach().aminmax(dim=1, keepdim=True)
+    levels = fit_levels("binary", steps_of(weight.detach()), 1).float()
+    fake_quantize_weight(
+        weight, 1, torch.full((2, 4, 1), 0.4), number="table", levels=levels
+    ).sum().backward()
+    outside = (weight < 0.4 * low) | (weight > 0.4 * high)
+    ends = (weight == low) | (weight == high)  # which decide the range
+    assert outside.any() and (weight.grad[outside & ~ends] == 0).all() and (weight.grad[~outside] == 1).all()
 
 
 # -------------------------------------------------------------------------------------------------- two planes

@@ -57,6 +57,17 @@ def test_the_power_format_finds_the_exponent_of_the_distribution():
     assert error(normal, best, 4) < error(normal, power_levels(1.0, 4).half(), 4) / 1.4
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_power_format_gains_most_where_tails_are_heavy(seed):
+    """Foundations, section 16: about 0.3 for one range of Student's t (3 degrees), with 5.3 times less error."""
+    torch.manual_seed(seed)
+    steps = weight_steps(torch.distributions.StudentT(3.0).sample((1, 2**18)), None)
+    best = fit_levels("power", steps, 4)
+    (found,) = (a for a in EXPONENTS if torch.equal(power_levels(a, 4).half(), best))
+    assert 0.25 <= found <= 0.35
+    assert error(steps, best, 4) < error(steps, power_levels(1.0, 4).half(), 4) / 5.3
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(["fp8", "fp4", "nf4", "power", "twin_log"]),
