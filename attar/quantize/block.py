@@ -204,6 +204,7 @@ def _trained(layers: Any, settings: BlockSettings) -> dict[str, list[nn.Paramete
     return {
         "transform": [p for p in groups["transform"] if wanted[id(p) in scales]],
         "clip": clips,
+        "group_clip": groups.get("group_clip", []) if settings.train_clip else [],
         "levels": groups["levels"],
         "branch": branches,
     }

@@ -22,6 +22,7 @@ from attar.quantize.batching import Streams, join, like
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.polish import ScaledCodes
 from attar.quantize.rank_decay import RankDecay, decay, start_auxiliary
+from attar.quantize.unused_rows import keep_unused_rows
 from attar.quantize.relations import FEATURES, RelationTerm
 from attar.quantize.seeds import seed_of
 from attar.quantize.terms import LowRankTerm
@@ -113,6 +114,7 @@ class Finetuner:
         self._sizes: dict[str, float] = {}  # mean step size of the layers with adapters
         self._start()
         self._main = self._optimizer(_main_groups(layers, self.chosen, settings, self._sizes))
+        keep_unused_rows(self._main, _grouped_clips(layers) if settings.clip_lr else [])
         self._side = self._optimizer(_auxiliary_groups(layers, settings))
         if not self._main.param_groups and not self._side.param_groups:
             raise NothingTrained(
@@ -349,6 +351,11 @@ def _main_groups(
         for parameters, rate, rest in groups
         if parameters and rate
     ]
+
+
+def _grouped_clips(layers: Mapping[str, Layer]) -> list[nn.Parameter]:
+    """Clipping factors with a row for each group of steps."""
+    return [p for layer in layers.values() for p in layer.group_parameters()]
 
 
 def _auxiliary_groups(layers: Mapping[str, Layer], settings: FinetuneSettings) -> list[dict[str, Any]]:

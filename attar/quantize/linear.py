@@ -234,6 +234,10 @@ class QuantizedLinear(GroupedActs, nn.Module):
         """The logits of the clipping factors."""
         return [p for p in (self.quantizer.clip_logit, self.act_clip_logit) if p is not None]
 
+    def group_parameters(self) -> list[nn.Parameter]:
+        """Those of `clip_parameters` that have a row for each group of denoising steps, of which a step uses one."""
+        return [] if self.act_clip_logit is None or self.clip_groups is None else [self.act_clip_logit]
+
     def level_parameters(self) -> list[nn.Parameter]:
         """What the levels of a table depend on, where that is trained."""
         return self.quantizer.table_parameters()
@@ -466,11 +470,15 @@ class QuantizedLinear(GroupedActs, nn.Module):
 
 
 def parameter_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of all QuantizedLinears among `layers`: {"transform", "clip", "levels", "branch": […]}."""
+    """Parameters of all QuantizedLinears among `layers`: {"transform", "clip", "levels", "branch": […]}; beside "clip"
+    "group_clip" where clipping factors are by groups of steps."""
     found = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    by_group = [p for layer in found for p in layer.group_parameters()]
+    apart = {id(p) for p in by_group}
     return {
         "transform": [p for layer in found for p in layer.transform_parameters()],
-        "clip": [p for layer in found for p in layer.clip_parameters()],
+        "clip": [p for layer in found for p in layer.clip_parameters() if id(p) not in apart],
+        **({"group_clip": by_group} if by_group else {}),
         "levels": [p for layer in found for p in layer.level_parameters()],
         "branch": [p for layer in found for p in layer.branch_parameters()],
     }

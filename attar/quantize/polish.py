@@ -48,6 +48,10 @@ class ScaledCodes(nn.Module):
             x = transform(x)
         return x
 
+    def group_parameters(self) -> list[nn.Parameter]:
+        """Clipping factors with a row for each group of denoising steps, of which a step uses one."""
+        return [] if self.clip is None or self.packed.clip_groups is None else [self.clip]
+
     def scale(self) -> Tensor:
         """(out, groups)."""
         return self.sign * self.log_scale.exp()  # type: ignore[operator]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from attar import ranks
 from attar.errors import AttarError
 from attar.quantize.batching import Streams, join, like, to_device
+from attar.quantize.unused_rows import keep_unused_rows
 
 Loss = Callable[[Streams, Streams, Any], Tensor]  # (prediction, target, context of the sample) -> scalar
-GROUPS = ("transform", "clip", "levels", "branch", "codes", "scales")
+GROUPS = ("transform", "clip", "group_clip", "levels", "branch", "codes", "scales")
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ def _optimizer(
     options = {
         "transform": {"lr": settings.transform_lr, "weight_decay": settings.weight_decay},
         "clip": {"lr": settings.clip_lr, "weight_decay": 0.0},
+        "group_clip": {"lr": settings.clip_lr, "weight_decay": 0.0},
         "levels": {"lr": settings.level_lr, "weight_decay": 0.0},
         "branch": {"lr": settings.branch_lr, "weight_decay": 0.0},
         "codes": {"lr": settings.code_lr, "weight_decay": 0.0},
@@ -214,6 +216,7 @@ def _optimizer(
     optimizer = torch.optim.AdamW(
         [{"params": list(group), **options[name]} for name, group in groups.items() if len(group)], fused=True
     )
+    keep_unused_rows(optimizer, groups.get("group_clip", []))
     total, floor = settings.epochs * steps_per_epoch, settings.eta_min_ratio
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: floor + (1 - floor) * (1 + math.cos(math.pi * step / total)) / 2

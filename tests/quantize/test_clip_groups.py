@@ -1,5 +1,6 @@
 """Layers that learn clipping factors for each group of denoising steps, in batches of one group."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -9,10 +10,13 @@ from support.toy import WEIGHTS
 from torch import nn
 
 from attar.errors import AttarError
+from attar.losses.reconstruction import mse
 from attar.models.block import BlockCall
 from attar.quantize.finetune import Finetuner, FinetuneSettings
-from attar.quantize.linear import QuantizedLinear
+from attar.quantize.linear import QuantizedLinear, parameter_groups
 from attar.quantize.polish import ScaledCodes
+from attar.quantize.reconstruct import ReconstructionSettings, reconstruct_block
+from attar.quantize.unused_rows import keep_unused_rows
 from attar.runtime.step_groups import choose_group
 
 D, OUT = 16, 8
@@ -153,6 +157,49 @@ def test_batches_hold_one_group_each_in_proportion_and_in_an_order_of_their_epoc
     assert found[:6] != found[6:]
     with pytest.raises(AttarError, match="several groups of steps"):
         Finetuner(toy.run, toy.samples, {"layer": toy.layer}, settings, groups=[[15, 16]], parts=parts)
+
+
+@pytest.mark.parametrize("how", ["end to end", "block by block"])
+def test_no_step_moves_the_pair_of_another_group(how):
+    """Adam's moments would: each pair is trained in the steps of its group, bit for bit, and in those it moves."""
+    toy, seen = Steps(0, False), []
+
+    def run(call):
+        if torch.is_grad_enabled():
+            seen.append((call.group, toy.layer.act_clip_logit.detach().clone()))
+        return toy.run(call)
+
+    if how == "end to end":
+        settings = FinetuneSettings(steps=20, batch_size=1, clip_lr=0.1)
+        parts = [call.group for call, _ in toy.samples]
+        Finetuner(run, toy.samples, {"layer": toy.layer}, settings, parts=parts).train()
+    else:
+        calls, targets = zip(*toy.samples, strict=True)
+        reconstruct_block(
+            run, calls, targets, parameter_groups([toy.layer]), ReconstructionSettings(epochs=1),
+            loss=lambda y, target, _: mse(y, target), generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    assert len(seen) >= 20 and {group for group, _ in seen} == {0, 1}
+    for (group, before), (_, after) in itertools.pairwise(seen):
+        assert torch.equal(before[1 - group], after[1 - group]) and not torch.equal(before[group], after[group])
+
+
+def test_rows_without_a_gradient_keep_their_moments():
+    """As if the steps of other rows had not been: but for the bias correction, which counts all of them."""
+    rows = [nn.Parameter(torch.zeros(n, 2)) for n in (2, 1)]
+    both, alone = (torch.optim.AdamW([p], lr=0.1, fused=True, weight_decay=0.0) for p in rows)
+    keep_unused_rows(both, rows[:1])
+    for k in range(6):
+        gradient = torch.tensor([1.0 + k, -2.0])
+        rows[0].grad = torch.zeros(2, 2)
+        rows[0].grad[k % 2] = gradient
+        both.step()
+        if k % 2:
+            rows[1].grad = gradient[None]
+            alone.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(both.state[rows[0]][name][1:], alone.state[rows[1]][name])
+    assert (rows[0][1].sign() == rows[1][0].sign()).all()
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits():
