@@ -49,7 +49,7 @@ def linear_bytes(transformer):
     return size["codes"] + size["scales"] + size["transforms"] + biases, dense + biases
 
 
-@pytest.mark.slow(but=["rtn-0.25x-options0", "rtn-0.28x-options3"])
+@pytest.mark.slow(but=["rtn-0.25x-options0"])
 @pytest.mark.parametrize(
     ("recipe", "budget", "options"),
     [
@@ -137,7 +137,7 @@ def test_a_plan_is_given_back_and_edited(commands, cli, wan_folder, plan, tmp_pa
     assert packed_layers(small.transformer)["blocks.1.attn1.to_q"].weight_bits == 8
 
 
-@pytest.mark.slow(but=["wan-options0"])
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -383,6 +383,7 @@ def test_a_unets_units_are_the_same_ones_when_all_are_known(commands, tmp_path):
     assert out.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_activations_get_listed_widths_alone(commands, wan_folder, tmp_path):
     """The recipe's own width is measured as well, and not given."""
     out = tmp_path / "plan.yaml"

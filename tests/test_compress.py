@@ -164,6 +164,7 @@ def layer_codes(pipe):
     return torch.cat([layer.codes.flatten() for layer in packed_layers(pipe.transformer).values()])
 
 
+@pytest.mark.slow
 def test_two_experts_are_one_job(tmp_path):
     pipe = compressed("wan22")
     assert len(packed_layers(pipe.transformer)) == len(packed_layers(pipe.transformer_2)) == 30

@@ -51,6 +51,7 @@ def test_results_are_named_after_the_device():
     assert gpu.results_path("NVIDIA H100 80GB HBM3").name == "gpu-nvidia-h100-80gb-hbm3.json"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)

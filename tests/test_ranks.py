@@ -194,6 +194,7 @@ def test_without_data_the_bytes_are_equal(made):
     assert contents(made("no data", 2)) == contents(made("no data", 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps_of_one_sample_are_the_same_steps(made, processes):
     """Each is taken by the process that has the sample: scales, rotations, clips and codes are equal bit for bit."""

@@ -82,6 +82,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow(but=["no data", "learned, gptq, shifts", "two experts", "timesteps below one"])
 @pytest.mark.parametrize("run", RUNS)
 def test_each_step_has_the_bits_of_its_group(run, tmp_path):
     """In a generation every call of the model is that of one with this group's bits everywhere."""

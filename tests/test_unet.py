@@ -70,7 +70,7 @@ def whole(commands, models, tmp_path_factory):
     return of
 
 
-@pytest.mark.slow(but=["nearest", "scales, split"])
+@pytest.mark.slow(but=["nearest"])
 @pytest.mark.parametrize("kind", RUNS)
 def test_saved_and_loaded(kind, models, whole):
     """The loaded model is the one that was made, bit for bit, by diffusers' loader and by attar's."""

@@ -77,6 +77,7 @@ def test_transforms_are_what_linears_take_less_without_them():
         assert least <= share < 1
 
 
+@pytest.mark.slow
 def test_models_with_two_kinds_of_blocks_are_measured_by_kind():
     architecture = find_architecture("flux")
     transformer = next(iter(architecture.transformers.values()))

@@ -77,7 +77,7 @@ def test_own_data_are_near_and_noise_is_far(decoder):
 # ------------------------------------------------------------------------------------------------ synthesis
 
 
-@pytest.mark.slow(but=["inputs-batch", "inputs-sample"])
+@pytest.mark.slow(but=["inputs-sample"])
 @pytest.mark.parametrize("statistics", ["batch", "sample"])
 @pytest.mark.parametrize("by", ["inputs", "generator"])
 def test_the_loss_falls_tenfold_in_200_steps(decoder, by, statistics):

@@ -15,9 +15,9 @@ PEAKS = {"fp32": 5e10, "bf16": 1e11, "int8": 2e11, "attention": 2e10, "bandwidth
 
 
 def test_given_peaks_are_not_measured():
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone, whatever else the machine does
     hardware = measure_cpu(PEAKS, rounds=1000)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert hardware.rates == {"fp32": 5e10, "bf16": 1e11, "int8": 2e11} and hardware.bandwidth == 1e10
     assert hardware.efficiency == {"gemm": 1.0, "attention": 0.2, "bandwidth": 1.0}
     assert set(hardware.sources.values()) == {"given with --peak"} and hardware.memory is None

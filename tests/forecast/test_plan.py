@@ -97,6 +97,7 @@ def test_the_backend_is_that_of_the_hardware(monkeypatch):
     assert last("h200").endswith("attar's backend there is fast.")
 
 
+@pytest.mark.slow
 def test_sentences():
     def says(*args, **bits):
         return " ".join(planned(*args, **bits)["verdict"])
@@ -129,6 +130,7 @@ def test_calibration_grows_with_what_is_asked():
     assert weights < free["device"] < 1.05 * weights
 
 
+@pytest.mark.slow
 def test_blocks_are_learned_in_the_precision_of_the_model():
     usual, exact = (planned("wan-1.3b", **p)["calibration"] for p in ({}, {"precision": "float32"}))
     assert (usual["precision"], exact["precision"]) == ("bfloat16", "float32")

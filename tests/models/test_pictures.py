@@ -232,6 +232,7 @@ def test_a_short_training_of_the_transformer(trained):
     assert DigitReader.load(folder)
 
 
+@pytest.mark.slow
 def test_a_short_training_of_the_unet(trained):
     folder = trained / "digits-image"
     pipe = load(str(folder))
@@ -252,6 +253,7 @@ def test_a_short_training_of_the_unet(trained):
     assert both[0].read_bytes() == both[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_comparison_judges_pictures(trained, tmp_path):
     source = find_source(str(trained / "digits-dit"))
     steps = {"num_inference_steps": 2}
@@ -266,6 +268,7 @@ def test_the_comparison_judges_pictures(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_training_that_is_done_gives_the_same_weights_again(trained):
     for part in ("transformer", "vae"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
@@ -290,6 +293,7 @@ def test_the_command_line_knows_each_models_options(capsys):
     assert "digits-dit" in capsys.readouterr().err
 
 
+@pytest.mark.slow(but=["digits-image"])
 @pytest.mark.parametrize("name", ["digits-dit", "digits-image"])
 def test_the_shipped_model_draws_what_is_asked_for(name):
     source = find_source(name)

@@ -134,6 +134,7 @@ def test_reconstruction_lowers_the_held_out_error(case):
     assert result.validation_after < result.validation_before
 
 
+@pytest.mark.slow
 def test_learned_clipping_helps_at_four_bits_and_is_neutral_at_eight(case):
     ratios = {}
     for bits, epochs in ((4, 12), (8, 40)):  # 0.982 is too tight a start for 8 bits and takes longer to leave

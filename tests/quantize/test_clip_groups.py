@@ -181,7 +181,9 @@ def test_no_step_moves_the_pair_of_another_group(how):
         )  # fmt: skip
     assert len(seen) >= 20 and {group for group, _ in seen} == {0, 1}
     for (group, before), (_, after) in itertools.pairwise(seen):
-        assert torch.equal(before[1 - group], after[1 - group]) and not torch.equal(before[group], after[group])
+        assert torch.equal(before[1 - group], after[1 - group]) and not torch.equal(
+            before[group], after[group]
+        )
 
 
 def test_rows_without_a_gradient_keep_their_moments():

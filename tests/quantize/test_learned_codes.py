@@ -116,6 +116,7 @@ def test_behind_gptq_they_are_never_worse_on_the_samples(name):
     assert after.error_after <= before and after.rounding.error_after <= after.rounding.error_before
 
 
+@pytest.mark.slow
 def test_a_recipe_with_learned_codes_from_the_pipeline_to_the_checkpoint(tmp_path):
     case = pipelines.CASES["wan"]
     few = {

@@ -75,6 +75,7 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert build.cache_folder() == tmp_path / ".cache" / "attar"
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once(monkeypatch, tmp_path):
     try:
         build.built_library()

@@ -52,6 +52,7 @@ def compiler(tmp_path, monkeypatch):
     return triton_compile
 
 
+@pytest.mark.slow(but=["90-wgmma"])
 @pytest.mark.parametrize("capability, instruction", [(80, "mma.sync"), (90, "wgmma"), (120, "mma.sync")])
 def test_products_run_on_the_tensor_cores_of_real_gpus(compiler, capability, instruction):
     from attar.runtime.triton.products import FLOATING, INTEGER
@@ -87,6 +88,7 @@ def test_rows_are_quantized_with_the_rounding_of_the_reference(compiler):
     assert numbers == 2 * 1536 // 128 and "ld.global.v4" in code  # 128 threads
 
 
+@pytest.mark.slow(but=["bf16"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_many_rows_run_on_the_tensor_cores_of_hopper(compiler, dtype):
     from attar.runtime.triton.available import _TILES
@@ -135,6 +137,7 @@ def test_rotations_of_real_widths_fit_every_gpu(compiler, capability, left, righ
         assert not re.search(r"div\.(full|approx)", made.asm["ptx"])
 
 
+@pytest.mark.slow
 def test_rotations_of_float32_fit_every_gpu(compiler):
     made = compiler.compiled_rotation(89, 32, 48, dtype="fp32")
     assert made.metadata.shared <= SHARED

@@ -209,11 +209,11 @@ def rotation_of(kind, width):
 @pytest.mark.parametrize(
     "width, weight_bits, clip",
     [
-        (16, 4, None),
+        pytest.param(16, 4, None, marks=pytest.mark.slow),
         (192, 4, (0.9, 0.95)),
         (240, 3, None),
-        (320, 8, (0.9, 0.95)),
-        (640, 2, None),
+        pytest.param(320, 8, (0.9, 0.95), marks=pytest.mark.slow),
+        pytest.param(640, 2, None, marks=pytest.mark.slow),
         (1536, 6, (0.9, 0.95)),
     ],
 )
@@ -502,7 +502,7 @@ def many_rows(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "weight_bits", [3, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 5, 6, 7))]
+    "weight_bits", [3, 4, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 5, 6, 7, 8))]
 )
 def test_many_rows_give_the_same_integers(weight_bits, many_rows):
     chain = [ChannelScale(torch.rand(277, generator=generator(1)) + 0.5)]

@@ -16,6 +16,7 @@ LAYERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow(but=["ltx", "dit", "flux"])
 @pytest.mark.parametrize("name", sorted(LAYERS))
 def test_a_pipeline_of_the_family(name, tmp_path):
     case, pipe = pipelines.CASES[name], pipelines.make(name)

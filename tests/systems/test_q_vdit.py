@@ -286,6 +286,7 @@ def planted_error(gate, trained, x):
     return mse(run(call), {"x": target}).item() / before, layer.frame_gate
 
 
+@pytest.mark.slow
 def test_a_trained_gate_reproduces_an_error_that_grows_frame_by_frame():
     torch.manual_seed(0)
     x = torch.randn(4, TOKENS, IN)
@@ -294,6 +295,7 @@ def test_a_trained_gate_reproduces_an_error_that_grows_frame_by_frame():
     torch.testing.assert_close(gate / gate[2], GROWING, rtol=0.05, atol=0)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_the_paper_beats_none_where_smaller_frames_lose_more():
     torch.manual_seed(0)  # whichever tests ran before
     x = torch.randn(4, TOKENS, IN) / per_token(GROWING)

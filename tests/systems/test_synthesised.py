@@ -61,6 +61,7 @@ def decoded(vae):
         return vae.decode(autoencoders.latents(2, seed=5)).sample
 
 
+@pytest.mark.slow(but=["genie"])
 @pytest.mark.parametrize("recipe", SMALL)
 def test_from_the_command_to_pictures(recipe, model, whole):
     """The decoder's units are packed, all else is as it was, and what is loaded is what was made."""

@@ -43,6 +43,7 @@ STORED = {
 }
 
 
+@pytest.mark.slow(but=["int", "power", "lloyd", "residual", "binary", "twin_log"])
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
 def test_a_pipeline_in_every_format(name, tmp_path):
     """Saved and loaded again it is the same, bit for bit, and the reference gives the same for it."""
