@@ -22,10 +22,10 @@ from attar.quantize.batching import Streams, join, like
 from attar.quantize.linear import QuantizedLinear
 from attar.quantize.polish import ScaledCodes
 from attar.quantize.rank_decay import RankDecay, decay, start_auxiliary
-from attar.quantize.unused_rows import keep_unused_rows
 from attar.quantize.relations import FEATURES, RelationTerm
 from attar.quantize.seeds import seed_of
 from attar.quantize.terms import LowRankTerm
+from attar.quantize.unused_rows import keep_unused_rows
 
 OPEN = (
     0.999  # the clipping factor of a weight that is on its grid: no code moves, and it can still be trained
