@@ -149,7 +149,7 @@ def test_4_without_rounding_both_losses_vanish():
 def test_8_rounded_inputs_of_time_projections_cost_the_most_for_each_number():
     """The premise of the choice, probed family by family at 4 bits on a trained model.
 
-    It holds for time projections. It does not for attention: docs/methods.md has the figures.
+    It holds for time projections. It does not for attention: docs/methods.md.
     """
     pipe = DiffusionPipeline.from_pretrained(zoo_folder("digits-image"))
     pipe.set_progress_bar_config(disable=True)
