@@ -121,8 +121,8 @@ def block_error(cell: dict[str, Any]) -> float:
 def find_cell(
     cells: dict[str, Any], study: Study, method: Method, bits: tuple[int, int], seed: int
 ) -> dict[str, Any] | None:
-    """The cell, if this study or another one measured it with as many prompts."""
-    does = digest(method.resolve(bits))
+    """The cell, if this study or another one measured it with as many prompts; of several one with all its figures."""
+    does, found = digest(method.resolve(bits)), None
     for place in _names()[f"{does}-{study.outliers}"]:
         cell = cells.get(key(*place, seed))
         if (
@@ -130,8 +130,15 @@ def find_cell(
         ):  # the recipe was another one then
             continue
         if not study.prompts or cell.get("prompts") == study.prompts:
-            return cell
-    return None
+            if complete(study, cell):
+                return cell
+            found = found or cell
+    return found
+
+
+def complete(study: Study, cell: dict[str, Any]) -> bool:
+    """Whether the cell has what the study shows; cells that are older than the Fréchet distance lack it."""
+    return not study.prompts or "frechet" in cell
 
 
 NEAREST = {"rounding.method": "nearest"}

@@ -378,7 +378,7 @@ def fill(args: argparse.Namespace) -> None:
     stills = [model for model in args.models if model in pictures.MODELS]
     named = [n for n in pictures.NAMES if not args.only or any(part in n for part in args.only)]
     if stills and named:
-        asked = {"models": stills, "bits": args.bits or list(pictures.BITS), "only": named, "again": False}
+        asked = {"models": stills, "bits": args.bits or list(pictures.BITS), "only": named}
         where = {"work": args.work_pictures, "results": args.results_pictures}
         pictures.run(argparse.Namespace(**{**vars(args), **asked, **where}))
 
@@ -397,6 +397,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=quality.RESULTS)
     parser.add_argument("--work-pictures", type=Path, default=Path("work/pictures"))
     parser.add_argument("--results-pictures", type=Path, default=pictures.RESULTS)
+    parser.add_argument(
+        "--again", action="store_true", help="also cells that are older than some of their figures"
+    )
     parser.add_argument("--table", action="store_true", help="only write the pages")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablations, latency, leaderboard, leading, pictures
-from benchmarks.cells import LEADERBOARD, MAIN, STUDIES, digest, key
+from benchmarks.cells import LEADERBOARD, MAIN, STUDIES, complete, digest, find_cell, key
 from benchmarks.leaderboard import Peer, peers, rows_of, write_pages
 
 
@@ -218,3 +218,16 @@ def test_the_pages_are_those_of_the_results(tmp_path):
         assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"write docs/{name} again"
     for image in (tmp_path / "images").iterdir():
         assert image.read_text() == (DOCS / "images" / image.name).read_text(), f"write {image.name} again"
+
+
+def test_of_several_cells_that_with_all_figures_is_shown():
+    method, bits = next(m for m in LEADERBOARD.methods if m.name == "rtn"), (4, 6)
+    older = next(m for m in MAIN.methods if digest(m.resolve(bits)) == digest(method.resolve(bits)))
+    cells = {key("main", older.name, bits, 0): cell(older, bits, 20.0)}
+    found = find_cell(cells, LEADERBOARD, method, bits, 0)
+    assert found["psnr"][0] == 20.0 and not complete(LEADERBOARD, found)
+    cells[key("leaderboard", "rtn", bits, 0)] = cell(method, bits, 21.0, frechet=0.5)
+    found = find_cell(cells, LEADERBOARD, method, bits, 0)
+    assert found["psnr"][0] == 21.0 and complete(LEADERBOARD, found)
+    assert find_cell(cells, LEADERBOARD, method, bits, 1) is None
+    assert complete(STUDIES["lrq-dit"], {})  # of blocks alone
