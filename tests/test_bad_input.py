@@ -239,6 +239,7 @@ def test_weights_that_may_not_be_read(refuses, model, tmp_path, monkeypatch):
     assert "may not be read" in message and "permissions" in message
 
 
+@pytest.mark.slow(but=["hadamard"])
 @pytest.mark.parametrize("recipe", ["hadamard", "s2q-vdit"])
 def test_widths_without_a_rotation(refuses, cli, model, tmp_path, recipe):
     """Found before the model is traced, and the advice works."""
@@ -521,7 +522,7 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.slow(but=["0", "5"])
+@pytest.mark.slow(but=["0"])
 @pytest.mark.parametrize("after", range(10))
 def test_a_write_fails(cli, wan_folder, tmp_path, monkeypatch, after):
     """The disk is full when the file after `after` others is put in its place; then there is space again."""
@@ -612,7 +613,12 @@ def test_the_real_command(wan_folder, tmp_path):
     done = run(*compress(wan_folder, tmp_path, "--weights", "9"))
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: quantize.weights = 9: choose between 2 and 8 bits [attar]\n"
-    done = run("generate", tmp_path, "a dog")
+
+
+@pytest.mark.slow
+def test_the_real_command_without_a_model(tmp_path):
+    command = [sys.executable, "-m", "attar", "generate", str(tmp_path), "a dog"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "model_index.json is missing" in done.stderr
 

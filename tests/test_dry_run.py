@@ -63,7 +63,7 @@ def test_prompts_and_sizes_that_nothing_reads_are_noted(cli, folders, tmp_path, 
         )
 
 
-@pytest.mark.slow(but=["wan-options0", "wan-options1", "wan22-options3", "flux-options5"])
+@pytest.mark.slow(but=["wan-options0", "wan-options1", "wan22-options3"])
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     return pipelines.save(tmp_path_factory.mktemp("models") / "wan")
 
 
-@pytest.mark.slow(but=["hadamard", "efficientdm"])
+@pytest.mark.slow(but=["hadamard"])
 @pytest.mark.parametrize("recipe", RUNS)
 def test_compresses(recipe, cli, model, tmp_path):
     out = tmp_path / "small"

@@ -277,7 +277,7 @@ def test_killed_before_every_file(commands, models, made, tmp_path):
     assert not [name for name in left if name.endswith(".tmp") or "boundary" in name]
 
 
-@pytest.mark.slow(but=["2-1"])
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_resumed_by_another_number_of_processes(before, after, commands, models, made, tmp_path):
     """Streams at the entrance of a block are found again, however many have written them."""

@@ -73,7 +73,7 @@ def whole(commands, models, tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "writes"),
     [
-        ("learned", (1, 2)),
+        pytest.param("learned", (1, 2), marks=pytest.mark.slow),
         ("no data", (1, 2)),
         *(pytest.param(kind, (3, 2, 4), marks=pytest.mark.slow) for kind in LONG),
         *(pytest.param(kind, (1, 2), marks=pytest.mark.slow) for kind in LONG),

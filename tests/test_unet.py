@@ -98,6 +98,7 @@ def test_saved_and_loaded(kind, models, whole):
     assert attar.verify_folder(folder) == [folder / "unet"]
 
 
+@pytest.mark.slow(but=["nearest"])
 @pytest.mark.parametrize("kind", ["nearest", "scales, split"])
 def test_streamed_and_in_memory_give_the_same_bytes(kind, commands, models, whole, tmp_path):
     model, options = RUNS[kind]
@@ -105,6 +106,7 @@ def test_streamed_and_in_memory_give_the_same_bytes(kind, commands, models, whol
     assert contents(tmp_path / "small") == contents(whole(kind))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(commands, models, whole, tmp_path):
     """Killed when inputs have been put aside, and between units."""
     model, options = RUNS["scales, split"]

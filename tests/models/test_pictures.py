@@ -293,7 +293,7 @@ def test_the_command_line_knows_each_models_options(capsys):
     assert "digits-dit" in capsys.readouterr().err
 
 
-@pytest.mark.slow(but=["digits-image"])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-dit", "digits-image"])
 def test_the_shipped_model_draws_what_is_asked_for(name):
     source = find_source(name)

@@ -109,6 +109,7 @@ def case(request):
         return Case(request.param)
 
 
+@pytest.mark.slow
 def test_each_part_of_the_learned_transform_lowers_the_error(case):
     kinds = {
         "nearest": TransformSettings(scale=False, rotation="none"),

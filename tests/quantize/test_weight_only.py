@@ -70,7 +70,7 @@ def own_errors(name, layers):
     return sum(errors) / len(errors)
 
 
-@pytest.mark.slow(but=["None-wan", "16-hunyuan"])
+@pytest.mark.slow(but=["None-wan"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan", "flux"])
 @pytest.mark.parametrize("group", [None, 16])
 def test_the_recipe_helps_and_integer_activations_cost(name, group):
@@ -82,6 +82,7 @@ def test_the_recipe_helps_and_integer_activations_cost(name, group):
     assert outcome.error_after < outcome.error_before
 
 
+@pytest.mark.slow(but=["None"])
 @pytest.mark.parametrize("group", [None, 16])
 def test_gptq_and_learning_each_lower_the_error(group):
     parts = {

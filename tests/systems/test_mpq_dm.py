@@ -85,6 +85,7 @@ def test_a_u_net_compares_the_features_before_its_head(tmp_path):
         assert all(torch.equal(t, own.state_dict()[key]) for key, t in layer.state_dict().items())
 
 
+@pytest.mark.slow
 def test_directions_are_learned_in_a_pipeline(tmp_path):
     """BiBERT's relation is lowered where it is nearly all of the loss, and trains other codes than the divergence."""
     longer = {
