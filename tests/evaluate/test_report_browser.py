@@ -32,7 +32,7 @@ def page(browser, report_data, tmp_path):
 def test_videos_play_in_step_and_loop_together(page):
     page.wait("document.body.dataset.advanced === '4'")
     assert page.run("document.body.dataset.status") == "playing"
-    page.wait(f"Math.min(...{TIMES}) > 0.5")
+    page.wait(f"Math.min(...{TIMES}) > 1.0")  # what started late on a busy machine has caught up
     apart = [page.run(f"(t => Math.max(...t) - Math.min(...t))({TIMES})") for _ in range(9)]
     assert sorted(apart)[4] < 0.5 / 8  # the median: less than half a frame while playing
     page.run(

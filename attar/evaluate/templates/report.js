@@ -34,7 +34,7 @@
 
   function settle(video) {  // a paused video on the middle of the clock's frame
     const target = (frameAt(state.time) + 0.5) / fps;
-    if (video.readyState > 0 && Math.abs(video.currentTime - target) > 0.1 / fps) video.currentTime = target;
+    if (video.readyState > 0 && Math.abs(video.currentTime - target) > 0.0005) video.currentTime = target;
   }
 
   function setPlaying(on) {
