@@ -171,7 +171,8 @@ class QuantizedLinear(GroupedActs, nn.Module):
         """Puts the branch y += (x Aᵀ) Bᵀ beside the layer; what is quantized from now on is W - B A.
 
         down A: (rank, in), up B: (out, rank), on the layer's input as it comes. They are kept in the dtype of the
-        weight. subtract: False quantizes W whatever the branch is.
+        weight. subtract: False quantizes W whatever the branch is. Raises AttarError for a branch that does not fit,
+        or has numbers that are infinite as they are deployed.
         """
         rank = down.shape[0]
         if down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
@@ -186,6 +187,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         self.branch_subtracted = subtract
         self.frame_gate = None
         self._cache = None
+        self._finite_branch()
 
     def set_gate(self, gate: Tensor, trained: bool) -> None:
         """Multiplies what the branch adds to the tokens of frame i with gate[i]. gate: (frames,), in the type of the
@@ -327,6 +329,17 @@ class QuantizedLinear(GroupedActs, nn.Module):
             return None
         return self._deployed(self.branch_in), self._deployed(self.branch_out)
 
+    def _finite_branch(self) -> tuple[Tensor, Tensor] | None:
+        """`_branch`. AttarError where a number is infinite in the type of the packed layer; float16 ends at 65504."""
+        branch = self._branch()
+        if branch is not None and not all(bool(torch.isfinite(part).all()) for part in branch):
+            kind = str(self.deployed or self.weight.dtype).removeprefix("torch.")
+            raise AttarError(
+                f"a low-rank branch has numbers that are not finite in {kind}",
+                fix="Compress the model in bfloat16 or float32, or without a branch (quantize.low_rank)",
+            )
+        return branch
+
     def _deployed(self, part: Tensor) -> Tensor:
         if self.deployed in (None, part.dtype):
             return part
@@ -366,13 +379,15 @@ class QuantizedLinear(GroupedActs, nn.Module):
 
         codes: (out, in) for the scales of `baked_weight`, e.g. from GPTQ; by default the weight is rounded to
         nearest. scales: (out, groups) that the codes were learned with, in place of those. Raises AttarError for codes
-        of a wrong shape or range, scales without codes or of a wrong shape, and while there is an auxiliary branch.
+        of a wrong shape or range, scales without codes or of a wrong shape, a branch that is not finite as it is
+        deployed, and while there is an auxiliary branch.
         """
         if self.auxiliary is not None:
             raise AttarError(
                 f"an auxiliary branch of rank {self.auxiliary.rank} is left, which a packed layer cannot have",
                 fix="Train until its rank has decayed to 0",
             )
+        branch = self._finite_branch()
         weight, scale = self.baked_weight()
         if scales is not None:
             if codes is None or scales.shape != scale.shape:
@@ -387,7 +402,7 @@ class QuantizedLinear(GroupedActs, nn.Module):
         fake = self.quantizer.decode(codes, scale)
         transforms = [transform.to(weight.device) for transform in self._baked_transforms()]
         bias = self._final_bias()
-        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), self._branch(), bias)
+        self._frozen = _Frozen(transforms, codes, scale, fake, self._act_clip(), branch, bias)
         self._cache = None
 
     def unfreeze(self) -> None:

@@ -176,3 +176,19 @@ def test_a_deployed_branch_still_learns():
         layer(torch.randn(6, IN, generator=torch.Generator().manual_seed(1))).square().sum().backward()
         gradients.append(layer.branch_in.grad)
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
+def test_a_branch_that_overflows_where_it_is_deployed_is_refused():
+    """float16 ends at 65504: from there on it would be infinite, and the codes beside it those of nothing."""
+    layer = QuantizedLinear(nn.Linear(IN, OUT), 4, None, weight_clip=False, deployed=torch.float16)
+    down, up = torch.full((1, IN), 6e4), torch.full((OUT, 1), 1e-6)
+    with pytest.raises(AttarError, match="not finite in float16"):
+        layer.set_branch(2 * down, up)
+    layer.set_branch(down, up)
+    with torch.no_grad():
+        layer.branch_in.mul_(2)  # as training may
+    with pytest.raises(AttarError, match="not finite in float16"):
+        layer.bake()
+    wider = QuantizedLinear(nn.Linear(IN, OUT), 4, None, weight_clip=False, deployed=torch.bfloat16)
+    wider.set_branch(2 * down, up)
+    assert bool(torch.isfinite(wider.bake().low_rank_in).all())
