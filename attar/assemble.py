@@ -21,7 +21,7 @@ from attar.errors import AttarError
 from attar.models.shards import Shards
 from attar.runtime.integrity import header_metadata, tensor_checksum
 from attar.runtime.layers import packed_layers
-from attar.runtime.patches import PARTS, PATCHES, dense_biases
+from attar.runtime.patches import dense_biases, stored_type
 from attar.stored import read_layers
 from attar.tensorfile import TensorWriter
 from attar.workspace import Workspace
@@ -61,6 +61,7 @@ def write_weights(
     packed_parts = packed_layers(model)
     layers = tuple(f"{name}." for name in packed_parts)
     floating = {f"{n}.{leaf}": n for n, layer in packed_parts.items() for leaf, _ in layer.named_parameters()}
+    types = {name: shards.entry(name).dtype for name in shards}
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     # of several tensors that are tied transformers stores one
     tied = getattr(model, "all_tied_weights_keys", ())
@@ -68,7 +69,7 @@ def write_weights(
         if stored(key) in shards:
             kinds[key] = shards.entry(stored(key)).dtype, tuple(tensor.shape)
         elif key in floating:  # a branch, or a bias where there was none: in the type that the weight had
-            kinds[key] = _weight_type(floating[key], shards, tensor.dtype), tuple(tensor.shape)
+            kinds[key] = stored_type(floating[key], types, tensor.dtype), tuple(tensor.shape)
         elif key in tied:
             continue
         elif key.startswith(layers) or not tensor.is_meta:
@@ -110,16 +111,6 @@ def write_weights(
             writer.finish(_metadata(sums, config))
     if len(parts) > 1:
         write_index(folder / f"{stem}.safetensors.index.json", kinds, dict(zip(names, parts, strict=True)))
-
-
-def _weight_type(layer: str, shards: Shards, default: torch.dtype) -> torch.dtype:
-    """The type that the source has the layer's weight in. layer: its name in the opened model."""
-    place = layer.rpartition(PARTS)[0] or layer
-    for name in (place, place.removesuffix(PATCHES)):
-        if f"{name}.weight" in shards:
-            found = shards.entry(f"{name}.weight").dtype
-            return found if found.itemsize > 1 else default  # float8 is too narrow for sums
-    return default
 
 
 def _metadata(sums: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:

@@ -256,7 +256,7 @@ class ComponentJob(Job):
             outcome = quantize_block(
                 module, plans, runner, quantized, targets, self.settings,
                 loss=self._loss(block), contexts=contexts, seed=f"{self.seed}/{self.name}/{block.name}", progress=step,
-                frames=self.frames, types=dtypes,
+                frames=self.frames, types=self.deployed(dtypes, f"{block.name}."),
             )  # fmt: skip
         except AttarError as error:
             raise AttarError(

@@ -32,7 +32,7 @@ from attar.identity import folder_fingerprint, pipeline_fingerprint
 from attar.models.alone import Alone
 from attar.models.calls import known_classes, makes_videos, steps_of
 from attar.models.offload import is_offloaded
-from attar.models.source import Source, find_source, load_pipeline
+from attar.models.source import Source, find_source, load_pipeline, stored_dtypes
 from attar.models.weights import weights_of
 from attar.planning import Plans, plan_components, with_plan, with_widths
 from attar.pool import check_frames, check_pool, check_traced
@@ -155,7 +155,9 @@ def run(
         for name, transformer in components.items():
             started = time.monotonic()
             plan = report.plans[name]
-            part = job_of(recipe)(name, transformer, plan, recipe, workspace, store, seed, progress)
+            folder = source.folder
+            stored = {} if folder is None else stored_dtypes(source.place(folder, name))
+            part = job_of(recipe)(name, transformer, plan, recipe, workspace, store, seed, progress, stored)
             report.components[name] = part.run(len(report.prompts))
             report.seconds[name] = time.monotonic() - started
             mark_compressed(transformer, recipe.name)  # type: ignore[arg-type]

@@ -303,7 +303,15 @@ class FinetuneJob:
         settings, seed = block_settings(whole.recipe), f"{whole.seed}/{whole.name}"
         inputs = input_facts(whole.plan, linears, whole.forward, few, settings, seed)
         layers = wrap_linears(
-            whole.transformer, whole.plan, linears, inputs, whole.forward, few, settings, seed, types
+            whole.transformer,
+            whole.plan,
+            linears,
+            inputs,
+            whole.forward,
+            few,
+            settings,
+            seed,
+            whole.deployed(types),
         )
         linears.clear()  # the layers have what they need of them
         report = whole.train(layers, samples)

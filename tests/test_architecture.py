@@ -51,7 +51,7 @@ ALLOWED = {
     "stages": {"budget", "calibration", "quantize", "runtime"},
     "defaults": set(),
     "recipe": {"budget", "defaults", "quantize", "stages"},
-    "job": {"calibration", "models", "progress", "quantize", "recipe", "workspace"},
+    "job": {"calibration", "models", "progress", "quantize", "recipe", "runtime", "workspace"},
     "planning": {"budget", "models", "quantize", "recipe", "runtime", "settings"},
     "candidates": {"budget", "planning", "recipe", "settings"},
     "measuring": {

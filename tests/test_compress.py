@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from safetensors import safe_open
 from support import pipelines
 from support.commands import contents
 from support.fixtures import SMALL
@@ -312,6 +313,28 @@ def test_codes_of_a_bfloat16_model_stand_for_what_its_branches_leave():
     )  # fmt: skip
     layer = small.transformer.get_submodule(name)
     assert layer.low_rank_in.dtype == torch.bfloat16
+    left = weight - layer.low_rank_out.double() @ layer.low_rank_in.double()
+    scale = layer.weight_scale.double()
+    assert float(((left - layer.unpacked().double() * scale).abs() / scale).max()) < 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("mode", ["--stream", "--no-stream"])
+def test_branches_are_subtracted_as_the_files_have_them(mode, commands, tmp_path):
+    """A model that is stored in bfloat16 and computed with in float32, as on CPUs."""
+    pipe, name = pipelines.make("wan"), "blocks.1.ffn.net.0.proj"
+    with torch.no_grad():
+        pipe.transformer.get_submodule(name).weight[:, :2] *= 30
+    folder, out = pipelines.save(tmp_path / "wan", steps=2, pipe=pipe), tmp_path / "small"
+    pipe.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    weight = pipe.transformer.get_submodule(name).weight.detach().double()
+    settings = ("trace.prompts=1", "select.count=1", "quantize.scale=false")
+    settings += ("quantize.low_rank.rank=2", "quantize.low_rank.metric=output")
+    options = [part for setting in settings for part in ("--set", setting)]
+    arguments = ("compress", folder, "-o", out, "--recipe", "svdquant", "--weights", "8", mode, *options)
+    assert commands.run(*arguments) == 0
+    layer = reload(out).transformer.get_submodule(name)
+    with safe_open(out / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.get_tensor(f"{name}.low_rank_in").dtype == torch.bfloat16
     left = weight - layer.low_rank_out.double() @ layer.low_rank_in.double()
     scale = layer.weight_scale.double()
     assert float(((left - layer.unpacked().double() * scale).abs() / scale).max()) < 0.5 + 1e-4

@@ -181,6 +181,17 @@ def dense_place(model: nn.Module, name: str) -> str:
     return place if _layer(model, place) is not None else place.removesuffix(PATCHES)
 
 
+def stored_type(layer: str, stored: Mapping[str, torch.dtype], default: torch.dtype) -> torch.dtype:
+    """The type that the source has the weight of a layer in. layer: its name in the opened model. stored: types of the
+    source's tensors by name; a type of one byte is too narrow for sums, and counts as not known."""
+    place = layer.rpartition(PARTS)[0] or layer
+    for name in (place, place.removesuffix(PATCHES)):
+        found = stored.get(f"{name}.weight")
+        if found is not None:
+            return found if found.itemsize > 1 else default
+    return default
+
+
 def dense_biases(model: nn.Module) -> dict[str, str]:
     """Name of a bias in an opened model -> its name in the model's first form, where these differ."""
     found = {}
