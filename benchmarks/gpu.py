@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from attar.runtime.reference import symmetric_scale
 from benchmarks.peers.competitors import BF16, INT8_DYNAMIC, Competitor, Task, attar, plain, torchao
 from benchmarks.peers.quality import linear_bytes
 from benchmarks.peers.speed import BASELINE, Ready, in_turns, measure_speed
-from benchmarks.store import FOLDER, failure, load, save
+from benchmarks.store import FOLDER, failure, file_of, load, save
 
 SHAPES = ("wan-1.3b", "wan-14b", "hunyuan")
 TOKENS = (8192, 32768)
@@ -205,7 +204,7 @@ def _cells(row: dict[str, Any], whole: int | None) -> str:
 
 
 def results_path(device_name: str) -> Path:
-    return FOLDER / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+    return FOLDER / file_of("gpu", device_name)
 
 
 def versions() -> dict[str, str]:

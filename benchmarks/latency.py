@@ -11,7 +11,6 @@ kind of processor has a results file of its own; `latency.json` is the one that 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from benchmarks.cells import LEADERBOARD
 from benchmarks.peers.competitors import Competitor, attar, plain
 from benchmarks.peers.speed import BASELINE, measure_speed
 from benchmarks.quality import environment
-from benchmarks.store import FOLDER, load, processor, save
+from benchmarks.store import FOLDER, file_of, load, processor, save
 
 RESULTS = FOLDER / "latency.json"
 SHOWN = ((4, 6), (4, 4), (3, 6))
@@ -32,7 +31,7 @@ def results_path(name: str) -> Path:
     """Of a run on a processor of that name."""
     if load(RESULTS, "environment")["environment"].get("processor") in (None, name):
         return RESULTS
-    return FOLDER / f"latency-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    return FOLDER / file_of("latency", name)
 
 
 def elsewhere() -> list[dict[str, Any]]:

@@ -31,6 +31,11 @@ def failure(error: Exception) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {text[:200]}"}
 
 
+def file_of(benchmark: str, device: str) -> str:
+    """Name of the results file of a benchmark on a device, as in gpu-nvidia-h200.json."""
+    return f"{benchmark}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
 def processor() -> str:
     """The CPU's name, and "AVX2" where it has that and nothing wider: one name may stand for several generations."""
     with contextlib.suppress(OSError):
